@@ -1,0 +1,296 @@
+"""Measure vmmback on this host: `python -m bench [--rounds N] [--json]`, as root.
+
+Each figure is the median of rounds in which vmmback and its rival take turns, so that both see the same host; the ratio
+is made of the medians. Nothing here passes or fails: a goal stands beside the figure, and the reader judges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import mmap
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from integration import tiny_guest
+from vmmback import command, config, ram
+from vmmback.host import find_qemu
+from vmmback.isolation.direct_map import pagemap_entries
+from vmmback.launch import prepare
+from vmmback.linux import procfs
+from vmmback.linux.direct_map import DirectMap
+from vmmback.report import IsolationReport
+
+MIB = 1 << 20
+THREADS = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the result: vmmback's median and its rival's, in `unit`, their ratio, and what we aim at."""
+
+    name: str
+    ours: float
+    rival: float | None
+    unit: str
+    ratio: float | None
+    goal: str
+    rounds: int
+    note: str = ""
+
+
+class Quiet:
+    """A watcher that shows nothing."""
+
+    def console(self, data: bytes) -> None:
+        """Drop it."""
+
+    def note(self, message: str) -> None:
+        """Drop it."""
+
+    def prefaulted(self, done: int, size: int) -> None:
+        """Drop it."""
+
+    def validated(self, report: IsolationReport) -> None:
+        """Drop it."""
+
+
+def main() -> None:
+    """Run all measurements and print them."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="how often each figure is taken (default 7)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="vmmback-bench-") as folder:
+        os.environ["VMMBACK_RUNTIME_DIR"] = f"{folder}/run"
+        figures = list(measure(Path(folder), arguments.rounds))
+    if arguments.json:
+        print(json.dumps([asdict(figure) for figure in figures], indent=2))
+    else:
+        show(figures)
+
+
+def measure(folder: Path, rounds: int) -> Iterator[Figure]:
+    """Take each figure in turn."""
+    touch = folder / "touch"
+    say("compiling the C rival")
+    subprocess.run(["gcc", "-O2", "-pthread", "-o", touch, Path(__file__).with_name("touch.c")], check=True)
+    for size in (256 * MIB, 1024 * MIB):
+        yield prefault(touch, size, rounds)
+    for fill in (False, True):
+        yield ready(folder, rounds, fill=fill)
+    for size in (256 * MIB, 1024 * MIB):
+        yield direct_map(size, rounds)
+    yield start_up(rounds)
+    yield resident(folder)
+
+
+def prefault(touch: Path, size: int, rounds: int) -> Figure:
+    """Make secret RAM present: SecretRam against the C loop, both from the descriptor's making."""
+    say(f"prefault of {size // MIB} MiB")
+
+    def ours() -> float:
+        started = time.perf_counter()
+        with ram.SecretRam(size) as secret:
+            asyncio.run(secret.prefault(lambda _: None, THREADS))
+            return time.perf_counter() - started
+
+    def rival() -> float:
+        result = subprocess.run([touch, str(size), str(THREADS)], check=True, capture_output=True, text=True)
+        return float(result.stdout)
+
+    mine, theirs = in_turn(rounds, ours, rival)
+    return Figure(
+        f"prefault {size // MIB} MiB, {THREADS} threads, against a C loop",
+        size / MIB / mine, size / MIB / theirs, "MiB/s", theirs / mine, ">= 0.95", rounds,
+    )  # fmt: skip
+
+
+def ready(folder: Path, rounds: int, *, fill: bool) -> Figure:
+    """Start the tiny guest: vmmback from nothing to READY, less the prefault, against the bare QEMU on a memfd."""
+    what = "tiny guest that fills its 64 MiB" if fill else "tiny guest that touches no RAM"
+    say(f"start to READY of the {what}")
+    guest = guest_file(folder, fill=fill)
+    argv = bare_command(guest)
+    steps: dict[str, list[float]] = {}
+
+    def rival() -> float:
+        started = time.perf_counter()
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as qemu:
+            assert qemu.stdout is not None
+            while (line := qemu.stdout.readline()) and tiny_guest.READY not in line:
+                pass
+            seconds = time.perf_counter() - started
+            qemu.kill()
+        return seconds
+
+    mine, theirs = in_turn(rounds, lambda: asyncio.run(launch_to_ready(guest, steps)), rival)
+    rest = ", ".join(f"{name} {statistics.median(seconds) * 1000:.1f}" for name, seconds in steps.items())
+    return Figure(
+        f"{what}: start to READY without the prefault, against the same QEMU on a memfd",
+        mine * 1000, theirs * 1000, "ms", mine / theirs, "< 1.5", rounds, f"ms: {rest}",
+    )  # fmt: skip
+
+
+async def launch_to_ready(guest: config.GuestConfig, steps: dict[str, list[float]]) -> float:
+    """Return the seconds from nothing to READY without the prefault; add each step's seconds to `steps`."""
+    async with AsyncExitStack() as stack:
+        started = time.perf_counter()
+        running = await prepare(guest, Quiet(), stack)
+        prepared = time.perf_counter()
+        await running.monitor.cont()
+        async with asyncio.timeout(60):
+            await running.console.ready.wait()
+        done = time.perf_counter()
+        prefault_s, qmp_s = running.timings["prefault"], running.timings["qmp_ready"]
+        parts = {
+            "QEMU's start, handoff, QMP": qmp_s,
+            "admission, folder, proof": prepared - started - prefault_s - qmp_s,
+            "cont to READY": done - prepared,
+        }
+        for name, seconds in parts.items():
+            steps.setdefault(name, []).append(seconds)
+        return done - started - prefault_s
+
+
+def guest_file(folder: Path, *, fill: bool) -> config.GuestConfig:
+    """Write the tiny guest and its configuration."""
+    (folder / "tiny.rom").write_bytes(tiny_guest.rom(fill=fill))
+    file = folder / "bench.toml"
+    file.write_text(
+        'name = "bench"\n[memory]\nsize = "64MiB"\n[machine]\naccel = "tcg"\n'
+        '[boot]\nfirmware = "tiny.rom"\n[isolation]\nready = "READY"\n'
+    )
+    return config.load(file)
+
+
+def bare_command(guest: config.GuestConfig) -> list[str]:
+    """Return vmmback's command line with a memfd for RAM, not paused, without QMP, its serial port on stdout."""
+    argv = list(command.build(guest, find_qemu(), "tcg", Path("/nothing"), 3, 4).argv)
+    argv.remove("-S")
+    for option in ("-object", "-mon", "-chardev", "-chardev", "-serial"):
+        position = argv.index(option)
+        del argv[position : position + 2]
+    memory = {"qom-type": "memory-backend-memfd", "id": command.RAM_ID, "size": guest.memory.size, "share": True}
+    return [*argv, "-object", json.dumps(memory), "-serial", "stdio"]
+
+
+def direct_map(size: int, rounds: int) -> Figure:
+    """Check every page of secret RAM, all of which fault once each. It has no rival."""
+    say(f"direct-map check of {size // MIB} MiB")
+    with ram.SecretRam(size) as secret, mmap.mmap(secret.fileno(), size) as memory:
+        asyncio.run(secret.prefault(lambda _: None))
+        for offset in range(0, size, procfs.PAGE_SIZE):
+            memory[offset]  # a page table entry, which the prefault's process took with it
+        entries = pagemap_entries(os.getpid(), secret.inode)
+        with DirectMap.open() as reader:
+            seconds = [timed(lambda: reader.check(entries)) for _ in range(rounds)]
+            result = reader.check(entries)
+    assert (result.checked, result.readable) == (size // procfs.PAGE_SIZE, 0), result
+    return Figure(
+        f"direct-map check of {size // MIB} MiB, all unreadable",
+        result.checked / statistics.median(seconds) / 1e6, None, "million pages/s", None, ">= 2", rounds,
+    )  # fmt: skip
+
+
+def start_up(rounds: int) -> Figure:
+    """Start `vmmback --help`, against a Python that does nothing."""
+    say("start of vmmback --help")
+    program = Path(sys.executable).with_name("vmmback")
+    mine, theirs = in_turn(rounds, lambda: run_s([str(program), "--help"]), lambda: run_s([sys.executable, "-c", ""]))
+    return Figure(
+        "vmmback --help, against bare Python", mine * 1000, theirs * 1000, "ms", mine / theirs,
+        "< 150 ms over it", rounds, f"{(mine - theirs) * 1000:.0f} ms over it",
+    )  # fmt: skip
+
+
+def resident(folder: Path) -> Figure:
+    """Read the resident memory of a supervisor whose guest runs, against a Python that does nothing."""
+    say("resident memory of the supervisor")
+    guest_file(folder, fill=False)
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmmback", "launch", str(folder / "bench.toml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as supervisor:
+        assert supervisor.stdout is not None
+        while (line := supervisor.stdout.readline()) and not line.startswith(b"guest bench:"):
+            pass
+        mine = resident_bytes(supervisor.pid)
+        for _ in range(2):  # the tiny guest has no power button: do not wait for it
+            supervisor.send_signal(signal.SIGINT)
+        supervisor.stdout.read()
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as idle:
+        assert idle.stdout is not None
+        idle.stdout.readline()
+        theirs = resident_bytes(idle.pid)
+    return Figure(
+        "resident memory of a supervisor, its guest validated, against bare Python",
+        mine / MIB, theirs / MIB, "MiB", mine / theirs, "stated", 1,
+    )  # fmt: skip
+
+
+def resident_bytes(pid: int) -> int:
+    """Return VmRSS in bytes."""
+    return int(procfs.status(pid)["VmRSS"].removesuffix(" kB")) * 1024
+
+
+def run_s(argv: Sequence[str]) -> float:
+    """Run a program and return the seconds that it took."""
+    return timed(lambda: subprocess.run(argv, check=True, stdout=subprocess.DEVNULL))
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that `work` took."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def in_turn(rounds: int, ours: Callable[[], float], rival: Callable[[], float]) -> tuple[float, float]:
+    """Take both figures in turn, after a round that does not count; return the medians."""
+    pairs = [(ours(), rival()) for _ in range(rounds + 1)][1:]
+    return statistics.median(pair[0] for pair in pairs), statistics.median(pair[1] for pair in pairs)
+
+
+def say(message: str) -> None:
+    """Tell what is measured now."""
+    print(f"bench: {message}", file=sys.stderr)
+
+
+def show(figures: Sequence[Figure]) -> None:
+    """Print the figures as a table."""
+    table = Table("figure", "vmmback", "rival", "unit", "ratio", "goal", "rounds", "note")
+    for figure in figures:
+        rival, ratio = (f"{value:.2f}" if value is not None else "-" for value in (figure.rival, figure.ratio))
+        row = (
+            figure.name,
+            f"{figure.ours:.2f}",
+            rival,
+            figure.unit,
+            ratio,
+            figure.goal,
+            str(figure.rounds),
+            figure.note,
+        )
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+if __name__ == "__main__":
+    main()

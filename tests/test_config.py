@@ -1,0 +1,834 @@
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import string
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vmmback import config, toml_errors
+from vmmback.config import GuestConfig, json_schema, load, parse_duration, parse_size
+from vmmback.errors import ConfigError
+from vmmback.toml_errors import key_lines
+
+MINIMAL = config.SMALLEST
+
+FULL = """\
+# every table that is built
+name = "demo"
+
+[memory]
+size = "512MiB"
+prefault = false
+backing = "ordinary"
+
+[cpu]
+count = 4
+model = "max,-avx"
+
+[machine]
+type = "q35"
+accel = "tcg"
+
+[boot]
+kernel = "vmlinuz"
+initrd = "images/initrd.img"
+cmdline = "console=ttyS0"
+
+[isolation]
+validate = "never"
+on-exposed = "warn"
+ready = "login:"
+ready-timeout = "2min"
+after-validation = "powerdown"
+
+[console]
+log = "logs/console.log"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that a guest file may name."""
+    folder = tmp_path_factory.mktemp("guest")
+    for name in ("images", "logs"):
+        (folder / name).mkdir()
+    for name in ("vmlinuz", "images/initrd.img", "OVMF.fd"):
+        (folder / name).write_bytes(b"x")
+    os.mkfifo(folder / "fifo")
+    return folder
+
+
+def load_text(folder: Path, text: str | bytes) -> GuestConfig:
+    path = folder / "guest.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load(path)
+
+
+def error_of(folder: Path, text: str | bytes) -> ConfigError:
+    with pytest.raises(ConfigError) as raised:
+        load_text(folder, text)
+    return raised.value
+
+
+def message_of(folder: Path, text: str | bytes) -> str:
+    """The message as it reads when the folder is left out."""
+    return error_of(folder, text).message.replace(f"{folder}/", "")
+
+
+# Good files
+
+
+def test_minimal_file_has_the_defaults(folder: Path) -> None:
+    guest = load_text(folder, MINIMAL)
+
+    assert guest.name == "demo"
+    assert guest.memory.size == 256 << 20
+    assert guest.memory.prefault is True
+    assert guest.memory.backing == "secret"
+    assert (guest.cpu.count, guest.cpu.model) == (1, "max")
+    assert (guest.machine.type, guest.machine.accel) == ("q35", "auto")
+    assert guest.boot.kernel == folder / "vmlinuz"
+    assert (guest.boot.initrd, guest.boot.cmdline, guest.boot.firmware) == (None, "", None)
+    assert (guest.isolation.validate_at, guest.isolation.on_exposed) == ("boot", "kill")
+    assert (guest.isolation.ready, guest.isolation.ready_timeout_s) == (None, 120.0)
+    assert guest.isolation.after_validation == "run"
+    assert guest.console.log is None
+
+
+def test_full_file(folder: Path) -> None:
+    guest = load_text(folder, FULL)
+
+    assert guest.memory.size == 512 << 20
+    assert guest.memory.prefault is False
+    assert guest.memory.backing == "ordinary"
+    assert (guest.cpu.count, guest.cpu.model) == (4, "max,-avx")
+    assert (guest.machine.type, guest.machine.accel) == ("q35", "tcg")
+    assert guest.boot.kernel == folder / "vmlinuz"
+    assert guest.boot.initrd == folder / "images/initrd.img"
+    assert guest.boot.cmdline == "console=ttyS0"
+    assert (guest.isolation.validate_at, guest.isolation.on_exposed) == ("never", "warn")
+    assert (guest.isolation.ready, guest.isolation.ready_timeout_s) == ("login:", 120.0)
+    assert guest.isolation.after_validation == "powerdown"
+    assert guest.console.log == folder / "logs/console.log"
+
+
+def test_firmware_alone(folder: Path) -> None:
+    guest = load_text(folder, MINIMAL.replace('kernel = "vmlinuz"', 'firmware = "OVMF.fd"'))
+    assert (guest.boot.kernel, guest.boot.firmware) == (None, folder / "OVMF.fd")
+
+
+def test_paths_start_from_the_folder_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "guest.toml").write_text(FULL)
+    monkeypatch.chdir(folder.parent)
+
+    guest = load(Path(folder.name) / "guest.toml")
+
+    assert guest.boot.kernel == folder / "vmlinuz"
+    assert guest.console.log == folder / "logs/console.log"
+
+
+def test_absolute_paths_stay(folder: Path, tmp_path: Path) -> None:
+    guest = load_text(tmp_path, MINIMAL.replace("vmlinuz", str(folder / "vmlinuz")))
+    assert guest.boot.kernel == folder / "vmlinuz"
+
+
+def test_a_config_is_frozen(folder: Path) -> None:
+    guest = load_text(folder, MINIMAL)
+    with pytest.raises(ValidationError):
+        guest.cpu.count = 2
+
+
+def test_without_a_folder_no_file_is_looked_at() -> None:
+    guest = GuestConfig.model_validate(tomllib.loads(FULL))
+    assert guest.boot.kernel == Path("vmlinuz")
+    assert guest.console.log == Path("logs/console.log")
+
+
+@pytest.mark.parametrize("name", ["a", "0", "web-1.example", "a" * 63])
+def test_good_names(folder: Path, name: str) -> None:
+    assert load_text(folder, MINIMAL.replace("demo", name)).name == name
+
+
+@pytest.mark.parametrize("model", ["max", "qemu64", "Skylake-Server-v1,+pdpe1gb", "max,hv-vendor-id=x_y"])
+def test_good_cpu_models(folder: Path, model: str) -> None:
+    assert load_text(folder, f'{MINIMAL}[cpu]\nmodel = "{model}"').cpu.model == model
+
+
+# Sizes and durations
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("1MiB", 1 << 20), ("1028KiB", 1028 << 10), ("3GiB", 3 << 30), ("16TiB", 16 << 40)],
+)
+def test_sizes(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "1", "256MB", "256 MiB", "1.5GiB", "-1MiB", "+1MiB", "256mib", "1MiB\n", "\u0661MiB", "1" * 5000 + "MiB"),
+        *("0MiB", "1020KiB", "17TiB", "1025KiB", "999999999999999TiB"),
+    ],
+)
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="; write "):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("60s", 60.0), ("2min", 120.0), ("24h", 86400.0)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "60", "60 s", "1m", "1.5s", "-1s", "1s\n", "0s", "0ms", "25h", "9" * 5000 + "s"])
+def test_bad_durations(text: str) -> None:
+    with pytest.raises(ValueError, match="; write "):
+        parse_duration(text)
+
+
+# One wrong value each: the rest of the file is good, so exactly one error is due, at this line.
+
+BOOT = '[boot]\nkernel = "vmlinuz"\n'
+MEMORY = '[memory]\nsize = "256MiB"\n'
+TABLES = "[memory], [cpu], [machine], [boot], [isolation], [console]"
+FILE_ADVICE = "write the path of a file that you may read, absolute or from the guest file's folder"
+NAME_ADVICE = (
+    'write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."'  # shared by the rows
+)
+
+WRONG: list[tuple[str, str]] = [
+    # name
+    (MEMORY + BOOT, 'guest.toml: name: missing; write name = "demo"'),
+    (f"name = 7\n{MEMORY}{BOOT}", 'guest.toml:1: name: 7 is an integer; write a string in quotes, like "demo"'),
+    (
+        f"name = 1979-05-27\n{MEMORY}{BOOT}",
+        'guest.toml:1: name: is a date or time; write a string in quotes, like "demo"',
+    ),
+    *(
+        (f"name = '{name}'\n{MEMORY}{BOOT}", f'guest.toml:1: name: "{name}" is not a guest name; {NAME_ADVICE}')
+        for name in ("", "Demo", "a/b", "..", "a..b", ".a", "-a", "a b", "a" * 64)
+    ),
+    (
+        f'name = "d\\u001b[31m\\u00e9\\u007f\\n"\n{MEMORY}{BOOT}',
+        f'guest.toml:1: name: "d\\u001b[31m\\u00e9\\u007f\\n" is not a guest name; {NAME_ADVICE}',
+    ),
+    (
+        f'name = "{"A" * 500}"\n{MEMORY}{BOOT}',
+        f'guest.toml:1: name: "{"A" * 77}..." is not a guest name; {NAME_ADVICE}',
+    ),
+    # memory
+    (
+        'name = "a"\n' + BOOT,
+        'guest.toml: memory: the table is missing; write [memory] and under it size = "256MiB"',
+    ),
+    (
+        f'name = "a"\nmemory = "256MiB"\n{BOOT}',
+        'guest.toml:2: memory: "256MiB" is a string; write a table: [memory] and its keys under it',
+    ),
+    (
+        f'name = "a"\n[[memory]]\nsize = "256MiB"\n{BOOT}',
+        "guest.toml:2: memory: is an array; write a table: [memory] and its keys under it",
+    ),
+    (f'name = "a"\n\n[memory]\n{BOOT}', 'guest.toml:3: memory.size: missing; write size = "256MiB"'),
+    (
+        f'name = "a"\n[memory]\n\n# a comment\nsize = "256MB"\n{BOOT}',
+        'guest.toml:5: memory.size: "256MB" is not a size; write it like "256MiB" (KiB, MiB, GiB or TiB)',
+    ),
+    (
+        f'name = "a"\n[memory]\nsize = 268435456\n{BOOT}',
+        'guest.toml:3: memory.size: 268435456 is an integer; write a size in quotes, like "256MiB"',
+    ),
+    (
+        f'name = "a"\n[memory]\nsize = true\n{BOOT}',
+        'guest.toml:3: memory.size: true is a boolean; write a size in quotes, like "256MiB"',
+    ),
+    (
+        f'name = "a"\n[memory]\nsize = "1020KiB"\n{BOOT}',
+        'guest.toml:3: memory.size: "1020KiB" is out of range; write "1MiB" to "16TiB"',
+    ),
+    (
+        f'name = "a"\nmemory.size = "17TiB"\n{BOOT}',
+        'guest.toml:2: memory.size: "17TiB" is out of range; write "1MiB" to "16TiB"',
+    ),
+    (
+        f'name = "a"\n[ "memory" ]\n\'size\' = "1025KiB"\n{BOOT}',
+        'guest.toml:3: memory.size: "1025KiB" is not a multiple of 4KiB, the size of a page; write whole pages',
+    ),
+    (
+        f'name = "a"\nmemory = {{ prefault = true, size = [] }}\n{BOOT}',
+        'guest.toml:2: memory.size: is an array; write a size in quotes, like "256MiB"',
+    ),
+    (
+        f'name = "a"\n{MEMORY}prefault = "yes"\n{BOOT}',
+        'guest.toml:4: memory.prefault: "yes" is a string; write a boolean without quotes: true or false',
+    ),
+    (
+        f'name = "a"\n{MEMORY}prefault = 1\n{BOOT}',
+        "guest.toml:4: memory.prefault: 1 is an integer; write a boolean without quotes: true or false",
+    ),
+    (
+        f'name = "a"\n{MEMORY}backing = "hugetlb"\n{BOOT}',
+        'guest.toml:4: memory.backing: is "hugetlb"; write "secret" or "ordinary"',
+    ),
+    # cpu
+    (
+        f'{MINIMAL}[cpu]\ncount = "2"\n',
+        'guest.toml:9: cpu.count: "2" is a string; write an integer without quotes, like 1',
+    ),
+    (
+        f"{MINIMAL}[cpu]\ncount = true\n",
+        "guest.toml:9: cpu.count: true is a boolean; write an integer without quotes, like 1",
+    ),
+    (
+        f"{MINIMAL}[cpu]\ncount = 2.0\n",
+        "guest.toml:9: cpu.count: 2.0 is a float; write an integer without quotes, like 1",
+    ),
+    (f"{MINIMAL}[cpu]\ncount = 0\n", "guest.toml:9: cpu.count: 0 is too small; write 1 or more"),
+    (f"{MINIMAL}[cpu]\ncount = 256\n", "guest.toml:9: cpu.count: 256 is too large; write 255 or less"),
+    (
+        f"{MINIMAL}[cpu]\ncount = 0x{'f' * 9999}\n",
+        "guest.toml:9: cpu.count: a huge number is too large; write 255 or less",
+    ),
+    *(
+        (
+            f"{MINIMAL}[cpu]\nmodel = '{model}'\n",
+            f'guest.toml:9: cpu.model: "{model}" is not a CPU model; '
+            'write it like "max", with features like "max,-avx"',
+        )
+        for model in ("", "-cpu", ",max", "max max", "max;id", "max/x")
+    ),
+    # machine
+    (f'{MINIMAL}[machine]\ntype = "pc"\n', 'guest.toml:9: machine.type: is "pc"; write "q35"'),
+    (f'{MINIMAL}[machine]\naccel = "xen"\n', 'guest.toml:9: machine.accel: is "xen"; write "auto", "tcg" or "kvm"'),
+    (f"{MINIMAL}[machine]\naccel = {{}}\n", 'guest.toml:9: machine.accel: is a table; write "auto", "tcg" or "kvm"'),
+    # boot
+    (
+        f'name = "a"\n{MEMORY}',
+        'guest.toml: boot: the table is missing; write [boot] and under it kernel = "vmlinuz"',
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\n',
+        'guest.toml:4: boot: has neither kernel nor firmware; write one of them, like kernel = "vmlinuz"',
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\ninitrd = "images/initrd.img"\n',
+        'guest.toml:4: boot: has neither kernel nor firmware; write one of them, like kernel = "vmlinuz"',
+    ),
+    (
+        f'{MINIMAL}firmware = "OVMF.fd"\n',
+        "guest.toml:8: boot.firmware: does not go with kernel; keep one of the two",
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\nfirmware = "OVMF.fd"\ninitrd = "images/initrd.img"\n',
+        "guest.toml:6: boot.initrd: goes with a kernel, not with firmware; remove it, or boot a kernel",
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\nfirmware = "OVMF.fd"\ncmdline = ""\n',
+        "guest.toml:6: boot.cmdline: goes with a kernel, not with firmware; remove it, or boot a kernel",
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\nkernel = "bzImage"\n',
+        f"guest.toml:5: boot.kernel: bzImage: no such file or directory; {FILE_ADVICE}",
+    ),
+    (
+        f'{MINIMAL}initrd = "images"\n',
+        f"guest.toml:8: boot.initrd: images: is a folder, not a file; {FILE_ADVICE}",
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\nfirmware = "fifo"\n',
+        f"guest.toml:5: boot.firmware: fifo: is not a regular file; {FILE_ADVICE}",
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\nkernel = "/dev/zero"\n',
+        f"guest.toml:5: boot.kernel: /dev/zero: is not a regular file; {FILE_ADVICE}",
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\nkernel = ""\n',
+        'guest.toml:5: boot.kernel: "" is not a path; write the path of a file',
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\nkernel = "a\\u0000b"\n',
+        'guest.toml:5: boot.kernel: "a\\u0000b" is not a path; write the path of a file',
+    ),
+    (
+        f'name = "a"\n{MEMORY}[boot]\nkernel = ["vmlinuz"]\n',
+        'guest.toml:5: boot.kernel: is an array; write a path in quotes, like "vmlinuz"',
+    ),
+    (
+        f'{MINIMAL}cmdline = "a\\nb"\n',
+        'guest.toml:8: boot.cmdline: "a\\nb" has characters that are not printable; write it as one line of plain text',
+    ),
+    (
+        f'{MINIMAL}cmdline = "{"x" * 2048}"\n',
+        "guest.toml:8: boot.cmdline: is longer than 2047 bytes, of which Linux cuts the rest; write a shorter one",
+    ),
+    (
+        f"{MINIMAL}cmdline = 1\n",
+        'guest.toml:8: boot.cmdline: 1 is an integer; write a string in quotes, like "console=ttyS0"',
+    ),
+    # isolation
+    (
+        f'{MINIMAL}[isolation]\nvalidate = "always"\n',
+        'guest.toml:9: isolation.validate: is "always"; write "boot" or "never"',
+    ),
+    (
+        f"{MINIMAL}[isolation]\nvalidate = false\n",
+        'guest.toml:9: isolation.validate: is false; write "boot" or "never"',
+    ),
+    (
+        f'{MINIMAL}[isolation]\non-exposed = "ignore"\n',
+        'guest.toml:9: isolation.on-exposed: is "ignore"; write "kill" or "warn"',
+    ),
+    (
+        f'{MINIMAL}[isolation]\nafter-validation = "reboot"\n',
+        'guest.toml:9: isolation.after-validation: is "reboot"; write "run" or "powerdown"',
+    ),
+    (
+        f"{MINIMAL}[isolation]\nready = 1\n",
+        'guest.toml:9: isolation.ready: 1 is an integer; write a string in quotes, like "login:"',
+    ),
+    (
+        f'{MINIMAL}[isolation]\nready = " "\n',
+        "guest.toml:9: isolation.ready: is blank, which any output matches; "
+        "write text that the guest prints once, or leave ready out",
+    ),
+    (
+        f'{MINIMAL}[isolation]\nready = """a\nb"""\n',
+        'guest.toml:9: isolation.ready: "a\\nb" has characters that are not printable; '
+        "write it as one line of plain text",
+    ),
+    (
+        f"{MINIMAL}[isolation]\nready-timeout = 60\n",
+        'guest.toml:9: isolation.ready-timeout: 60 is an integer; write a duration in quotes, like "60s"',
+    ),
+    (
+        f'{MINIMAL}[isolation]\nready-timeout = "60"\n',
+        'guest.toml:9: isolation.ready-timeout: "60" is not a duration; write it like "60s" (ms, s, min or h)',
+    ),
+    (
+        f'{MINIMAL}[isolation]\nready-timeout = "0s"\n',
+        'guest.toml:9: isolation.ready-timeout: "0s" is out of range; write "1ms" to "24h"',
+    ),
+    # console
+    (
+        f'{MINIMAL}[console]\nlog = "nowhere/console.log"\n',
+        "guest.toml:9: console.log: nowhere/console.log: its folder does not exist; "
+        "make the folder, or write another path",
+    ),
+    (
+        f'{MINIMAL}[console]\nlog = "logs"\n',
+        "guest.toml:9: console.log: logs: is a folder; write the path of a file in it",
+    ),
+    (
+        f'{MINIMAL}[console]\nlog = "logs/a\\u0000"\n',
+        'guest.toml:9: console.log: "logs/a\\u0000" is not a path; write the path of a file',
+    ),
+    # unknown keys and tables
+    (
+        f'name = "a"\n{MEMORY}prefualt = true\n{BOOT}',
+        'guest.toml:4: memory.prefualt: unknown key "prefualt"; did you mean "prefault"?',
+    ),
+    (f"{MINIMAL}[memory.sise]\n", 'guest.toml:8: memory.sise: unknown key "sise"; did you mean "size"?'),
+    (
+        f"{MINIMAL}[isolation]\non_exposed = 1\n",
+        'guest.toml:9: isolation.on_exposed: unknown key "on_exposed"; did you mean "on-exposed"?',
+    ),
+    (
+        f"{MINIMAL}[isolation]\nvalidate_at = 1\n",
+        'guest.toml:9: isolation.validate_at: unknown key "validate_at"; did you mean "validate"?',
+    ),
+    (
+        f"{MINIMAL}[cpu]\nzzz = 1\n",
+        'guest.toml:9: cpu.zzz: unknown key "zzz"; known here are "count", "model"',
+    ),
+    (f"{MINIMAL}[CONSOLE]\n", "guest.toml:8: CONSOLE: unknown table [CONSOLE]; did you mean [console]?"),
+    (
+        f"{MINIMAL}[zzz]\n",
+        f'guest.toml:8: zzz: unknown table [zzz]; known here are "name", {TABLES}',
+    ),
+    (
+        f"accel = 1\n{MINIMAL}",
+        'guest.toml:1: accel: unknown key "accel" here; "accel" belongs under [machine]',
+    ),
+    (
+        f'name = "a"\n{MEMORY}name = "a"\n{BOOT}',
+        'guest.toml:4: memory.name: unknown key "name" here; '
+        '"name" belongs at the top of the file, before the first table',
+    ),
+    (
+        f'"a\\nb" = 1\n{MINIMAL}',
+        f'guest.toml:1: "a\\nb": unknown key "a\\nb"; known here are "name", {TABLES}',
+    ),
+    # not built yet
+    (f"{MINIMAL}[[disk]]\n", f"guest.toml:8: disk: [[disk]] is not built yet; the tables so far are {TABLES}"),
+    (f"{MINIMAL}[[nic]]\n", f"guest.toml:8: nic: [[nic]] is not built yet; the tables so far are {TABLES}"),
+    (f"{MINIMAL}[[share]]\n", f"guest.toml:8: share: [[share]] is not built yet; the tables so far are {TABLES}"),
+    (f"{MINIMAL}[qmp]\n", f"guest.toml:8: qmp: [qmp] is not built yet; the tables so far are {TABLES}"),
+    (f"{MINIMAL}[process]\n", f"guest.toml:8: process: [process] is not built yet; the tables so far are {TABLES}"),
+    (
+        f'{MINIMAL}[isolation]\nevery = "1h"\n',
+        f"guest.toml:9: isolation.every: every is not built yet; the tables so far are {TABLES}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG, ids=[message[:70] for _, message in WRONG])
+def test_a_wrong_file_says_where_and_what_to_do(folder: Path, text: str, message: str) -> None:
+    assert message_of(folder, text) == message
+
+
+def refuse(path: Path) -> None:
+    """Stands in for opening a file that we may not read: root may read any."""
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_an_unreadable_kernel_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "open_regular", refuse)
+    assert message_of(folder, MINIMAL) == f"guest.toml:7: boot.kernel: vmlinuz: permission denied; {FILE_ADVICE}"
+
+
+def test_all_errors_are_shown_at_once_in_the_order_of_the_file(folder: Path) -> None:
+    text = """\
+[boot]
+kernel = "gone"
+firmware = "gone.fd"
+kernle = 1
+
+[memory]
+size = "256MB"
+prefault = "no"
+
+[[disk]]
+path = "root.luks"
+
+[cpu]
+count = 0
+"""
+    assert [line.split(";")[0] for line in message_of(folder, text).split("\n")] == [
+        "guest.toml:2: boot.kernel: gone: no such file or directory",
+        "guest.toml:3: boot.firmware: does not go with kernel",
+        "guest.toml:3: boot.firmware: gone.fd: no such file or directory",
+        'guest.toml:4: boot.kernle: unknown key "kernle"',
+        'guest.toml:7: memory.size: "256MB" is not a size',
+        'guest.toml:8: memory.prefault: "no" is a string',
+        "guest.toml:10: disk: [[disk]] is not built yet",
+        "guest.toml:14: cpu.count: 0 is too small",
+        "guest.toml: name: missing",
+    ]
+
+
+def test_every_error_has_a_hint(folder: Path) -> None:
+    assert error_of(folder, "a = 1").hint == "`vmmback schema` describes every table and key"
+    assert error_of(folder, "a = 1").exit_code == 2
+
+
+# Files that are no guest files
+
+NOT_TOML: list[tuple[str, str]] = [
+    ("name = demo", "guest.toml:1:8: not TOML: Invalid value; text needs quotes"),
+    ('\nname = "a" b', "guest.toml:2:12: not TOML: Expected newline or end of document after a statement"),
+    ('name = "a"\nname = "b"\n', "guest.toml:2:11: not TOML: Cannot overwrite a value; a key is written twice"),
+    ("[cpu]\n[cpu]\n", "guest.toml:2:5: not TOML: Cannot declare ('cpu',) twice; a table is written twice"),
+    ("name", "guest.toml: not TOML, at the end of the file: Expected '=' after a key in a key/value pair; write a"),
+    ('name = "a\n', "guest.toml:1:10: not TOML: Illegal character '\\n'; close the string"),
+    ('name = """a\n', "guest.toml: not TOML, at the end of the file: Unterminated string; close it"),
+    ("= 1", "guest.toml:1:1: not TOML: Invalid statement; write a key"),
+    ("a = '\x1b'", "guest.toml:1:6: not TOML: Found invalid character '\\x1b'"),
+    ("['é']\n['é']", "guest.toml:2:5: not TOML: Cannot declare ('\\xe9',) twice"),
+    ("a = " + "[" * 5000, "guest.toml: is nested too deeply"),
+    ("a = " + "{a=" * 5000, "guest.toml: is nested too deeply"),
+    ("a = " + "9" * 5000, "guest.toml: has a number of too many digits"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NOT_TOML, ids=[message[:60] for _, message in NOT_TOML])
+def test_not_toml(folder: Path, text: str, message: str) -> None:
+    error = error_of(folder, text)
+    assert error.message.replace(f"{folder}/", "").startswith(message)
+    assert error.hint
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n"])
+def test_an_empty_file_is_shown_the_smallest_one(folder: Path, text: str) -> None:
+    error = error_of(folder, text)
+    assert error.message == f"{folder}/guest.toml: is empty"
+    assert load_text(folder, error.hint.split(":\n", 1)[1]).name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'name = "a"\n# \xff\n', "guest.toml:2: is not UTF-8 text"),
+        (MINIMAL.encode("utf-16-le"), "guest.toml:1: has a NUL byte"),
+        (b"\n\n\0", "guest.toml:3: has a NUL byte"),
+        (b"\xef\xbb\xbf" + MINIMAL.encode(), "guest.toml: starts with a byte order mark (BOM)"),
+        (b"#" * ((1 << 20) + 1), "guest.toml: is larger than 1 MiB"),
+    ],
+)
+def test_bytes_that_are_no_guest_file(folder: Path, data: bytes, message: str) -> None:
+    error = error_of(folder, data)
+    assert error.message == f"{folder}/{message}"
+    assert error.hint
+
+
+def test_a_file_of_exactly_one_mebibyte_is_read(folder: Path) -> None:
+    assert load_text(folder, MINIMAL + "#" * ((1 << 20) - len(MINIMAL))).name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("gone.toml", "no such file or directory"),
+        ("images", "is a folder, not a file"),
+        ("fifo", "is not a regular file"),
+        ("vmlinuz/guest.toml", "not a directory"),
+        ("a\0b", "is not a path that a file can have"),
+        ("x" * 300, "file name too long"),
+        ("/dev/zero", "is not a regular file"),
+        ("\x1b[31m\udcff", "no such file or directory"),
+    ],
+)
+def test_paths_that_are_no_guest_file(folder: Path, name: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=f": {problem}$") as raised:
+        load(folder / name)
+    assert re.fullmatch(r"[ -~]+", raised.value.message)
+    assert raised.value.hint
+
+
+def test_a_socket_is_no_guest_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)  # the address of a socket is short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        with pytest.raises(ConfigError, match=r"^socket: is not a regular file$"):
+            load(Path("socket"))
+
+
+def test_an_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toml_errors, "open_regular", refuse)
+    assert message_of(folder, MINIMAL) == "guest.toml: permission denied"
+
+
+# Lines
+
+
+def test_key_lines() -> None:
+    text = '''\
+top = 1
+a.b = 2
+"quo ted".'x' = 3
+inline = { one = 1, two = { three = 3 } }
+long = """
+[not.a.table]
+not_a_key = 1
+"""
+array = [
+  # ] a comment
+  "]", "x = 1",
+]
+  [ table ] # comment
+key = 1
+[table.sub]
+key = 2
+[[list]]
+key = 3
+[[list]]
+key = 4
+'''
+    assert key_lines(text) == {
+        ("top",): 1,
+        ("a",): 2,
+        ("a", "b"): 2,
+        ("quo ted",): 3,
+        ("quo ted", "x"): 3,
+        ("inline",): 4,
+        ("inline", "one"): 4,
+        ("inline", "two"): 4,
+        ("inline", "two", "three"): 4,
+        ("long",): 5,
+        ("array",): 9,
+        ("table",): 13,
+        ("table", "key"): 14,
+        ("table", "sub"): 15,
+        ("table", "sub", "key"): 16,
+        ("list",): 17,
+        ("list", "key"): 18,
+    }
+
+
+def test_key_lines_with_windows_line_ends() -> None:
+    assert key_lines("a = 1\r\n[b]\r\nc = '''\r\nx'''\r\nd = 1\r\n")["b", "d"] == 5
+
+
+def test_an_error_behind_a_very_long_value_has_no_line(folder: Path) -> None:
+    text = f"{MINIMAL}[cpu]\nmodel = [" + "\n" * 300 + "]\ncount = 0\n"
+    assert "guest.toml: cpu.count: 0 is too small; write 1 or more" in message_of(folder, text).split("\n")
+
+
+def test_a_key_of_very_many_parts(folder: Path) -> None:
+    assert message_of(folder, MINIMAL + "a." * 2000 + "b = 1").startswith('guest.toml:8: boot.a: unknown key "a";')
+
+
+# Schema
+
+
+def tables_of(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The schema of each table, by the table's name in TOML; the top of the file is ""."""
+    found = {"": schema}
+    for key, value in schema["properties"].items():
+        if "$ref" in value:
+            found[key] = schema["$defs"][value["$ref"].removeprefix("#/$defs/")]
+    return found
+
+
+def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
+    tables = tables_of(json_schema())
+
+    assert {name: set(table["properties"]) for name, table in tables.items()} == {
+        "": {"name", "memory", "cpu", "machine", "boot", "isolation", "console"},
+        "memory": {"size", "prefault", "backing"},
+        "cpu": {"count", "model"},
+        "machine": {"type", "accel"},
+        "boot": {"kernel", "initrd", "cmdline", "firmware"},
+        "isolation": {"validate", "on-exposed", "ready", "ready-timeout", "after-validation"},
+        "console": {"log"},
+    }
+    assert tables[""]["required"] == ["name", "memory", "boot"]
+    assert tables["memory"]["required"] == ["size"]
+
+
+def test_the_schema_forbids_unknown_keys_and_describes_all() -> None:
+    schema = json_schema()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    for table in tables_of(schema).values():
+        assert table["additionalProperties"] is False
+        assert table["title"]
+        assert table["description"]
+        for value in table["properties"].values():
+            assert "$ref" in value or (value["title"] and value["description"])
+    assert "null" not in str(schema)  # TOML has none
+    assert "None" not in str(schema)
+
+
+def test_the_schema_writes_sizes_and_durations_as_text() -> None:
+    tables = tables_of(json_schema())
+    size, timeout = tables["memory"]["properties"]["size"], tables["isolation"]["properties"]["ready-timeout"]
+
+    assert size["type"] == timeout["type"] == "string"
+    assert re.search(size["pattern"], "256MiB")
+    assert not re.search(size["pattern"], "256MB")
+    assert timeout["default"] == "120s"
+    assert re.search(timeout["pattern"], timeout["default"])
+
+
+def test_the_schema_agrees_with_the_full_file() -> None:
+    tables = tables_of(json_schema())
+    types = {"string": str, "integer": int, "boolean": bool}
+    for name, values in tomllib.loads(FULL).items():
+        fields = values if isinstance(values, dict) else {name: values}
+        for key, value in fields.items():
+            field = tables[name if isinstance(values, dict) else ""]["properties"][key]
+            assert type(value) is types[field["type"]]
+            assert re.search(field.get("pattern", ""), str(value))
+            assert value in field.get("enum", [value])
+
+
+def test_each_default_of_the_schema_is_what_a_file_without_the_key_means(folder: Path) -> None:
+    lines = [MINIMAL]
+    for name, table in tables_of(json_schema()).items():
+        defaults = {key: value["default"] for key, value in table["properties"].items() if "default" in value}
+        lines += [
+            f"{name}.{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
+            for key, value in defaults.items()
+        ]
+    dotted = "\n".join(['name = "demo"', 'memory.size = "256MiB"', 'boot.kernel = "vmlinuz"', *lines[1:]])
+    assert load_text(folder, dotted) == load_text(folder, MINIMAL)
+
+
+# Properties: whatever a file holds, it is a GuestConfig or a ConfigError, never another exception.
+
+
+def check_total(folder: Path, data: str | bytes) -> None:
+    try:
+        load_text(folder, data)
+    except ConfigError as error:
+        check_wording(folder, error)
+
+
+def check_wording(folder: Path, error: ConfigError) -> None:
+    """Plain lines of printable ASCII, that name the file and never speak pydantic."""
+    assert error.hint
+    for line in error.message.split("\n"):
+        assert re.fullmatch(r"[ -~]+", line)
+        assert line.startswith(f"{folder}/guest.toml:")
+        assert "Input should" not in line
+        assert "pydantic" not in line
+        assert "cannot stand here" not in line  # what is said of an error that has no words yet
+
+
+quick = settings(
+    max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+no_surrogates = st.characters(exclude_categories=["Cs"])
+
+
+@quick
+@given(text=st.text(no_surrogates))
+def test_any_text(folder: Path, text: str) -> None:
+    check_total(folder, text)
+
+
+@quick
+@given(data=st.binary())
+def test_any_bytes(folder: Path, data: bytes) -> None:
+    check_total(folder, data)
+
+
+@quick
+@given(start=st.integers(0, len(FULL)), length=st.integers(0, 30), put=st.text(string.printable, max_size=10))
+def test_any_edit_of_a_good_file(folder: Path, start: int, length: int, put: str) -> None:
+    check_total(folder, FULL[:start] + put + FULL[start + length :])
+
+
+def toml_string(text: str) -> str:
+    return '"' + "".join(f"\\U{ord(character):08x}" for character in text) + '"'
+
+
+toml_values = st.recursive(
+    st.one_of(
+        st.text(no_surrogates, max_size=8).map(toml_string),
+        st.sampled_from(['"256MiB"', '"1s"', '"vmlinuz"', '"/proc/self/mem"', '"/"', "07:32:00", "1979-05-27"]),
+        st.integers().map(str),
+        st.floats().map(lambda value: str(value).replace("e", ".0e") if "." not in str(value) else str(value)),
+        st.booleans().map(lambda value: str(value).lower()),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]"),
+        st.lists(inner, max_size=3).map(
+            lambda items: "{" + ", ".join(f"k{i} = {item}" for i, item in enumerate(items)) + "}"
+        ),
+    ),
+    max_leaves=5,
+)
+
+
+@quick
+@given(line=st.sampled_from([line for line in FULL.split("\n") if " = " in line]), value=toml_values)
+def test_any_value_of_any_key(folder: Path, line: str, value: str) -> None:
+    check_total(folder, FULL.replace(line, f"{line.split(' = ')[0]} = {value}"))
+
+
+@quick
+@given(header=st.sampled_from(["", "[memory]", "[boot]", "[x]"]), key=st.text(no_surrogates), value=toml_values)
+def test_any_unknown_key(folder: Path, header: str, key: str, value: str) -> None:
+    check_total(folder, f"{header}\n{toml_string(key)} = {value}\n")

@@ -1,0 +1,1 @@
+"""Guest RAM that the host kernel itself cannot see, for unmodified QEMU, with a proof that it cannot."""

@@ -1,0 +1,5 @@
+"""`python -m vmmback`."""
+
+from vmmback.cli import main
+
+main()

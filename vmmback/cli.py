@@ -1,0 +1,253 @@
+"""The command line: the only module that prints or exits. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import codecs
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vmmback.errors import VmmbackError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress, TaskID
+
+    from vmmback.report import IsolationReport
+
+EXIT_EXPOSED, EXIT_INCONCLUSIVE = 5, 8
+
+_COLOURS = {
+    "blocked": "green",
+    "isolated": "bold green",
+    "readable": "red",
+    "exposed": "bold red",
+    "inconclusive": "yellow",
+}
+
+
+def main() -> None:
+    """Run the command line, and turn an error into one message and its exit code."""
+    try:
+        commands.main(prog_name="vmmback")
+    except VmmbackError as error:
+        click.echo(f"vmmback: error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"vmmback: hint: {error.hint}", err=True)
+        sys.exit(error.exit_code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="vmmback", message="%(prog)s %(version)s")
+def commands() -> None:
+    r"""Guest RAM that the host kernel itself cannot see, for unmodified QEMU, with a proof that it cannot.
+
+    \b
+    Example:
+      vmmback launch configs/demo.toml
+    """
+
+
+@commands.command(
+    epilog="Exit codes: 0 isolated, 2 wrong file or argument, 3 host cannot do it, 4 not enough memory, "
+    "5 exposed, 6 QEMU failed, 8 inconclusive, 128 + signal when stopped before the guest ran."
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
+@click.option("--validate/--no-validate", default=True, help="Run the probes (the default), or only the guest.")
+def launch(file: Path, as_json: bool, validate: bool) -> None:
+    r"""Run the guest of FILE on secret RAM until it ends, and report what was measured.
+
+    Ctrl-C presses the guest's power button; again, it tells QEMU to quit; once more, it kills it.
+
+    \b
+    Example:
+      vmmback launch configs/demo.toml --json | jq .verdict
+    """
+    import asyncio
+
+    from vmmback import config
+    from vmmback.launch import Stop
+    from vmmback.launch import launch as run
+
+    guest = config.load(file)
+    validate = validate and guest.isolation.validate_at == "boot"
+    screen = _Screen(as_json=as_json)
+
+    async def supervise() -> IsolationReport:
+        stop = Stop()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(signum, stop.request, signum)
+        return await run(guest, screen, stop, validate=validate)
+
+    try:
+        report = asyncio.run(supervise())
+    finally:
+        screen.close()
+    screen.finished(report)
+    if report.verdict == "exposed":
+        sys.exit(EXIT_EXPOSED)
+    if report.verdict == "inconclusive" and validate:
+        sys.exit(EXIT_INCONCLUSIVE)
+
+
+@commands.command()
+def schema() -> None:
+    r"""Print the JSON Schema of guest.toml, for editors and checkers.
+
+    \b
+    Example:
+      vmmback schema > guest.schema.json
+    """
+    import json
+
+    from vmmback import config
+
+    click.echo(json.dumps(config.json_schema(), indent=2))
+
+
+class _Screen:
+    """What a launch shows: the guest's console and the report on standard output, progress and notes on standard error.
+
+    With `as_json` standard output carries the report's JSON alone.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._console_out = sys.stderr if as_json else sys.stdout
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_line_start = True
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._validated_rows = 0
+
+    def prefaulted(self, done: int, size: int) -> None:
+        if not sys.stderr.isatty():
+            if done == size:
+                self.note(f"{size >> 20} MiB of RAM are prefaulted")
+            return
+        if self._progress is None:
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            columns = (TextColumn("prefault"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+            self._progress = Progress(*columns, console=_rich(sys.stderr))
+            self._task = self._progress.add_task("prefault", total=size)
+            self._progress.start()
+        assert self._task is not None
+        self._progress.update(self._task, completed=done)
+        if done == size:
+            self.close()
+
+    def console(self, data: bytes) -> None:
+        # A guest must not command the operator's terminal: what is not text is left out. The log has it all.
+        text = "".join(c for c in self._decoder.decode(data) if c.isprintable() or c in "\n\t")
+        if text:
+            self._at_line_start = text.endswith("\n")
+            with suppress(OSError):  # the terminal or the pipe is gone; the guest goes on
+                self._console_out.write(text)
+                self._console_out.flush()
+
+    def note(self, message: str) -> None:
+        self._fresh_line()
+        with suppress(OSError):
+            click.echo(f"vmmback: {message}", err=True)
+
+    def validated(self, report: IsolationReport) -> None:
+        if self._as_json:
+            self.note(f"guest {report.guest} is {report.verdict.value} while it runs")
+            return
+        self._fresh_line()
+        self._validated_rows = len(report.probes)
+        self._print(*_tables(report))
+
+    def finished(self, report: IsolationReport) -> None:
+        self._fresh_line()
+        if self._as_json:
+            click.echo(report.model_dump_json(indent=2))
+        else:
+            self._print(*_end(report, self._validated_rows))
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _fresh_line(self) -> None:
+        if not self._at_line_start:
+            with suppress(OSError):
+                self._console_out.write("\n")
+                self._console_out.flush()
+            self._at_line_start = True
+
+    def _print(self, *parts: RenderableType) -> None:
+        with suppress(OSError):
+            console = _rich(sys.stdout)
+            for part in parts:
+                console.print(part)
+
+
+def _rich(stream: object) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False)  # type: ignore[arg-type]
+
+
+def _tables(report: IsolationReport) -> list[RenderableType]:
+    """Return what was found while the guest runs."""
+    from rich.table import Table
+    from rich.text import Text
+
+    blocks = Table("RAM block", "size", "backing", "guest can write", title_justify="left")
+    for block in report.ram_blocks:
+        blocks.add_row(block.name, _size(block.size), block.backing, "yes" if block.guest_writable else "no")
+    exposures = Table("exposure", "who holds the key", "what was measured")
+    for exposure in report.exposures:
+        exposures.add_row(exposure.name, exposure.holders, exposure.detail)
+    return [blocks, exposures, _probe_table(report, 0), *_verdict(report), Text()]
+
+
+def _end(report: IsolationReport, shown: int) -> list[RenderableType]:
+    """Return what the guest's end added to the `shown` rows, and the last word."""
+    return [*([_probe_table(report, shown)] if report.probes[shown:] else []), *_verdict(report)]
+
+
+def _probe_table(report: IsolationReport, start: int) -> RenderableType:
+    from rich.table import Table
+
+    table = Table("probe", "guest RAM", "control", "what was seen", "ms")
+    table.columns[4].justify = "right"
+    for probe in report.probes[start:]:
+        table.add_row(
+            probe.name,
+            _coloured(probe.verdict.value),
+            probe.control.value,
+            probe.detail,
+            f"{probe.seconds * 1000:.1f}",
+        )
+    return table
+
+
+def _verdict(report: IsolationReport) -> list[RenderableType]:
+    memory = report.memory
+    lines: list[RenderableType] = [
+        f"guest {report.guest}: {_size(memory.secret)} of {_size(memory.size)} secret, "
+        f"{memory.checked_pages} of {memory.size // 4096} pages checked, {memory.readable_pages} readable: "
+        + _coloured(report.verdict.value)
+    ]
+    lines += [f"  {reason}" for reason in report.reasons]
+    if report.validated_after:
+        lines.append(f"  validated after {report.validated_after}")
+    return lines
+
+
+def _coloured(verdict: str) -> str:
+    return f"[{_COLOURS[verdict]}]{verdict}[/]"
+
+
+def _size(size: int) -> str:
+    return f"{size >> 20} MiB" if size % (1 << 20) == 0 and size else f"{size >> 10} KiB"

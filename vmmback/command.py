@@ -1,0 +1,61 @@
+"""QEMU's command line, made from a guest's configuration: pure, so that tests can compare it as text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmmback.config import GuestConfig
+
+# The id of the memory backend, and so the name of QEMU's RAM block and the last part of its mem-path.
+RAM_ID = "ram0"
+
+
+@dataclass(frozen=True)
+class QemuCommand:
+    """What to execute, and the descriptors that it inherits."""
+
+    argv: tuple[str, ...]
+    descriptors: tuple[int, ...]
+
+
+def build(config: GuestConfig, qemu: Path, accel: str, mem_path: Path, qmp: int, serial: int) -> QemuCommand:
+    """Return the command for a guest that starts paused; `qmp` and `serial` are descriptors of connected sockets."""
+    backend = {
+        "qom-type": "memory-backend-file",
+        "id": RAM_ID,
+        "size": config.memory.size,
+        "mem-path": str(mem_path),
+        "share": True,  # mm/secretmem.c maps MAP_SHARED only
+        "merge": False,  # madvise(MADV_MERGEABLE) would split the VMA, to no use
+        "dump": False,
+    }
+    argv = [
+        str(qemu),
+        "-name", f"guest={config.name}",
+        "-S",
+        "-no-user-config",
+        "-nodefaults",
+        "-no-reboot",  # a boot is what was validated: the next one is another launch
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-machine", f"{config.machine.type},memory-backend={RAM_ID},mem-merge=off,dump-guest-core=off",
+        "-accel", accel,
+        "-cpu", config.cpu.model,
+        "-smp", str(config.cpu.count),
+        "-m", f"{config.memory.size}B",
+        "-object", json.dumps(backend),
+        "-display", "none",
+        "-vga", "none",  # video RAM would be ordinary memory that the guest can write to
+        "-chardev", f"socket,id=qmp,fd={qmp}",
+        "-mon", "chardev=qmp,mode=control",
+        "-chardev", f"socket,id=serial,fd={serial}",
+        "-serial", "chardev:serial",
+    ]  # fmt: skip
+    if config.boot.firmware:
+        argv += ["-bios", str(config.boot.firmware)]
+    if config.boot.kernel:
+        argv += ["-kernel", str(config.boot.kernel), "-append", config.boot.cmdline]
+    if config.boot.initrd:
+        argv += ["-initrd", str(config.boot.initrd)]
+    return QemuCommand(tuple(argv), (qmp, serial))

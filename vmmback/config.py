@@ -1,0 +1,385 @@
+"""guest.toml -> GuestConfig: what the user wants, checked and frozen. It knows nothing of what the host can do.
+
+Each field's description is its documentation; `json_schema` hands it to editors. Without a folder as validation context
+(`GuestConfig.model_validate(tables)`), paths are kept as written and no file is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import InitErrorDetails, core_schema
+
+from vmmback.errors import ConfigError
+from vmmback.toml_errors import Grammar, ascii_path, explain, open_regular, quote, read, why, wrong_type
+
+PAGE_BYTES = 4096
+MIN_MEMORY_BYTES = 1 << 20
+MAX_MEMORY_BYTES = 16 << 40
+MAX_DURATION_S = 24 * 3600
+MAX_CMDLINE_BYTES = 2047  # COMMAND_LINE_SIZE of Linux on x86 is 2048, with the NUL: arch/x86/include/asm/setup.h
+
+SMALLEST = """\
+name = "demo"
+
+[memory]
+size = "256MiB"
+
+[boot]
+kernel = "vmlinuz"
+"""
+
+_SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DURATION_UNITS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+_SIZE_PATTERN = "([0-9]{1,15})(KiB|MiB|GiB|TiB)"
+_DURATION_PATTERN = "([0-9]{1,15})(ms|s|min|h)"
+_NAME_PATTERN = r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{0,62}"
+# A comma only adds CPU properties ("max,-avx"): the whole text stays one argument of QEMU's.
+_CPU_MODEL_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.,+=-]{0,254}"
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as "256MiB". Raises ValueError unless it is whole pages, 1MiB to 16TiB."""
+    found = re.fullmatch(_SIZE_PATTERN, text)
+    if not found:
+        raise ValueError(f'{quote(text)} is not a size; write it like "256MiB" (KiB, MiB, GiB or TiB)')
+    size_bytes = int(found[1]) * _SIZE_UNITS[found[2]]
+    if not MIN_MEMORY_BYTES <= size_bytes <= MAX_MEMORY_BYTES:
+        raise ValueError(f'{quote(text)} is out of range; write "1MiB" to "16TiB"')
+    if size_bytes % PAGE_BYTES:
+        raise ValueError(f"{quote(text)} is not a multiple of 4KiB, the size of a page; write whole pages")
+    return size_bytes
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as "500ms" or "2min". Raises ValueError unless it is 1ms to 24h."""
+    found = re.fullmatch(_DURATION_PATTERN, text)
+    if not found:
+        raise ValueError(f'{quote(text)} is not a duration; write it like "60s" (ms, s, min or h)')
+    seconds = int(found[1]) * _DURATION_UNITS_S[found[2]]
+    if not 0 < seconds <= MAX_DURATION_S:
+        raise ValueError(f'{quote(text)} is out of range; write "1ms" to "24h"')
+    return seconds
+
+
+def _string(value: object, wanted: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (pydantic collects ValueError only)
+    return value
+
+
+def _size(value: object) -> int:
+    return parse_size(_string(value, 'a size in quotes, like "256MiB"'))
+
+
+def _duration(value: object) -> float:
+    return parse_duration(_string(value, 'a duration in quotes, like "60s"'))
+
+
+def _path(value: object, info: ValidationInfo) -> Path:
+    if isinstance(value, Path):
+        return value
+    text = _string(value, 'a path in quotes, like "vmlinuz"')
+    if not text or "\0" in text:
+        raise ValueError(f"{quote(text)} is not a path; write the path of a file")
+    return Path(text) if info.context is None else info.context / text
+
+
+def _input_file(value: object, info: ValidationInfo) -> Path:
+    """Return the path of a file that the guest needs; it must be regular and readable."""
+    path = _path(value, info)
+    if info.context is None:
+        return path
+    try:
+        open_regular(path).close()
+    except (OSError, ValueError) as error:
+        advice = "write the path of a file that you may read, absolute or from the guest file's folder"
+        raise ValueError(f"{ascii_path(path)}: {why(error)}; {advice}") from error
+    return path
+
+
+def _output_file(value: object, info: ValidationInfo) -> Path:
+    """Return the path of a file that is going to be written; its folder must be there."""
+    path = _path(value, info)
+    if info.context is None:
+        return path
+    try:
+        if path.is_dir():
+            raise ValueError(f"{ascii_path(path)}: is a folder; write the path of a file in it")
+        has_folder = path.parent.is_dir()
+    except OSError as error:
+        raise ValueError(f"{ascii_path(path)}: {why(error)}; write the path of a file that you may write") from error
+    if not has_folder:
+        raise ValueError(f"{ascii_path(path)}: its folder does not exist; make the folder, or write another path")
+    return path
+
+
+def _matching(pattern: str, wanted: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{quote(text)} is not {wanted}")
+        return text
+
+    return check
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{quote(text)} has characters that are not printable; write it as one line of plain text")
+    return text
+
+
+def _ready_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError(
+            "is blank, which any output matches; write text that the guest prints once, or leave ready out"
+        )
+    return _one_line(text)
+
+
+def _cmdline(text: str) -> str:
+    if len(text.encode()) > MAX_CMDLINE_BYTES:
+        raise ValueError(f"is longer than {MAX_CMDLINE_BYTES} bytes, of which Linux cuts the rest; write a shorter one")
+    return _one_line(text)
+
+
+GuestName = Annotated[
+    str,
+    AfterValidator(
+        _matching(
+            _NAME_PATTERN,
+            'a guest name; write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."',
+        )
+    ),
+    WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"}),
+]
+CpuModel = Annotated[
+    str,
+    AfterValidator(_matching(_CPU_MODEL_PATTERN, 'a CPU model; write it like "max", with features like "max,-avx"')),
+    WithJsonSchema({"type": "string", "pattern": f"^{_CPU_MODEL_PATTERN}$"}),
+]
+Size = Annotated[int, BeforeValidator(_size), WithJsonSchema({"type": "string", "pattern": f"^{_SIZE_PATTERN}$"})]
+Seconds = Annotated[
+    float, BeforeValidator(_duration), WithJsonSchema({"type": "string", "pattern": f"^{_DURATION_PATTERN}$"})
+]
+_PATH_SCHEMA = WithJsonSchema({"type": "string", "minLength": 1})
+InputFile = Annotated[Path | None, BeforeValidator(_input_file), _PATH_SCHEMA]
+OutputFile = Annotated[Path | None, BeforeValidator(_output_file), _PATH_SCHEMA]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Memory(_Table):
+    """The guest's RAM."""
+
+    size: Size = Field(
+        description="All of the guest's RAM, in whole pages of 4KiB, from 1MiB to 16TiB.", examples=["256MiB"]
+    )
+    prefault: bool = Field(
+        default=True,
+        description="Allocate every page before the guest starts, so that it cannot run out of memory later.",
+    )
+    backing: Literal["secret", "ordinary"] = Field(
+        default="secret",
+        description="What holds the RAM: secret is memfd_secret, which the host kernel cannot read. "
+        "ordinary is a plain memfd, the control that shows what an exposed guest looks like: its report says exposed.",
+    )
+
+
+class Cpu(_Table):
+    """The guest's processors."""
+
+    count: int = Field(default=1, ge=1, le=255, description="How many virtual CPUs the guest has.")
+    model: CpuModel = Field(default="max", description="QEMU's CPU model, with features such as max,-avx.")
+
+
+class Machine(_Table):
+    """The board, and what runs the guest's instructions."""
+
+    type: Literal["q35"] = Field(default="q35", description="QEMU's machine type.")
+    accel: Literal["auto", "tcg", "kvm"] = Field(
+        default="auto",
+        description="What runs the guest's instructions. auto takes kvm only where a probe shows that it can map "
+        "secret RAM, and tcg elsewhere.",
+    )
+
+
+class Boot(_Table):
+    """What the guest boots: a kernel, or a firmware. Paths are absolute or relative to the guest file's folder."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["kernel"]}, {"required": ["firmware"]}],
+            "dependentRequired": {"initrd": ["kernel"], "cmdline": ["kernel"]},
+        }
+    )
+
+    kernel: InputFile = Field(default=None, description="The Linux kernel that QEMU loads.", examples=["vmlinuz"])
+    initrd: InputFile = Field(default=None, description="The kernel's initial RAM disk.", examples=["initrd.img"])
+    cmdline: Annotated[str, AfterValidator(_cmdline)] = Field(
+        default="", description="The kernel's command line.", examples=["console=ttyS0"]
+    )
+    firmware: InputFile = Field(
+        default=None, description="The firmware to boot instead of a kernel, such as OVMF.", examples=["OVMF.fd"]
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_way_to_boot(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Check the keys against each other also when one of them is wrong, so that all errors show at once."""
+        errors = [
+            InitErrorDetails(type="value_error", loc=keys, input=value, ctx={"error": ValueError(problem)})
+            for keys, problem in (_boot_conflicts(value) if isinstance(value, dict) else ())
+        ]
+        if not errors:
+            return handler(value)
+        try:
+            handler(value)
+        except ValidationError as error:
+            errors += [
+                InitErrorDetails(type=seen["type"], loc=seen["loc"], input=seen["input"], ctx=seen.get("ctx", {}))
+                for seen in error.errors(include_url=False)
+            ]
+        raise ValidationError.from_exception_data(cls.__name__, errors)
+
+
+def _boot_conflicts(keys: dict[str, object]) -> Iterator[tuple[tuple[str, ...], str]]:
+    if "kernel" in keys and "firmware" in keys:
+        yield ("firmware",), "does not go with kernel; keep one of the two"
+    elif "firmware" in keys:
+        for key in ("initrd", "cmdline"):
+            if key in keys:
+                yield (key,), "goes with a kernel, not with firmware; remove it, or boot a kernel"
+    elif "kernel" not in keys:
+        yield (), 'has neither kernel nor firmware; write one of them, like kernel = "vmlinuz"'
+
+
+class Isolation(_Table):
+    """How the guest's isolation is proved, and what follows."""
+
+    validate_at: Literal["boot", "never"] = Field(
+        default="boot", alias="validate", description="When the guest's isolation is measured."
+    )
+    on_exposed: Literal["kill", "warn"] = Field(
+        default="kill", alias="on-exposed", description="What happens to a guest whose RAM was read."
+    )
+    ready: Annotated[str, AfterValidator(_ready_text)] | None = Field(
+        default=None,
+        description="The text on the guest's serial console after which it is validated. "
+        "Without it, the guest is validated after its first output, or after 10 s.",
+        examples=["login:"],
+    )
+    ready_timeout_s: Seconds = Field(
+        default=120.0,
+        alias="ready-timeout",
+        description="How long to wait for the ready text, from 1ms to 24h.",
+        examples=["120s"],
+        json_schema_extra={"default": "120s"},
+    )
+    after_validation: Literal["run", "powerdown"] = Field(
+        default="run",
+        alias="after-validation",
+        description="Let the guest run once it was validated, or ask it to power off.",
+    )
+
+
+class Console(_Table):
+    """The guest's serial console."""
+
+    log: OutputFile = Field(
+        default=None,
+        description="The file that keeps the console's output: absolute, or relative to the guest file's folder. "
+        "Its folder must exist.",
+        examples=["console.log"],
+    )
+
+
+class GuestConfig(_Table):
+    """One guest file: what the user wants of a guest."""
+
+    name: GuestName = Field(
+        description="The guest's name, which is also the name of its runtime folder.", examples=["demo"]
+    )
+    memory: Memory = Field(description="The guest's RAM.", examples=[{"size": "256MiB"}])
+    cpu: Cpu = Field(default_factory=Cpu, description="The guest's processors.")
+    machine: Machine = Field(default_factory=Machine, description="The board, and what runs the guest's instructions.")
+    boot: Boot = Field(description="What the guest boots: a kernel or a firmware.", examples=[{"kernel": "vmlinuz"}])
+    isolation: Isolation = Field(
+        default_factory=Isolation, description="How the guest's isolation is proved, and what follows."
+    )
+    console: Console = Field(default_factory=Console, description="The guest's serial console.")
+
+
+_TABLES: dict[str, type[_Table]] = {
+    "": GuestConfig,
+    "memory": Memory,
+    "cpu": Cpu,
+    "machine": Machine,
+    "boot": Boot,
+    "isolation": Isolation,
+    "console": Console,
+}
+_GRAMMAR = Grammar(
+    tables={
+        name: {field.alias or key: field for key, field in table.model_fields.items()}
+        for name, table in _TABLES.items()
+    },
+    not_built={
+        ("disk",): "[[disk]]",
+        ("nic",): "[[nic]]",
+        ("share",): "[[share]]",
+        ("qmp",): "[qmp]",
+        ("process",): "[process]",
+        ("isolation", "every"): "every",
+    },
+)
+
+
+def load(path: Path) -> GuestConfig:
+    """Return what a guest file says, with its paths resolved from the file's own folder.
+
+    Raises ConfigError with every error of the file, one a line.
+    """
+    text, tables = read(path)
+    if not tables:
+        raise ConfigError(f"{ascii_path(path)}: is empty", hint=f"the smallest guest file is:\n\n{SMALLEST}")
+    try:
+        return GuestConfig.model_validate(tables, context=path.absolute().parent)
+    except ValidationError as error:
+        hint = "`vmmback schema` describes every table and key"
+        raise ConfigError(explain(path, text, error, _GRAMMAR), hint) from error
+
+
+class _TomlSchema(GenerateJsonSchema):
+    """JSON Schema of a format that has no null."""
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        written = super().default_schema(schema)
+        return {key: value for key, value in written.items() if key != "default" or value is not None}
+
+
+def json_schema() -> dict[str, object]:
+    """Return the JSON Schema (draft 2020-12) of guest files, for editors."""
+    schema = GuestConfig.model_json_schema(by_alias=True, schema_generator=_TomlSchema)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "vmmback guest file"}

@@ -1,0 +1,105 @@
+"""The guest's serial console: copied to logs and to whoever watches, and searched for the lines we wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from vmmback.errors import UsageError
+
+_CHUNK = 1 << 16
+# What is kept, besides the length of the `ready` text, to find a text that arrives in pieces.
+_TAIL_BYTES = 4096
+
+# A guest that fills memory with a canary of its own tells its fingerprint by this line: the SHA-256 of the 64 bytes
+# that the canary is. With it the guest's former frames are searched; the canary itself never leaves the guest.
+_CANARY = re.compile(rb"vmmback-canary sha256:([0-9a-f]{64})\b")
+
+
+class Watcher(Protocol):
+    """Who is shown the console."""
+
+    def console(self, data: bytes) -> None:
+        """Show what the guest printed, as it came."""
+
+    def note(self, message: str) -> None:
+        """Show a message of ours."""
+
+
+class Console:
+    """What a guest has printed. Made by `attach`."""
+
+    def __init__(self, logs: Sequence[BinaryIO], watcher: Watcher, ready: bytes) -> None:
+        self.bytes_seen = 0
+        self.canary_fingerprint: str | None = None
+        self.ready = asyncio.Event()
+        self._ready_text = ready
+        self._logs = list(logs)
+        self._watcher = watcher
+        self._tail = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take what the guest printed."""
+        self.bytes_seen += len(data)
+        self._tail += data
+        if self._ready_text in self._tail:
+            self.ready.set()
+        if match := _CANARY.search(self._tail):
+            self.canary_fingerprint = match[1].decode()
+        self._tail = self._tail[-(_TAIL_BYTES + len(self._ready_text)) :]
+        for log in list(self._logs):
+            try:
+                log.write(data)
+            except OSError as error:  # a full disk must not end the guest
+                self._logs.remove(log)
+                self._watcher.note(f"the console log {log.name} ends here: {error.strerror}")
+        self._watcher.console(data)
+
+
+@asynccontextmanager
+async def attach(
+    connection: socket.socket, logs: Sequence[Path], watcher: Watcher, ready: bytes
+) -> AsyncIterator[Console]:
+    """Read the console from a connected socket until its end or the exit; what is there on exit is read still.
+
+    `ready` is the text (b"" for any) that sets the event of that name. Raises UsageError when a log cannot be made.
+    """
+    loop = asyncio.get_running_loop()
+    with ExitStack() as stack:
+        console = Console([stack.enter_context(_open(path)) for path in logs], watcher, ready)
+        connection.setblocking(False)
+
+        def read() -> bool:
+            try:
+                data = connection.recv(_CHUNK)
+            except BlockingIOError:
+                return False
+            except ConnectionError:
+                data = b""
+            if data:
+                console.feed(data)
+            else:
+                loop.remove_reader(connection)
+            return bool(data)
+
+        loop.add_reader(connection, read)
+        try:
+            yield console
+        finally:
+            while read():
+                pass
+            loop.remove_reader(connection)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("wb", buffering=0)
+    except OSError as error:
+        raise UsageError(
+            f"the console log {path} cannot be written: {error.strerror}", "choose another path for [console] log"
+        ) from error

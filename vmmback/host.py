@@ -1,0 +1,76 @@
+"""What this host can give a guest: memory, a QEMU, an accelerator."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vmmback.errors import AdmissionRefused, HostUnfit
+from vmmback.linux import arch, kvm, procfs
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Memory of the host in bytes: all of it, and what can be had without swapping (MemAvailable of meminfo)."""
+
+    total: int
+    available: int
+
+    @classmethod
+    def read(cls, root: Path = procfs.PROC) -> HostMemory:
+        """Read /proc/meminfo."""
+        counters = procfs.meminfo(root)
+        return cls(counters["MemTotal"], counters["MemAvailable"])
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that no guest gets: secret RAM can be neither swapped nor moved, and the host must live beside it."""
+        return max(128 << 20, self.total // 50)
+
+    @property
+    def largest_guest(self) -> int:
+        """Size in bytes of the largest guest that fits now."""
+        return max(0, self.available - self.reserve) >> 20 << 20
+
+    def admit(self, size: int) -> None:
+        """Raise AdmissionRefused, with the numbers, unless `size` bytes of RAM fit."""
+        if size > self.largest_guest:
+            smaller = f"set [memory] size to at most {self.largest_guest >> 20}MiB, or " if self.largest_guest else ""
+            raise AdmissionRefused(
+                f"{size >> 20} MiB of RAM do not fit: {self.available >> 20} MiB are available, and "
+                f"{self.reserve >> 20} MiB of them stay with the host",
+                f"{smaller}free memory on the host",
+            )
+
+
+def find_qemu() -> Path:
+    """Return the path of the QEMU for guests of this host's architecture. Raises HostUnfit when it is not installed."""
+    name = f"qemu-system-{arch.current().name}"
+    found = shutil.which(name)
+    if found is None:
+        package = "qemu-system-arm" if arch.current().name == "aarch64" else "qemu-system-x86"
+        raise HostUnfit(f"{name} was not found on PATH", f"install it: apt-get install {package}")
+    return Path(found)
+
+
+def choose_accel(wanted: Literal["auto", "tcg", "kvm"]) -> Literal["tcg", "kvm"]:
+    """Return the accelerator for secret RAM: kvm only where an experiment shows that KVM can map it (linux/kvm.py).
+
+    Raises HostUnfit with the reason when kvm is wanted and cannot.
+    """
+    if wanted == "tcg":
+        return "tcg"
+    answer = kvm.can_map_secret_ram()
+    if answer.usable:
+        return "kvm"
+    if wanted == "kvm":
+        raise HostUnfit(answer.reason, 'set [machine] accel to "tcg", or to "auto", which takes kvm where it works')
+    return "tcg"
+
+
+def kernel_release() -> str:
+    """Return the running kernel's release, such as `6.1.0-18-amd64`."""
+    return platform.release()

@@ -1,0 +1,176 @@
+"""Probes through the doors that the kernel gives to debuggers and to root: all of them safe on a live guest."""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from vmmback.isolation.probe import Probe, Reading, Target
+from vmmback.linux import process_vm, procfs
+from vmmback.report import Verdict
+
+_READ_BYTES = 8
+
+AnyMapping = TypeVar("AnyMapping", bound=procfs.Mapping)
+
+
+class _ReadProbe(Probe[tuple[int, Sequence[int]]]):
+    """Reads the first, the middle and the last page of each mapping. A place is a pid and addresses in it."""
+
+    refusal: int
+    """The errno with which the kernel keeps secret RAM from this vector."""
+
+    def target(self, target: Target) -> tuple[int, Sequence[int]]:
+        return target.pid, _sample(_guest_ram(procfs.maps(target.pid), target))
+
+    def control(self, target: Target) -> tuple[int, Sequence[int]]:
+        return target.pid, _sample(_ordinary(procfs.maps(target.pid)))
+
+    @abstractmethod
+    def read(self, pid: int, address: int) -> bytes:
+        """Read 8 bytes. Raises OSError."""
+
+    def attempt(self, place: tuple[int, Sequence[int]]) -> Reading:
+        pid, addresses = place
+        readable = 0
+        for address in addresses:
+            try:
+                readable += bool(self.read(pid, address))
+            except OSError as error:
+                if error.errno != self.refusal:
+                    raise
+        if readable:
+            return Reading(Verdict.READABLE, f"{readable} of {len(addresses)} sampled pages were read")
+        return Reading(Verdict.BLOCKED, f"{len(addresses)} sampled pages refused, {errno.errorcode[self.refusal]}")
+
+
+class ProcMemProbe(_ReadProbe):
+    """read(2) of /proc/PID/mem. The kernel answers EIO where get_user_pages fails (fs/proc/base.c, mem_rw)."""
+
+    name = "proc-mem"
+    refusal = errno.EIO
+
+    def read(self, pid: int, address: int) -> bytes:
+        with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+            return os.pread(memory.fileno(), _READ_BYTES, address)
+
+
+class ProcessVmReadvProbe(_ReadProbe):
+    """process_vm_readv(2). get_user_pages refuses secretmem mappings with EFAULT (mm/gup.c, check_vma_flags)."""
+
+    name = "process-vm-readv"
+    refusal = errno.EFAULT
+
+    def read(self, pid: int, address: int) -> bytes:
+        return process_vm.read(pid, address, _READ_BYTES)
+
+
+class _ReopenProbe(Probe[Sequence[Path]]):
+    """Opens a file anew through a magic link of /proc. secretmem has no open method: ENXIO (fs/inode.c, no_open)."""
+
+    def attempt(self, place: Sequence[Path]) -> Reading:
+        if not place:
+            return Reading(Verdict.INCONCLUSIVE, "QEMU holds no such file")
+        for link in place:
+            try:
+                os.close(os.open(link, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+            else:
+                return Reading(Verdict.READABLE, f"{link} could be opened")
+        return Reading(Verdict.BLOCKED, f"{len(place)} file(s) refused, ENXIO")
+
+
+class FdReopenProbe(_ReopenProbe):
+    """open(2) of /proc/PID/fd/N. The control is QEMU's standard output, the log file."""
+
+    name = "fd-reopen"
+
+    def target(self, target: Target) -> Sequence[Path]:
+        return [Path(f"/proc/{target.pid}/fd/{number}") for number in descriptors_of(target)]
+
+    def control(self, target: Target) -> Sequence[Path]:
+        return [Path(f"/proc/{target.pid}/fd/1")]
+
+
+class MapFilesProbe(_ReopenProbe):
+    """open(2) of /proc/PID/map_files/START-END. The control is QEMU's own program file."""
+
+    name = "map-files"
+
+    def target(self, target: Target) -> Sequence[Path]:
+        return [self._link(target.pid, mapping) for mapping in _guest_ram(procfs.maps(target.pid), target)]
+
+    def control(self, target: Target) -> Sequence[Path]:
+        program = str(Path(f"/proc/{target.pid}/exe").readlink())
+        return [self._link(target.pid, m) for m in procfs.maps(target.pid) if m.path == program][:1]
+
+    @staticmethod
+    def _link(pid: int, mapping: procfs.Mapping) -> Path:
+        return Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
+
+
+class VmaFlagsProbe(Probe[Sequence[procfs.DetailedMapping]]):
+    """VmFlags in /proc/PID/smaps: `lo`, never swapped out, and `dd`, left out of core dumps (fs/proc/task_mmu.c).
+
+    Memory without one of them is `readable`: in swap, or in a dump.
+    """
+
+    name = "vma-flags"
+
+    def target(self, target: Target) -> Sequence[procfs.DetailedMapping]:
+        return _guest_ram(procfs.smaps(target.pid), target)
+
+    def control(self, target: Target) -> Sequence[procfs.DetailedMapping]:
+        return _ordinary(procfs.smaps(target.pid))
+
+    def attempt(self, place: Sequence[procfs.DetailedMapping]) -> Reading:
+        missing = {flag for mapping in place for flag in ("lo", "dd") if flag not in mapping.flags}
+        if missing:
+            return Reading(Verdict.READABLE, f"flags missing: {', '.join(sorted(missing))}")
+        return Reading(Verdict.BLOCKED, f"locked (lo) and left out of dumps (dd): {len(place)} mapping(s)")
+
+
+def descriptors_of(target: Target) -> list[int]:
+    """Return the numbers of QEMU's descriptors of the guest's RAM. Raises OSError."""
+    folder = Path(f"/proc/{target.pid}/fd")
+    found = []
+    for link in folder.iterdir():
+        try:
+            status = link.stat()
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        # Inode numbers are only unique within a file system: the link's text tells which one it is.
+        if status.st_ino == target.inode and procfs.is_memory_file(str(link.readlink())):
+            found.append(int(link.name))
+    return sorted(found)
+
+
+def _guest_ram(mappings: Sequence[AnyMapping], target: Target) -> list[AnyMapping]:
+    """Return the mappings of the guest's RAM. Raises OSError when QEMU has none."""
+    found = procfs.memory_mappings(mappings, target.inode)
+    if not found:
+        raise OSError(errno.ENOENT, "QEMU does not map the guest's RAM")
+    return found
+
+
+def _ordinary(mappings: Sequence[AnyMapping]) -> list[AnyMapping]:
+    """Return QEMU's heap and stack: memory of the same process that is surely present and ordinary."""
+    return [mapping for mapping in mappings if mapping.path in {"[heap]", "[stack]"}]
+
+
+def _sample(mappings: Sequence[procfs.Mapping]) -> list[int]:
+    """Return the addresses of the first, the middle and the last page of each mapping."""
+    page = procfs.PAGE_SIZE
+    return sorted(
+        {
+            address
+            for mapping in mappings
+            for address in (mapping.start, mapping.start + mapping.size // 2 // page * page, mapping.end - page)
+        }
+    )

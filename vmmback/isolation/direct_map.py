@@ -1,0 +1,153 @@
+"""The strongest probe: read every page of the guest's RAM as the kernel would, through its direct map."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from vmmback.errors import HostUnfit
+from vmmback.isolation.probe import Probe, Reading, Target
+from vmmback.linux import procfs
+from vmmback.linux.direct_map import DirectMap
+from vmmback.linux.procfs import PAGE_SIZE, Mapping
+from vmmback.report import Observation, Verdict
+
+_CONTROL_PAGES = 64
+_PRESENT = 1 << 63
+
+
+@dataclass(frozen=True)
+class PageCount:
+    """How many pages are present, how many the direct map was asked for, how many of these could be read."""
+
+    present: int
+    checked: int
+    readable: int
+
+
+@dataclass
+class Pages:
+    """Memory as raw pagemap entries (see procfs.pagemap), a page each, and what the attempt on it counted."""
+
+    entries: array[int]
+    count: PageCount = PageCount(0, 0, 0)
+
+
+class DirectMapProbe(Probe[Pages]):
+    """Reads 8 bytes of each present page, of the guest and of a memfd of our own whose contents come back."""
+
+    name = "direct-map"
+
+    def __init__(self, prefaulted: array[int]) -> None:
+        """`prefaulted` are the pagemap entries of the RAM's pages that were made present before QEMU mapped them."""
+        self._prefaulted = prefaulted
+        self._target = Pages(array("Q"))
+
+    @property
+    def pages(self) -> PageCount:
+        """What the last observation counted of the guest's RAM; all 0 where it came to no attempt."""
+        return self._target.count
+
+    @property
+    def frames(self) -> array[int]:
+        """The guest's raw pagemap entries of the last observation, for a look at the same frames after its end."""
+        return self._target.entries
+
+    def observe(self, target: Target) -> Observation:
+        """Attempt the control, then the guest's RAM; inconclusive where the direct map cannot be read at all."""
+        started = time.perf_counter()
+        self._target = Pages(array("Q"))
+        try:
+            with ExitStack() as self._resources:
+                self._direct_map = self._resources.enter_context(DirectMap.open())
+                return super().observe(target)
+        except (HostUnfit, OSError) as error:
+            inconclusive = Verdict.INCONCLUSIVE
+            return Observation(self.name, inconclusive, inconclusive, str(error), time.perf_counter() - started)
+
+    def target(self, target: Target) -> Pages:
+        """Return all pages of the RAM: where QEMU has touched them yet, else where they were prefaulted."""
+        entries = pagemap_entries(target.pid, target.inode)
+        if len(self._prefaulted) == len(entries):
+            pairs = zip(entries, self._prefaulted, strict=True)
+            entries = array("Q", [mapped if mapped & _PRESENT else earlier for mapped, earlier in pairs])
+        self._target = Pages(entries)
+        return self._target
+
+    def control(self, target: Target) -> Pages:  # noqa: ARG002 - any ordinary memory will do
+        """Return the pages of a memfd of our own, once each has shown through the direct map what we wrote into it."""
+        contents = os.urandom(_CONTROL_PAGES * PAGE_SIZE)
+        _, inode = self._resources.enter_context(ordinary_memory(contents))
+        pages = Pages(pagemap_entries(os.getpid(), inode))
+        shown = [page for _, page in self._direct_map.read_frames(pages.entries)]
+        wrong = sum(page != contents[n * PAGE_SIZE : (n + 1) * PAGE_SIZE] for n, page in enumerate(shown))
+        if wrong or len(shown) != _CONTROL_PAGES:
+            raise OSError(errno.EIO, f"{len(shown) - wrong} of {_CONTROL_PAGES} pages of our own showed their contents")
+        return pages
+
+    def attempt(self, place: Pages) -> Reading:
+        """Try to read each present page."""
+        result = self._direct_map.check(place.entries)
+        count = place.count = PageCount(result.present, result.checked, result.readable)
+        if not count.present:
+            return Reading(Verdict.INCONCLUSIVE, f"none of {len(place.entries)} pages is present")
+        detail = f"{count.readable} of {count.present} present pages readable"
+        if count.readable:
+            return Reading(Verdict.READABLE, detail)
+        if count.checked != count.present:
+            return Reading(Verdict.INCONCLUSIVE, f"{detail}, but only {count.checked} could be tried")
+        return Reading(Verdict.BLOCKED, f"{detail} (EFAULT)")
+
+
+def pagemap_entries(pid: int, inode: int) -> array[int]:
+    """Return the raw pagemap entries of all pages of a memfd or memfd_secret file that a process maps, each once.
+
+    They come in the order of their offset in the file. Raises OSError: FileNotFoundError where it maps nothing of it.
+    """
+    mappings = procfs.memory_mappings(procfs.maps(pid), inode)
+    if not mappings:
+        raise FileNotFoundError(errno.ENOENT, f"process {pid} maps no memory with inode {inode}")
+    if len({mapping.device for mapping in mappings}) > 1:
+        # secretmem and memfd are two file systems, which number their inodes apart.
+        raise OSError(errno.ENOTUNIQ, f"process {pid} maps two files with inode {inode}")
+    entries = array("Q")
+    end = 0
+    for mapping in sorted(mappings, key=_offset):
+        part = procfs.pagemap(pid, mapping.start, mapping.size)
+        if len(part) != mapping.size // PAGE_SIZE:  # the memory of a process that ends meanwhile reads as nothing
+            raise ProcessLookupError(errno.ESRCH, f"process {pid} ended")
+        again = max(end - mapping.offset, 0) // PAGE_SIZE  # pages up to `end` that an earlier VMA maps as well
+        _fill(entries, len(entries) - again, part[:again])
+        entries.extend(part[again:])
+        end = max(end, mapping.offset + mapping.size)
+    return entries
+
+
+def _fill(entries: array[int], at: int, others: array[int]) -> None:
+    """Take over what is present in another VMA: a page is present only in those through which it was touched."""
+    for index, entry in enumerate(others, at):
+        if not entries[index] & _PRESENT:
+            entries[index] = entry
+
+
+def _offset(mapping: Mapping) -> int:
+    return mapping.offset
+
+
+@contextmanager
+def ordinary_memory(contents: bytes) -> Iterator[tuple[mmap.mmap, int]]:
+    """Put `contents` into a memfd that this process maps, the twin of secret RAM; yield mapping and inode."""
+    descriptor = os.memfd_create("vmmback-control", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, len(contents))
+        with mmap.mmap(descriptor, len(contents)) as memory:
+            memory[:] = contents
+            yield memory, os.fstat(descriptor).st_ino
+    finally:
+        os.close(descriptor)

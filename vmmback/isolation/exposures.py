@@ -1,0 +1,53 @@
+"""Ways out of a guest that secret RAM does not close: named and measured, so that a report does not hide them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+from vmmback.isolation import access
+from vmmback.isolation.probe import Target
+from vmmback.linux.pidfd import pidfd_getfd
+from vmmback.report import Exposure, RamBlock
+
+
+def pidfd_getfd_exposure(target: Target) -> Exposure:
+    """Try pidfd_getfd(2) on the descriptor of the guest's RAM: who gets it can map it. The copy is closed at once."""
+    tried = f"tried as uid {os.geteuid()}"
+    try:
+        numbers = access.descriptors_of(target)
+        pidfd = os.pidfd_open(target.pid)
+        try:
+            for number in numbers:
+                os.close(pidfd_getfd(pidfd, number))
+        finally:
+            os.close(pidfd)
+    except OSError as error:
+        detail = f"{tried}: refused, {errno.errorcode.get(error.errno or 0, str(error))}"
+    else:
+        detail = f"{tried}: {len(numbers)} descriptor(s) copied; with one of them the guest's RAM can be mapped"
+    return Exposure(name="pidfd-getfd", holders="root, CAP_SYS_PTRACE", detail=detail)
+
+
+def ordinary_blocks_exposure(ram_blocks: Sequence[RamBlock]) -> Exposure | None:
+    """Name QEMU's RAM blocks that are ordinary memory but that the guest cannot write to, None if there are none."""
+    blocks = [block for block in ram_blocks if block.backing == "ordinary" and not block.guest_writable]
+    if not blocks:
+        return None
+    names = ", ".join(block.name for block in blocks)
+    size = sum(block.size for block in blocks)
+    return Exposure(
+        name="ordinary-ram-blocks",
+        holders="the host kernel, root",
+        detail=f"{names}: up to {size >> 10} KiB that the guest can read but not write, filled by QEMU",
+    )
+
+
+def console_exposure(bytes_printed: int) -> Exposure:
+    """Say how much of what the guest printed went through the host."""
+    return Exposure(
+        name="serial-console",
+        holders="the host kernel, root, who reads the log",
+        detail=f"{bytes_printed} bytes that the guest printed went through QEMU and vmmback in ordinary memory",
+    )

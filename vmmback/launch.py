@@ -1,0 +1,310 @@
+"""One guest's life, in order: admission, RAM, QEMU, handoff, proof, run, probes, supervision, release."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from vmmback import command, console, handoff, monitor, ram, report
+from vmmback.config import GuestConfig
+from vmmback.errors import HandoffFailed, Interrupted, QemuFailed
+from vmmback.host import HostMemory, choose_accel, find_qemu, kernel_release
+from vmmback.isolation import exposures, qmp_proof
+from vmmback.isolation.audit import REQUIRED, Evidence, audit, in_thread
+from vmmback.isolation.probe import Target
+from vmmback.isolation.residue import FreedFramesProbe
+from vmmback.report import GuestVerdict, IsolationReport, Observation
+from vmmback.runtime import guest_folder
+
+T = TypeVar("T")
+
+# Generous: a deadline is for what never comes, not for what is slow.
+_HANDOFF_TIMEOUT_S = 30.0
+_GREETING_TIMEOUT_S = 30.0
+# A guest without `ready` text is validated after its first output, or after so long: its firmware has run by then.
+_SILENT_BOOT_S = 10.0
+_POWERDOWN_TIMEOUT_S = 15.0
+_QUIT_TIMEOUT_S = 5.0
+
+
+class Watcher(console.Watcher, Protocol):
+    """Who watches a launch."""
+
+    def prefaulted(self, done: int, size: int) -> None:
+        """Show that `done` of `size` bytes of RAM are present."""
+
+    def validated(self, report: IsolationReport) -> None:
+        """Show what was found while the guest runs; the check of its former frames comes after its end."""
+
+
+class Stop:
+    """The wish that a launch ends: the signal that brought it, and how often it came."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._times = 0
+        self._changed = asyncio.Event()
+
+    def request(self, signum: int) -> None:
+        """Ask, or ask again: each time the launch has less patience with the guest."""
+        self.signum = signum
+        self._times += 1
+        self._changed.set()
+
+    @property
+    def times(self) -> int:
+        """How often it was asked."""
+        return self._times
+
+    async def asked(self, times: int) -> None:
+        """Wait until it was asked so many times."""
+        while self._times < times:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+@dataclass
+class Guest:
+    """A guest whose QEMU is up, paused or running."""
+
+    config: GuestConfig
+    ram: ram.Ram
+    qemu: handoff.Qemu
+    monitor: monitor.Monitor
+    console: console.Console
+    host: report.Host
+    proof: qmp_proof.Proof
+    timings: dict[str, float]
+    validated_after: str = ""
+
+    @property
+    def target(self) -> Target:
+        """The guest's RAM in the terms of a probe."""
+        return Target(self.qemu.pid, self.ram.inode, self.ram.size)
+
+
+async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate: bool = True) -> IsolationReport:
+    """Run a guest until it ends or `stop` is asked, and return what was measured of it.
+
+    Raises VmmbackError. Whatever happens, no process, file or descriptor of the guest is left.
+    """
+    async with AsyncExitStack() as stack:
+        guest = await _unless(stop, prepare(config, watcher, stack))
+        evidence = None
+        async with _last_words(guest.qemu):
+            await guest.monitor.cont()
+            if validate and await _booted(guest, stop):
+                evidence = await _measure(guest)
+                watcher.validated(make_report(guest, evidence, None))
+            await _supervise(guest, evidence, watcher, stop)
+        freed = await in_thread(lambda: _observe_freed_frames(guest, evidence)) if evidence else None
+        return make_report(guest, evidence, freed)
+
+
+async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) -> Guest:
+    """Bring a guest up to the moment before its first instruction, its RAM confirmed; `stack` holds what it needs."""
+    timings: dict[str, float] = {}
+    qemu_binary = find_qemu()
+    accel = await in_thread(lambda: choose_accel(config.machine.accel))
+    HostMemory.read().admit(config.memory.size)
+    folder = stack.enter_context(guest_folder(config.name))
+
+    guest_ram = stack.enter_context(ram.allocate(config.memory.backing, config.memory.size))
+    if config.memory.prefault:
+        with _timed(timings, "prefault"):
+            await guest_ram.prefault(lambda done: watcher.prefaulted(done, config.memory.size))
+
+    started = time.perf_counter()
+    qmp, qemu_qmp = _socket_pair(stack)
+    serial, qemu_serial = _socket_pair(stack)
+    logs = [folder / "serial.log", *([config.console.log] if config.console.log else [])]
+    guest_console = await stack.enter_async_context(
+        console.attach(serial, logs, watcher, (config.isolation.ready or "").encode())
+    )
+    # Nothing is ever at this path: QEMU's open of it is answered, and could make no file in a folder that is not there.
+    mem_path = folder / "ram" / command.RAM_ID
+    qemu_command = command.build(config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno())
+    qemu = await stack.enter_async_context(
+        handoff.start(qemu_command.argv, {mem_path: guest_ram.fileno()}, qemu_command.descriptors, folder / "qemu.log")
+    )
+    qemu_qmp.close()
+    qemu_serial.close()
+    await qemu.handed_over(_HANDOFF_TIMEOUT_S)
+
+    async with _last_words(qemu):
+        qemu_monitor = await stack.enter_async_context(monitor.connect(qmp, _GREETING_TIMEOUT_S))
+        host = report.Host(kernel=kernel_release(), qemu=await qemu_monitor.version(), accel=accel)
+        timings["qmp_ready"] = time.perf_counter() - started
+        target = Target(qemu.pid, guest_ram.inode, guest_ram.size)
+        proof = await qmp_proof.observe(target, qemu_monitor.hmp)
+    confirm(guest_ram, proof)
+    return Guest(config, guest_ram, qemu, qemu_monitor, guest_console, host, proof, timings)
+
+
+def confirm(guest_ram: ram.Ram, proof: qmp_proof.Proof) -> None:
+    """Raise HandoffFailed unless all memory that the guest can write to lies in our descriptor.
+
+    Secret RAM must, besides, lie in secretmem mappings; the control's is ordinary by intent.
+    """
+    strangers = [block.name for block in proof.ram_blocks if block.guest_writable and block.name not in proof.ours]
+    if strangers:
+        problem = f"the guest could write to memory that is not ours: {', '.join(strangers)}"
+    elif (mapped := sum(proof.ours.values())) != guest_ram.size:
+        problem = f"{mapped} of {guest_ram.size} bytes of its RAM lie in the descriptor that was handed over"
+    elif guest_ram.backing == "secret" and proof.secret != guest_ram.size:
+        problem = f"{proof.secret} of {guest_ram.size} bytes of its RAM are secret"
+    else:
+        return
+    raise HandoffFailed(f"QEMU's RAM is not where it must be: {problem}", "the guest was not started; report this")
+
+
+def make_report(guest: Guest, evidence: Evidence | None, freed: Observation | None) -> IsolationReport:
+    """Judge what was seen so far. `freed` is what became of the guest's frames, None while it runs."""
+    proof = evidence.proof if evidence else guest.proof
+    memory = report.Memory(
+        size=guest.ram.size,
+        secret=proof.secret,
+        present_pages=evidence.pages.present if evidence else 0,
+        checked_pages=evidence.pages.checked if evidence else 0,
+        readable_pages=evidence.pages.readable if evidence else 0,
+    )
+    observations = [*(evidence.observations if evidence else ()), *([freed] if freed else ())]
+    probes = tuple(report.judge_probe(observation) for observation in observations)
+    required = REQUIRED | {FreedFramesProbe.name} if guest.qemu.status is not None else REQUIRED
+    verdict, reasons = report.judge_guest(memory, proof.ram_blocks, probes, required)
+    return IsolationReport(
+        guest=guest.config.name,
+        verdict=verdict,
+        validated_after=guest.validated_after if evidence else "",
+        reasons=reasons,
+        memory=memory,
+        ram_blocks=proof.ram_blocks,
+        probes=probes,
+        exposures=(
+            *(evidence.exposures if evidence else ()),
+            exposures.console_exposure(guest.console.bytes_seen),
+        ),
+        host=guest.host,
+        timings={name: round(seconds, 6) for name, seconds in guest.timings.items()},
+    )
+
+
+async def _booted(guest: Guest, stop: Stop) -> bool:
+    """Wait until the guest is as far as it is to be validated; False if it ended or was stopped before."""
+    wanted = guest.config.isolation.ready
+    timeout_s = guest.config.isolation.ready_timeout_s if wanted else _SILENT_BOOT_S
+    with _timed(guest.timings, "boot"):
+        first = await _first(guest.console.ready.wait(), guest.qemu.ended(), stop.asked(1), timeout_s=timeout_s)
+    awaited = f"{wanted!r} on the console" if wanted else "the first output on the console"
+    guest.validated_after = awaited if first == 0 else f"{timeout_s:g} s without {awaited}"
+    return first in (0, None)
+
+
+async def _measure(guest: Guest) -> Evidence:
+    with _timed(guest.timings, "validate"):
+        return await audit(guest.target, guest.monitor.hmp, guest.ram.frames)
+
+
+async def _supervise(guest: Guest, evidence: Evidence | None, watcher: Watcher, stop: Stop) -> None:
+    """Wait for the guest's end, or bring it about."""
+    isolation = guest.config.isolation
+    exposed = evidence and make_report(guest, evidence, None).verdict is GuestVerdict.EXPOSED
+    if exposed and isolation.on_exposed == "kill":
+        watcher.note("the guest is exposed and is ended (on-exposed is kill)")
+        await guest.qemu.kill()
+        return
+    if not (evidence and isolation.after_validation == "powerdown"):
+        await _first(guest.qemu.ended(), stop.asked(1))
+    await _shut_down(guest, watcher, stop)
+
+
+async def _shut_down(guest: Guest, watcher: Watcher, stop: Stop) -> None:
+    """Press the power button; if that does not end the guest, tell QEMU to quit; at last kill it.
+
+    Each step has its deadline, and another request to stop cuts it short. Raises QemuFailed if QEMU had failed itself.
+    """
+    steps = (
+        ("powerdown", guest.monitor.powerdown, _POWERDOWN_TIMEOUT_S),
+        ("quit", guest.monitor.quit, _QUIT_TIMEOUT_S),
+    )
+    for name, ask, timeout_s in steps:
+        if guest.qemu.status is None:
+            with suppress(QemuFailed):  # it ended meanwhile, or does not answer: the next step is the answer
+                await ask()
+            asked = stop.times + 1
+            if await _first(guest.qemu.ended(), stop.asked(asked), timeout_s=timeout_s) is None:
+                watcher.note(f"the guest did not end within {timeout_s:g} s of {name}")
+    if guest.qemu.status is None:
+        await guest.qemu.kill()
+    elif guest.qemu.status != 0:
+        raise guest.qemu.failure("run to the guest's end")
+
+
+def _observe_freed_frames(guest: Guest, evidence: Evidence) -> Observation:
+    # QEMU is gone, so ours is the last descriptor: with its close the frames are the kernel's again.
+    probe = FreedFramesProbe(evidence.frames, guest.console.canary_fingerprint, release=guest.ram.close)
+    return probe.observe(guest.target)
+
+
+@asynccontextmanager
+async def _last_words(qemu: handoff.Qemu) -> AsyncIterator[None]:
+    """Let an error that is QEMU's death say so, with its exit status and its own last words."""
+    try:
+        yield
+    except QemuFailed as error:
+        with suppress(TimeoutError):
+            await qemu.ended(timeout_s=1.0)
+        if qemu.status is None or error.__cause__ is None:
+            raise
+        raise qemu.failure("stay alive") from error
+
+
+class _timed:  # noqa: N801 (a context manager, used like a function)
+    """Record under `name` the seconds that the block took, also when it fails."""
+
+    def __init__(self, timings: dict[str, float], name: str) -> None:
+        self._timings, self._name = timings, name
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._timings[self._name] = time.perf_counter() - self._started
+
+
+def _socket_pair(stack: AsyncExitStack) -> tuple[socket.socket, socket.socket]:
+    ours, qemus = socket.socketpair()
+    return stack.enter_context(ours), stack.enter_context(qemus)
+
+
+async def _unless(stop: Stop, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, or cancel it and raise Interrupted when `stop` is asked first."""
+    task = asyncio.create_task(work)
+    try:
+        if await _first(_done(task), stop.asked(1)) == 0:
+            return task.result()
+        raise Interrupted(stop.signum)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def _done(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait({task})
+
+
+async def _first(*awaited: Awaitable[object], timeout_s: float | None = None) -> int | None:
+    """Return the index of the first that is done (the lowest of several), None when none was in time."""
+    tasks = [asyncio.ensure_future(item) for item in awaited]
+    try:
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return next((index for index, task in enumerate(tasks) if task.done()), None)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -1,0 +1,40 @@
+"""The limit on locked memory, which mappings of secret RAM count against. Sources: getrlimit(2), mm/secretmem.c."""
+
+from __future__ import annotations
+
+import resource
+
+from vmmback.errors import HostUnfit
+from vmmback.linux import procfs
+
+_CAP_IPC_LOCK = 14  # include/uapi/linux/capability.h
+
+
+def ensure(size: int) -> None:
+    """Make sure that this process, and a program that it starts, may map `size` bytes of secret RAM.
+
+    CAP_IPC_LOCK frees from the limit. Without it the soft limit is raised as far as `size` where the hard one allows;
+    where it does not, raises HostUnfit.
+    """
+    if int(procfs.status("self")["CapEff"], 16) >> _CAP_IPC_LOCK & 1:
+        return
+    soft, hard = resource.prlimit(0, resource.RLIMIT_MEMLOCK)
+    if _covers(soft, size):
+        return
+    if not _covers(hard, size):
+        raise too_small(size)
+    resource.prlimit(0, resource.RLIMIT_MEMLOCK, (size, hard))
+
+
+def too_small(size: int) -> HostUnfit:
+    """Return the error that says by how much the limit falls short of `size` bytes, and how to raise it."""
+    soft, _ = resource.prlimit(0, resource.RLIMIT_MEMLOCK)
+    return HostUnfit(
+        f"RLIMIT_MEMLOCK is {soft >> 10} KiB, too small to map {size >> 10} KiB of secret RAM",
+        f"run as root (CAP_IPC_LOCK), or raise the limit: `ulimit -l {size >> 10}`, "
+        f"LimitMEMLOCK={size} in a systemd unit, or memlock in /etc/security/limits.conf",
+    )
+
+
+def _covers(limit: int, size: int) -> bool:
+    return limit == resource.RLIM_INFINITY or limit >= size

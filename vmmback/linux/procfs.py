@@ -1,0 +1,167 @@
+"""Readers of /proc: mappings, page tables and memory counters. Sources: proc(5), proc_pid_pagemap(5), Documentation/mm.
+
+`root` is another folder with files of the same shape, for tests of the parsers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+PROC = Path("/proc")
+PAGE_SIZE = os.sysconf("SC_PAGESIZE")
+
+# mm/secretmem.c names its files so; they have no link in any folder.
+SECRETMEM = "/secretmem (deleted)"
+
+_KPF_BUDDY = 10  # include/uapi/linux/kernel-page-flags.h
+
+_MAPS_LINE = re.compile(
+    r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<permissions>[-rwxsp]{4}) (?P<offset>[0-9a-f]+) "
+    r"(?P<device>[0-9a-f]+:[0-9a-f]+) (?P<inode>\d+) *(?P<path>.*)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One VMA: [start, end) in bytes, its offset in the file, and the file's inode (0 where it maps none)."""
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class DetailedMapping(Mapping):
+    """One VMA with the sizes (bytes) and the two-letter flags that smaps adds."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    flags: frozenset[str] = frozenset()
+
+
+AnyMapping = TypeVar("AnyMapping", bound=Mapping)
+
+
+def maps(pid: int | str, root: Path = PROC) -> list[Mapping]:
+    """Return the VMAs of a process in the order of their addresses. Raises OSError when it is gone or out of reach."""
+    return [mapping for line in _lines(root / str(pid) / "maps") if (mapping := _mapping(line))]
+
+
+def smaps(pid: int | str, root: Path = PROC) -> list[DetailedMapping]:
+    """Return the VMAs of a process with their sizes in bytes and their VmFlags."""
+    return list(_detailed(_lines(root / str(pid) / "smaps")))
+
+
+def secret_mappings(mappings: Iterable[AnyMapping], inode: int) -> list[AnyMapping]:
+    """Return those VMAs that map the memfd_secret file `inode`; madvise(2) may have split one mapping into several."""
+    return [mapping for mapping in mappings if mapping.inode == inode and mapping.path == SECRETMEM]
+
+
+def is_memory_file(path: str) -> bool:
+    """Tell whether a path, as maps and the links in fd show it, is that of a memfd_secret or a memfd file."""
+    return path == SECRETMEM or path.startswith("/memfd:")
+
+
+def memory_mappings(mappings: Iterable[AnyMapping], inode: int) -> list[AnyMapping]:
+    """Return those VMAs that map `inode`, be it a memfd_secret file or the plain memfd of a control."""
+    return [
+        mapping for mapping in mappings if mapping.inode == inode and mapping.path.startswith(("/secretmem", "/memfd:"))
+    ]
+
+
+def pagemap(pid: int | str, start: int, size: int) -> array[int]:
+    """Return one 64-bit entry for each page of [start, start + size) bytes: bit 63 present, bits 0 to 54 the PFN.
+
+    The kernel shows PFNs as 0 without CAP_SYS_ADMIN (fs/proc/task_mmu.c). Raises OSError.
+    """
+    entries = array("Q")
+    with (PROC / str(pid) / "pagemap").open("rb", buffering=0) as file:
+        file.seek(start // PAGE_SIZE * 8)
+        remaining = size // PAGE_SIZE * 8
+        while remaining and (chunk := file.read(remaining)):
+            entries.frombytes(chunk)
+            remaining -= len(chunk)
+    return entries
+
+
+def is_free(pfn: int) -> bool:
+    """Tell whether the kernel's allocator holds a frame as free. Raises OSError; needs CAP_SYS_ADMIN."""
+    with (PROC / "kpageflags").open("rb", buffering=0) as file:
+        flags = int.from_bytes(os.pread(file.fileno(), 8, pfn * 8), sys.byteorder)
+    return bool(flags >> _KPF_BUDDY & 1)
+
+
+def meminfo(root: Path = PROC) -> dict[str, int]:
+    """Return /proc/meminfo in bytes (counters without a unit, such as HugePages_Total, as they are)."""
+    values = {}
+    for line in (root / "meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        number, _, unit = rest.strip().partition(" ")
+        values[name] = int(number) * (1024 if unit == "kB" else 1)
+    return values
+
+
+def vmstat(root: Path = PROC) -> dict[str, int]:
+    """Return the counters of /proc/vmstat, such as `direct_map_level2_splits`."""
+    return {name: int(value) for name, value in (line.split() for line in (root / "vmstat").read_text().splitlines())}
+
+
+def thread_group(tid: int, root: Path = PROC) -> int:
+    """Return the pid of the process that the thread `tid` belongs to. Raises OSError when it is gone."""
+    return int(status(tid, root)["Tgid"])
+
+
+def status(pid: int | str, root: Path = PROC) -> dict[str, str]:
+    """Return the fields of /proc/PID/status."""
+    lines = _lines(root / str(pid) / "status")
+    return {name: value.strip(" \t") for name, _, value in (line.partition(":") for line in lines) if name}
+
+
+def _lines(file: Path) -> list[str]:
+    """Cut at newlines alone: the kernel escapes no other sign, so a file's name could else make up a line."""
+    return file.read_bytes().decode(errors="surrogateescape").split("\n")
+
+
+def _mapping(line: str) -> Mapping | None:
+    match = _MAPS_LINE.fullmatch(line)
+    if match is None:
+        return None
+    return Mapping(
+        start=int(match["start"], 16),
+        end=int(match["end"], 16),
+        permissions=match["permissions"],
+        offset=int(match["offset"], 16),
+        device=match["device"],
+        inode=int(match["inode"]),
+        path=match["path"],
+    )
+
+
+def _detailed(lines: Iterable[str]) -> Iterator[DetailedMapping]:
+    head: Mapping | None = None
+    sizes: dict[str, int] = {}
+    for line in lines:
+        if mapping := _mapping(line):
+            head, sizes = mapping, {}
+        elif head is not None and line.startswith("VmFlags:"):  # the last line of each VMA
+            yield DetailedMapping(**vars(head), sizes=sizes, flags=frozenset(line.split()[1:]))
+        else:
+            name, _, rest = line.partition(":")
+            if rest.endswith(" kB"):
+                sizes[name] = int(rest.split()[0]) * 1024

@@ -1,0 +1,151 @@
+"""A guest's RAM: one descriptor, its owner, and the work of making its pages present."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import ClassVar, Literal, Self
+
+from vmmback.errors import AdmissionRefused, HostUnfit
+from vmmback.linux import memlock, prefault_worker
+from vmmback.linux.memfd_secret import memfd_secret
+
+
+class Ram(ABC):
+    """Owns one descriptor of a guest's RAM; closing it (and the end of QEMU) gives the memory back to the kernel."""
+
+    backing: ClassVar[Literal["secret", "ordinary"]]
+
+    def __init__(self, size: int) -> None:
+        """Make a descriptor of `size` bytes, a multiple of the page; no page is allocated yet.
+
+        Raises HostUnfit where the kernel or a limit refuses, AdmissionRefused when it is out of memory or descriptors.
+        """
+        self.size = size
+        self.frames = array("Q")
+        """The pagemap entries (procfs.pagemap) of all pages once they are prefaulted; secret RAM never moves."""
+        self._descriptor = -1
+        try:
+            self._descriptor = self._create()
+            os.ftruncate(self._descriptor, size)  # secretmem takes a size once (mm/secretmem.c, secretmem_setattr)
+            self.inode = os.fstat(self._descriptor).st_ino
+            with mmap.mmap(self._descriptor, size):  # shows now, and not inside QEMU, whether it may be mapped
+                pass
+        except OSError as error:
+            self.close()
+            if error.errno == errno.EAGAIN:  # mmap(2): too much memory has been locked
+                raise memlock.too_small(size) from error
+            raise AdmissionRefused(
+                f"the kernel refused {size >> 10} KiB of {self.backing} RAM: {error.strerror}",
+                "choose a smaller [memory] size, or free memory or descriptors on the host",
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    @abstractmethod
+    def _create(self) -> int:
+        """Return a new close-on-exec descriptor of size 0."""
+
+    def fileno(self) -> int:
+        """Return the descriptor. It stays this object's own."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the descriptor; the pages are zeroed and freed when QEMU's copy is closed too."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def prefault(self, progress: Callable[[int], None], threads: int | None = None) -> None:
+        """Make all pages present, a thread for each core this process may use; `progress` gets the bytes done so far.
+
+        The pages are touched by a process of its own (linux/prefault_worker.py): its page tables go with it, and when
+        memory runs out it is that process which fails or is killed. Raises AdmissionRefused then, HostUnfit when the
+        mapping is refused. Cancelling it ends the process.
+        """
+        threads = threads or len(os.sched_getaffinity(0))
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", prefault_worker.__file__,
+            str(self._descriptor), str(self.size), str(threads),
+            pass_fds=[self._descriptor],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C on the terminal is for the supervisor to handle
+        )  # fmt: skip
+        try:
+            assert worker.stdout is not None
+            assert worker.stderr is not None
+            done = 0
+            end = entries = b""
+            while not end and (output := await worker.stdout.read(1 << 16)):
+                dots, end, entries = output.partition(prefault_worker.END)
+                done = min(done + len(dots) * prefault_worker.CHUNK, self.size)
+                if dots:
+                    progress(done)
+            entries += await worker.stdout.read()
+            complaint = await worker.stderr.read()
+            status = await worker.wait()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                worker.kill()
+            await worker.wait()
+            raise
+        if status != 0:
+            raise self._prefault_error(status, complaint.decode(errors="replace"), done)
+        self.frames = array("Q", entries)
+
+    def _prefault_error(self, status: int, complaint: str, done: int) -> AdmissionRefused | HostUnfit:
+        progress = f"after {done >> 20} of {self.size >> 20} MiB"
+        if status == -signal.SIGKILL or status == prefault_worker.EXHAUSTED:
+            cause = "the OOM killer ended the prefault" if status < 0 else "the kernel had no page left"
+            return AdmissionRefused(
+                f"the host ran out of memory while {self.backing} RAM was prefaulted: {cause} {progress}",
+                "choose a smaller [memory] size, free memory on the host, or raise the memory limit of this cgroup",
+            )
+        reason = os.strerror(int(complaint)) if complaint.isdecimal() else f"exit status {status} {complaint[-500:]}"
+        return HostUnfit(
+            f"{self.backing} RAM could not be prefaulted: {reason} {progress}",
+            "check RLIMIT_MEMLOCK and what confines this process (seccomp, cgroup, container)",
+        )
+
+
+class SecretRam(Ram):
+    """RAM from memfd_secret(2)."""
+
+    backing = "secret"
+
+    def _create(self) -> int:
+        memlock.ensure(self.size)
+        return memfd_secret()
+
+
+class OrdinaryRam(Ram):
+    """RAM from memfd_create(2): the control, on which every probe must succeed."""
+
+    backing = "ordinary"
+
+    def _create(self) -> int:
+        return os.memfd_create("vmmback-ordinary", os.MFD_CLOEXEC)
+
+
+def allocate(backing: Literal["secret", "ordinary"], size: int) -> Ram:
+    """Return RAM of `size` bytes of the kind asked for; one never stands in for the other."""
+    return SecretRam(size) if backing == "secret" else OrdinaryRam(size)

@@ -1,0 +1,159 @@
+"""Observations in, verdicts out: the pure judgement of what was measured. It measures nothing itself.
+
+The rules, in the order in which they are applied:
+
+1. A probe is `readable` when it read guest RAM. That needs no control.
+2. A probe is `blocked` when it was refused on guest RAM and, in the same run, the same attempt read ordinary
+   memory.
+3. Any other probe is `inconclusive`.
+4. A guest is `exposed` when one probe is `readable`, when one page of its RAM was read, or when the guest can write
+   to a RAM block that is ordinary memory.
+5. It is `isolated` when every required probe is `blocked`, all of its RAM is secret and every present page was checked.
+6. Otherwise it is `inconclusive`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Verdict(StrEnum):
+    """What one attempt to read memory came to."""
+
+    BLOCKED = "blocked"
+    READABLE = "readable"
+    INCONCLUSIVE = "inconclusive"
+
+
+class GuestVerdict(StrEnum):
+    """What a whole report says of a guest."""
+
+    ISOLATED = "isolated"
+    EXPOSED = "exposed"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one probe saw: the same attempt on the guest's RAM (target) and on ordinary memory (control)."""
+
+    probe: str
+    target: Verdict
+    control: Verdict
+    detail: str
+    seconds: float
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ProbeResult(_Model):
+    """One row of the table of probes; `seconds` is what the target and the control took together."""
+
+    name: str
+    verdict: Verdict
+    control: Verdict
+    detail: str
+    seconds: float
+
+
+class Memory(_Model):
+    """The guest's RAM in bytes, and how many of its 4 KiB pages were present, checked and found readable."""
+
+    size: int
+    secret: int
+    present_pages: int
+    checked_pages: int
+    readable_pages: int
+
+
+class RamBlock(_Model):
+    """One of QEMU's RAM blocks: its size in bytes, what backs it, and whether the guest can write to it."""
+
+    name: str
+    size: int
+    backing: Literal["secretmem", "ordinary"]
+    guest_writable: bool
+
+
+class Exposure(_Model):
+    """A way out of the guest that secret RAM does not close, and who holds the key to it."""
+
+    name: str
+    holders: str
+    detail: str
+
+
+class Host(_Model):
+    """What the guest ran on."""
+
+    kernel: str
+    qemu: str
+    accel: str
+
+
+class IsolationReport(_Model):
+    """Everything that was measured of one guest, and the verdict that follows.
+
+    `validated_after` tells what the probes waited for, "" where they did not run; `timings` are seconds.
+    """
+
+    guest: str
+    verdict: GuestVerdict
+    validated_after: str
+    reasons: tuple[str, ...]
+    memory: Memory
+    ram_blocks: tuple[RamBlock, ...]
+    probes: tuple[ProbeResult, ...]
+    exposures: tuple[Exposure, ...]
+    host: Host
+    timings: dict[str, float]
+
+
+def judge_probe(observation: Observation) -> ProbeResult:
+    """Return the verdict on one probe (rules 1 to 3)."""
+    if observation.target is Verdict.READABLE or observation.control is Verdict.READABLE:
+        verdict = observation.target
+    else:
+        verdict = Verdict.INCONCLUSIVE
+    return ProbeResult(
+        name=observation.probe,
+        verdict=verdict,
+        control=observation.control,
+        detail=observation.detail,
+        seconds=round(observation.seconds, 6),
+    )
+
+
+def judge_guest(
+    memory: Memory, ram_blocks: Sequence[RamBlock], probes: Sequence[ProbeResult], required: Collection[str]
+) -> tuple[GuestVerdict, tuple[str, ...]]:
+    """Return the verdict on a guest and its reasons (rules 4 to 6); `required` names the probes it needs."""
+    exposed = [f"{probe.name}: {probe.detail}" for probe in probes if probe.verdict is Verdict.READABLE]
+    if memory.readable_pages:
+        exposed.append(f"{memory.readable_pages} of {memory.checked_pages} pages of its RAM were read")
+    exposed += [
+        f"RAM block {block.name} is ordinary memory that the guest can write to"
+        for block in ram_blocks
+        if block.guest_writable and block.backing != "secretmem"
+    ]
+    if exposed:
+        return GuestVerdict.EXPOSED, tuple(exposed)
+
+    unproven = [f"{probe.name}: {probe.detail}" for probe in probes if probe.verdict is Verdict.INCONCLUSIVE]
+    unproven += [f"{name}: did not run" for name in required if name not in {probe.name for probe in probes}]
+    if not ram_blocks:
+        unproven.append("QEMU's RAM blocks were not listed")
+    if memory.secret != memory.size:
+        unproven.append(f"{memory.secret} of {memory.size} bytes were shown to be secret RAM")
+    if memory.checked_pages != memory.present_pages or not memory.checked_pages:
+        unproven.append(f"{memory.checked_pages} of {memory.present_pages} present pages were checked")
+    if unproven:
+        return GuestVerdict.INCONCLUSIVE, tuple(unproven)
+    return GuestVerdict.ISOLATED, ()
