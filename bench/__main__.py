@@ -234,7 +234,9 @@ def resident(folder: Path) -> Figure:
             supervisor.send_signal(signal.SIGINT)
         supervisor.stdout.read()
     with subprocess.Popen(
-        [sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as idle:
         assert idle.stdout is not None
         idle.stdout.readline()

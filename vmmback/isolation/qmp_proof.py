@@ -7,6 +7,7 @@ guest's address spaces, asks the host virtual address of the first and the last 
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -157,9 +158,10 @@ async def _place(views: Sequence[Sequence[Range]], sizes: dict[str, int], hmp: H
             writable.add(name)
     starts: dict[str, int] = {}
     contradictory: set[str] = set()
-    for memory in (memory for memory in views[0] if memory.is_memory):
+    ranges = [memory for memory in views[0] if memory.is_memory]
+    # All at once: each answer waits for QEMU's main loop, and a launch waits for all of them.
+    for memory, start in zip(ranges, await asyncio.gather(*(_start(memory, hmp) for memory in ranges)), strict=True):
         name = _block_of(memory.region, sizes)
-        start = await _start(memory, hmp)
         if start is None or starts.setdefault(name, start) != start:
             contradictory.add(name)
     return [
@@ -175,7 +177,8 @@ def _block_of(region: str, sizes: Iterable[str]) -> str:
 
 async def _start(memory: Range, hmp: Hmp) -> int | None:
     """Return the address of the block's first byte, None unless both ends of the range agree on it."""
-    first, last = [_HVA.fullmatch(await hmp(f"gpa2hva {address:#x}")) for address in (memory.first, memory.last)]
+    answers = await asyncio.gather(*(hmp(f"gpa2hva {address:#x}") for address in (memory.first, memory.last)))
+    first, last = (_HVA.fullmatch(answer) for answer in answers)
     if first is None or last is None or {first["name"], last["name"]} != {memory.region}:
         return None
     if int(last["hva"], 16) - int(first["hva"], 16) != memory.last - memory.first:
