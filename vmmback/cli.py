@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import codecs
+import os
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from vmmback.errors import VmmbackError
+from vmmback.errors import UsageError, VmmbackError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress, TaskID
+    from rich.text import Text
 
     from vmmback.report import IsolationReport
 
@@ -35,16 +37,15 @@ def main() -> None:
     try:
         commands.main(prog_name="vmmback")
     except VmmbackError as error:
-        click.echo(f"vmmback: error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"vmmback: hint: {error.hint}", err=True)
+        hint = f"vmmback: hint: {error.hint}\n" if error.hint else ""
+        _write(sys.stderr, f"vmmback: error: {error.message}\n{hint}")
         sys.exit(error.exit_code)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="vmmback", message="%(prog)s %(version)s")
 def commands() -> None:
-    r"""Guest RAM that the host kernel itself cannot see, for unmodified QEMU, with a proof that it cannot.
+    """Guest RAM that the host kernel itself cannot see, for unmodified QEMU, with a proof that it cannot.
 
     \b
     Example:
@@ -60,7 +61,7 @@ def commands() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
 @click.option("--validate/--no-validate", default=True, help="Run the probes (the default), or only the guest.")
 def launch(file: Path, as_json: bool, validate: bool) -> None:
-    r"""Run the guest of FILE on secret RAM until it ends, and report what was measured.
+    """Run the guest of FILE on secret RAM until it ends, and report what was measured.
 
     Ctrl-C presses the guest's power button; again, it tells QEMU to quit; once more, it kills it.
 
@@ -98,7 +99,7 @@ def launch(file: Path, as_json: bool, validate: bool) -> None:
 
 @commands.command()
 def schema() -> None:
-    r"""Print the JSON Schema of guest.toml, for editors and checkers.
+    """Print the JSON Schema of guest.toml, for editors and checkers.
 
     \b
     Example:
@@ -127,7 +128,7 @@ class _Screen:
         self._validated_rows = 0
 
     def prefaulted(self, done: int, size: int) -> None:
-        if not sys.stderr.isatty():
+        if not _is_terminal(sys.stderr):
             if done == size:
                 self.note(f"{size >> 20} MiB of RAM are prefaulted")
             return
@@ -148,14 +149,11 @@ class _Screen:
         text = "".join(c for c in self._decoder.decode(data) if c.isprintable() or c in "\n\t")
         if text:
             self._at_line_start = text.endswith("\n")
-            with suppress(OSError):  # the terminal or the pipe is gone; the guest goes on
-                self._console_out.write(text)
-                self._console_out.flush()
+            _write(self._console_out, text)
 
     def note(self, message: str) -> None:
         self._fresh_line()
-        with suppress(OSError):
-            click.echo(f"vmmback: {message}", err=True)
+        _write(sys.stderr, f"vmmback: {message}\n")
 
     def validated(self, report: IsolationReport) -> None:
         if self._as_json:
@@ -168,7 +166,11 @@ class _Screen:
     def finished(self, report: IsolationReport) -> None:
         self._fresh_line()
         if self._as_json:
-            click.echo(report.model_dump_json(indent=2))
+            problem = _write(sys.stdout, report.model_dump_json(indent=2) + "\n")
+            if problem:
+                raise UsageError(
+                    f"the report could not be written to standard output: {problem}", "give it a place to go to"
+                )
         else:
             self._print(*_end(report, self._validated_rows))
 
@@ -179,22 +181,46 @@ class _Screen:
 
     def _fresh_line(self) -> None:
         if not self._at_line_start:
-            with suppress(OSError):
-                self._console_out.write("\n")
-                self._console_out.flush()
+            _write(self._console_out, "\n")
             self._at_line_start = True
 
     def _print(self, *parts: RenderableType) -> None:
-        with suppress(OSError):
-            console = _rich(sys.stdout)
+        console = _rich(sys.stdout)
+        with console.capture() as captured:
             for part in parts:
                 console.print(part)
+        _write(sys.stdout, captured.get())
 
 
-def _rich(stream: object) -> Console:
+def _write(stream: TextIO | None, text: str) -> str:
+    """Write and flush; return what went wrong, "" if nothing did. `stream` is None where it was closed at the start.
+
+    A terminal, a pipe or a disk that is gone or full does not end a guest. From then on nothing is written to it.
+    """
+    if stream is None:
+        return "it is closed"
+    encoding = stream.encoding or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except OSError as error:
+        with suppress(OSError):  # what is buffered would be tried again when Python ends, and fail again
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+        return error.strerror or str(error)
+    return ""
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def _rich(stream: TextIO | None) -> Console:
+    """Return rich's console without its markup: what was measured is shown as it is."""
     from rich.console import Console
 
-    return Console(file=stream, highlight=False)  # type: ignore[arg-type]
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
 def _tables(report: IsolationReport) -> list[RenderableType]:
@@ -233,20 +259,24 @@ def _probe_table(report: IsolationReport, start: int) -> RenderableType:
 
 
 def _verdict(report: IsolationReport) -> list[RenderableType]:
+    from rich.text import Text
+
     memory = report.memory
-    lines: list[RenderableType] = [
+    summary = (
         f"guest {report.guest}: {_size(memory.secret)} of {_size(memory.size)} secret, "
         f"{memory.checked_pages} of {memory.size // 4096} pages checked, {memory.readable_pages} readable: "
-        + _coloured(report.verdict.value)
-    ]
+    )
+    lines: list[RenderableType] = [Text.assemble(summary, _coloured(report.verdict.value))]
     lines += [f"  {reason}" for reason in report.reasons]
     if report.validated_after:
         lines.append(f"  validated after {report.validated_after}")
     return lines
 
 
-def _coloured(verdict: str) -> str:
-    return f"[{_COLOURS[verdict]}]{verdict}[/]"
+def _coloured(verdict: str) -> Text:
+    from rich.text import Text
+
+    return Text(verdict, style=_COLOURS[verdict])
 
 
 def _size(size: int) -> str:

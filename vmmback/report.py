@@ -8,7 +8,8 @@ The rules, in the order in which they are applied:
 3. Any other probe is `inconclusive`.
 4. A guest is `exposed` when one probe is `readable`, when one page of its RAM was read, or when the guest can write
    to a RAM block that is ordinary memory.
-5. It is `isolated` when every required probe is `blocked`, all of its RAM is secret and every present page was checked.
+5. It is `isolated` when every required probe ran, every probe is `blocked`, all of its RAM is secret and every present
+   page was checked.
 6. Otherwise it is `inconclusive`.
 """
 

@@ -18,6 +18,11 @@ from vmmback.isolation.probe import Target
 from vmmback.linux import procfs
 from vmmback.report import Observation, RamBlock, Verdict
 
+# Blocks that no view shows, and that the guest cannot come to write to: files that fw_cfg lends read-only
+# (hw/core/loader.c, rom_set_mr) and option ROMs (hw/pci/pci.c, pci_add_option_rom). Any other block may be mapped
+# later, as video RAM is once firmware has set its address, so it counts as writable.
+_NEVER_WRITABLE = re.compile(r"/rom@.*|.*\.rom")
+
 Hmp = Callable[[str], Awaitable[str]]
 
 NAME = "qmp-proof"
@@ -150,10 +155,12 @@ async def _place(views: Sequence[Sequence[Range]], sizes: dict[str, int], hmp: H
     """Find where each RAM block lies, by the ranges of it that the guest can reach in any of its address spaces."""
     blocks = dict(sizes)
     writable: set[str] = set()
+    shown: set[str] = set()
     for memory in (memory for view in views for memory in view if memory.is_memory):
         name = _block_of(memory.region, sizes)
-        # A region that no block is known for is taken at what can be seen of it.
-        blocks.setdefault(name, memory.offset + memory.last - memory.first + 1)
+        shown.add(name)
+        if name not in sizes:  # what no block is known for is taken at what can be seen of it
+            blocks[name] = max(blocks.get(name, 0), memory.offset + memory.last - memory.first + 1)
         if memory.guest_writable:
             writable.add(name)
     starts: dict[str, int] = {}
@@ -165,7 +172,12 @@ async def _place(views: Sequence[Sequence[Range]], sizes: dict[str, int], hmp: H
         if start is None or starts.setdefault(name, start) != start:
             contradictory.add(name)
     return [
-        Placement(name, size, None if name in contradictory else starts.get(name), name in writable)
+        Placement(
+            name,
+            size,
+            None if name in contradictory else starts.get(name),
+            name in writable or (name not in shown and not _NEVER_WRITABLE.fullmatch(name)),
+        )
         for name, size in blocks.items()
     ]
 

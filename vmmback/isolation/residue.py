@@ -1,42 +1,42 @@
 """What is left of a guest's RAM once it has ended: its former frames, read through the kernel's direct map.
 
-A guest that prints its canary's fingerprint (console.py) is searched for it: no host process ever holds the canary, so
-bytes that hash to the fingerprint can only be the guest's. Without one, a frame that is not zero counts only where it
-is in use again; one that is free leaves the question open, since another owner may have freed it meanwhile.
+A frame that is not zero may rightly hold the bytes of its next owner. So two canaries are searched for: that of a guest
+which prints its fingerprint (console.py; no host process ever holds it, so what hashes to the fingerprint can only be
+the guest's), and one of ours, in a sample of RAM of the same kind that is given back together with the guest's.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import time
 from array import array
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from vmmback.errors import HostUnfit
 from vmmback.isolation.direct_map import ordinary_memory, pagemap_entries
 from vmmback.isolation.probe import Probe, Reading, Target
-from vmmback.linux import procfs
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.procfs import PAGE_SIZE
+from vmmback.ram import Ram, allocate
 from vmmback.report import Observation, Verdict
 
 CANARY_BYTES = 64
 """Length of a canary. It repeats from the start of a page on, so it lies at multiples of its length."""
 
-_PFN = (1 << 55) - 1
-_CONTROL_PAGES = 16
+_SAMPLE_BYTES = 1 << 20
 _ZERO_FRAME = bytes(PAGE_SIZE)
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Frames by their raw pagemap entries, and the SHA-256 (hex) of the canary that they may hold, if one is known."""
+    """Former frames, and those of the sample, by their raw pagemap entries; SHA-256 (hex) of canaries in either."""
 
     entries: array[int]
-    fingerprint: str | None
+    sample: array[int]
+    fingerprints: frozenset[str]
 
 
 class FreedFramesProbe(Probe[Frames]):
@@ -47,10 +47,11 @@ class FreedFramesProbe(Probe[Frames]):
 
     name = "freed-frames"
 
-    def __init__(self, entries: array[int], fingerprint: str | None, release: Callable[[], None]) -> None:
-        """`release` gives the guest's RAM back: right before it is read, so that little of it is in use again."""
-        self._frames = Frames(entries, fingerprint)
-        self._release = release
+    def __init__(self, guest_ram: Ram, entries: array[int], fingerprint: str | None) -> None:
+        """`guest_ram` is closed right before its frames, `entries`, are read, so that few of them are in use again."""
+        self._ram = guest_ram
+        self._entries = entries
+        self._fingerprint = fingerprint
 
     def observe(self, target: Target) -> Observation:
         started = time.perf_counter()
@@ -63,14 +64,19 @@ class FreedFramesProbe(Probe[Frames]):
             return Observation(self.name, inconclusive, inconclusive, str(error), time.perf_counter() - started)
 
     def target(self, target: Target) -> Frames:  # noqa: ARG002 (the guest is gone: all that is left are its frames)
-        self._release()
-        return self._frames
+        canary = os.urandom(CANARY_BYTES)
+        with allocate(self._ram.backing, _SAMPLE_BYTES) as sample, mmap.mmap(sample.fileno(), sample.size) as memory:
+            memory[:] = canary * (sample.size // CANARY_BYTES)
+            entries = pagemap_entries(os.getpid(), sample.inode)
+        self._ram.close()  # after the sample: what is freed last is what the kernel uses again first
+        fingerprints = {_fingerprint(canary), *([self._fingerprint] if self._fingerprint else [])}
+        return Frames(self._entries, entries, frozenset(fingerprints))
 
     def control(self, target: Target) -> Frames:  # noqa: ARG002
         canary = os.urandom(CANARY_BYTES)
-        pages = canary * (_CONTROL_PAGES * PAGE_SIZE // CANARY_BYTES)
-        _, inode = self._resources.enter_context(ordinary_memory(pages))
-        return Frames(pagemap_entries(os.getpid(), inode), hashlib.sha256(canary).hexdigest())
+        _, inode = self._resources.enter_context(ordinary_memory(canary * (_SAMPLE_BYTES // CANARY_BYTES)))
+        entries = pagemap_entries(os.getpid(), inode)
+        return Frames(entries, entries, frozenset({_fingerprint(canary)}))
 
     def attempt(self, place: Frames) -> Reading:
         zeroness = self._direct_map.zeroness(place.entries)
@@ -78,31 +84,35 @@ class FreedFramesProbe(Probe[Frames]):
             detail = f"{zeroness.checked} of {zeroness.present} former frames could be tried"
             return Reading(Verdict.INCONCLUSIVE, detail)
         detail = f"{zeroness.readable - zeroness.nonzero} of {zeroness.present} former frames are zero"
-        if zeroness.readable < zeroness.present:  # back out of the direct map: somebody's secret RAM again
-            detail += f", {zeroness.present - zeroness.readable} secret again"
-        if zeroness.nonzero:
-            return self._judge_nonzero(place, detail)
-        return Reading(Verdict.BLOCKED, detail)
+        if zeroness.readable < zeroness.present:  # out of the direct map: somebody's secret RAM again
+            detail += f", {zeroness.present - zeroness.readable} are secret again"
+        if with_canary := self._count_canaries(place.entries, place.fingerprints):
+            return Reading(Verdict.READABLE, f"{detail}, {with_canary} hold the canary")
+        if in_sample := self._count_canaries(place.sample, place.fingerprints):
+            return Reading(
+                Verdict.READABLE, f"{detail}; {in_sample} frames of a sample freed with them hold its canary"
+            )
+        sample = self._direct_map.zeroness(place.sample)
+        cleared = f"{sample.readable - sample.nonzero} of {sample.present} frames of a sample freed with them"
+        if 2 * (sample.readable - sample.nonzero) < sample.present:
+            return Reading(Verdict.INCONCLUSIVE, f"{detail}; only {cleared} are zero")
+        known = "none holds the guest's canary" if self._fingerprint else "no canary of the guest's is known"
+        return Reading(Verdict.BLOCKED, f"{detail}, {known}; {cleared} are zero, none holds its canary")
 
-    def _judge_nonzero(self, place: Frames, detail: str) -> Reading:
-        with_canary = free = 0
-        for index, frame in self._direct_map.read_frames(place.entries):
-            if frame is None or frame == _ZERO_FRAME:
-                continue
-            if place.fingerprint is not None:
-                with_canary += holds_canary(frame, place.fingerprint)
-            else:
-                free += procfs.is_free(place.entries[index] & _PFN)
-        if with_canary:
-            return Reading(Verdict.READABLE, f"{detail}, {with_canary} hold the guest's canary")
-        if free:
-            return Reading(Verdict.INCONCLUSIVE, f"{detail}, {free} are free and hold bytes that nobody can be told by")
-        canary = "none of the others holds the guest's canary" if place.fingerprint else "the others are in use again"
-        return Reading(Verdict.BLOCKED, f"{detail}, {canary}")
+    def _count_canaries(self, entries: array[int], fingerprints: frozenset[str]) -> int:
+        return sum(
+            holds_canary(frame, fingerprints)
+            for _, frame in self._direct_map.read_frames(entries)
+            if frame is not None and frame != _ZERO_FRAME
+        )
 
 
-def holds_canary(frame: bytes, fingerprint: str) -> bool:
-    """Tell whether a frame holds, at a multiple of CANARY_BYTES, bytes with this SHA-256 (hex)."""
-    # A frame of the guest's holds few different lines; each is hashed once.
+def holds_canary(frame: bytes, fingerprints: frozenset[str]) -> bool:
+    """Tell whether a frame holds, at a multiple of CANARY_BYTES, bytes with one of these SHA-256 (hex)."""
+    # A frame that a canary fills holds one line only; each is hashed once.
     lines = {frame[start : start + CANARY_BYTES] for start in range(0, len(frame), CANARY_BYTES)}
-    return any(hashlib.sha256(line).hexdigest() == fingerprint for line in lines)
+    return any(_fingerprint(line) in fingerprints for line in lines)
+
+
+def _fingerprint(canary: bytes) -> str:
+    return hashlib.sha256(canary).hexdigest()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ PAGE_SIZE = os.sysconf("SC_PAGESIZE")
 # mm/secretmem.c names its files so; they have no link in any folder.
 SECRETMEM = "/secretmem (deleted)"
 
-_KPF_BUDDY = 10  # include/uapi/linux/kernel-page-flags.h
 
 _MAPS_LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<permissions>[-rwxsp]{4}) (?P<offset>[0-9a-f]+) "
@@ -80,9 +78,7 @@ def is_memory_file(path: str) -> bool:
 
 def memory_mappings(mappings: Iterable[AnyMapping], inode: int) -> list[AnyMapping]:
     """Return those VMAs that map `inode`, be it a memfd_secret file or the plain memfd of a control."""
-    return [
-        mapping for mapping in mappings if mapping.inode == inode and mapping.path.startswith(("/secretmem", "/memfd:"))
-    ]
+    return [mapping for mapping in mappings if mapping.inode == inode and is_memory_file(mapping.path)]
 
 
 def pagemap(pid: int | str, start: int, size: int) -> array[int]:
@@ -98,13 +94,6 @@ def pagemap(pid: int | str, start: int, size: int) -> array[int]:
             entries.frombytes(chunk)
             remaining -= len(chunk)
     return entries
-
-
-def is_free(pfn: int) -> bool:
-    """Tell whether the kernel's allocator holds a frame as free. Raises OSError; needs CAP_SYS_ADMIN."""
-    with (PROC / "kpageflags").open("rb", buffering=0) as file:
-        flags = int.from_bytes(os.pread(file.fileno(), 8, pfn * 8), sys.byteorder)
-    return bool(flags >> _KPF_BUDDY & 1)
 
 
 def meminfo(root: Path = PROC) -> dict[str, int]:
