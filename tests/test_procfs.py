@@ -181,6 +181,11 @@ def test_a_file_of_another_name_with_the_same_inode_is_not_secret(path: str) -> 
     assert procfs.secret_mappings([Mapping(0x1000, 0x2000, "rw-s", 0, "fe:00", 7, path)], 7) == []
 
 
+@pytest.mark.parametrize("path", ["/secretmem2", "/secretmem/ram0", "/secretmem (deleted)/x"])
+def test_a_file_of_another_name_with_the_same_inode_is_not_ours(path: str) -> None:
+    assert procfs.memory_mappings([Mapping(0x1000, 0x2000, "rw-s", 0, "fe:00", 7, path)], 7) == []
+
+
 def test_smaps_adds_sizes_in_bytes_and_flags(tmp_path: Path) -> None:
     secret, stack, vsyscall = procfs.smaps(7, proc(tmp_path, "7/smaps", SMAPS))
     assert secret == DetailedMapping(

@@ -1,0 +1,116 @@
+"""What these tests need of the machine, found out by trying it: a version or a file's presence says too little.
+
+A machine that lacks something skips the tests that need it, with the reason. Where CI is set to "true", what every
+machine that runs vmmback must have is a failure instead: a run that skips its core proves nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vmmback.errors import VmmbackError
+from vmmback.host import find_qemu
+from vmmback.linux import seccomp
+from vmmback.linux.direct_map import DirectMap
+from vmmback.linux.memfd_secret import memfd_secret
+
+ROOT = Path(__file__).parents[1]
+KERNEL = ROOT / "build/guest/vmlinuz"
+INITRD = ROOT / "build/guest/initrd.img"
+
+CGROUP_V1 = Path("/sys/fs/cgroup/memory")
+CGROUP_V2 = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Something to try; `required` tells whether a machine of CI must have it."""
+
+    name: str
+    attempt: Callable[[], object]
+    required: bool = True
+
+
+def _secretmem() -> None:
+    os.close(memfd_secret())
+
+
+def _seccomp_notification() -> None:
+    failures: list[OSError] = []
+
+    def install() -> None:
+        try:
+            os.close(seccomp.install_open_listener())
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=install)  # the filter ends with it
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _direct_map() -> None:
+    with DirectMap.open():
+        pass
+
+
+def _qemu() -> None:
+    subprocess.run([find_qemu(), "--version"], check=True, capture_output=True, timeout=30)
+
+
+def _guest_kernel() -> None:
+    for path in (KERNEL, INITRD):
+        with path.open("rb") as file:
+            file.read(1)
+
+
+def _memory_group() -> None:
+    new_memory_group().rmdir()
+
+
+SECRETMEM = Capability("memfd_secret(2)", _secretmem)
+SECCOMP_NOTIFICATION = Capability("seccomp user notification", _seccomp_notification)
+DIRECT_MAP = Capability("BPF programs, and frame numbers in pagemap", _direct_map)
+QEMU = Capability("QEMU", _qemu)
+GUEST_KERNEL = Capability("the demo guest's kernel and initrd (./dev makes them)", _guest_kernel)
+MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
+
+
+def require(capability: Capability) -> None:
+    """Skip the test that asks, or fail it where CI must have this, unless the machine is capable."""
+    if problem := _problem(capability):
+        message = f"needs {capability.name}: {problem}"
+        if capability.required and os.environ.get("CI") == "true":
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+
+
+@functools.cache
+def _problem(capability: Capability) -> str:
+    try:
+        capability.attempt()
+    except VmmbackError as error:
+        return f"{error.message} ({error.hint})"
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return ""
+
+
+def new_memory_group() -> Path:
+    """Return the folder of a new memory cgroup, of version 1 where that has the controller. Raises OSError."""
+    if (CGROUP_V1 / "memory.limit_in_bytes").exists():
+        return Path(tempfile.mkdtemp(prefix="vmmback-test-", dir=CGROUP_V1))
+    if "memory" not in (CGROUP_V2 / "cgroup.subtree_control").read_text().split():
+        (CGROUP_V2 / "cgroup.subtree_control").write_text("+memory")
+    return Path(tempfile.mkdtemp(prefix="vmmback-test-", dir=CGROUP_V2))

@@ -1,0 +1,123 @@
+"""The probes on a running guest: blocked on secret RAM, readable on its twin, and red when one protection is broken."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from integration.conftest import TINY_BYTES, LiveGuest
+from vmmback.isolation import access, exposures
+from vmmback.isolation.audit import ACCESS_PROBES, REQUIRED, audit
+from vmmback.isolation.probe import Probe, Target
+from vmmback.linux.procfs import PAGE_SIZE
+from vmmback.report import Verdict, judge_probe
+
+ACCESS = pytest.mark.parametrize("probe", ACCESS_PROBES, ids=lambda probe: probe.name)
+
+
+@ACCESS
+def test_secret_ram_is_blocked_and_the_control_readable(probe: type[Probe[Any]], guest_running: LiveGuest) -> None:
+    seen = probe().observe(guest_running.guest.target)
+    assert (seen.target, seen.control) == (Verdict.BLOCKED, Verdict.READABLE), seen.detail
+    assert judge_probe(seen).verdict is Verdict.BLOCKED
+
+
+@ACCESS
+def test_its_twin_is_readable(probe: type[Probe[Any]], ordinary_guest_running: LiveGuest) -> None:
+    seen = probe().observe(ordinary_guest_running.guest.target)
+    assert (seen.target, seen.control) == (Verdict.READABLE, Verdict.READABLE), seen.detail
+    assert judge_probe(seen).verdict is Verdict.READABLE
+
+
+@ACCESS
+def test_ram_that_qemu_does_not_hold_proves_nothing(probe: type[Probe[Any]], guest_running: LiveGuest) -> None:
+    """A wrong inode, as after a mistake of ours: a probe that finds no RAM must not call it blocked."""
+    target = guest_running.guest.target
+    seen = probe().observe(Target(target.pid, target.inode + 1_000_000, target.size))
+    assert seen.target is Verdict.INCONCLUSIVE, seen.detail
+
+
+@ACCESS
+def test_a_qemu_that_is_gone_proves_nothing(probe: type[Probe[Any]], guest_running: LiveGuest) -> None:
+    target = guest_running.guest.target
+    guest_running.run(guest_running.guest.qemu.kill())
+    seen = probe().observe(target)
+    assert (seen.target, seen.control) == (Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE), seen.detail
+
+
+@pytest.mark.parametrize("probe", [access.ProcMemProbe, access.ProcessVmReadvProbe])
+def test_the_first_the_middle_and_the_last_page_are_tried(
+    probe: type[access._ReadProbe], guest_running: LiveGuest, ordinary_guest_running: LiveGuest
+) -> None:
+    refused = probe().observe(guest_running.guest.target).detail
+    assert refused.startswith("3 sampled pages refused, E")
+    read = probe().observe(ordinary_guest_running.guest.target).detail
+    assert read == "3 of 3 sampled pages were read"
+
+
+@pytest.mark.usefixtures("needs_direct_map")
+def test_the_whole_audit(guest_running: LiveGuest, ordinary_guest_running: LiveGuest) -> None:
+    pages = TINY_BYTES // PAGE_SIZE
+    for live, expected, readable in (
+        (guest_running, Verdict.BLOCKED, 0),
+        (ordinary_guest_running, Verdict.READABLE, pages),
+    ):
+        guest = live.guest
+        evidence = live.run(audit(guest.target, guest.monitor.hmp, guest.ram.frames))
+        assert {seen.probe for seen in evidence.observations} == REQUIRED
+        for seen in evidence.observations:
+            assert (seen.target, seen.control) == (expected, Verdict.READABLE), seen
+        assert (evidence.pages.present, evidence.pages.checked, evidence.pages.readable) == (pages, pages, readable)
+        assert len(evidence.frames) == pages
+
+
+@pytest.mark.usefixtures("needs_direct_map")
+def test_pages_that_were_not_prefaulted_are_counted_as_they_come(guest_paused: LiveGuest) -> None:
+    """The tiny guest leaves the 384 KiB below 1 MiB alone, so QEMU never maps those; without the prefault's list they
+    are absent, and the report says so instead of calling them checked.
+    """
+    guest_paused.start()
+    guest = guest_paused.guest
+    without = guest_paused.run(audit(guest.target, guest.monitor.hmp, array("Q"))).pages
+    assert without.present == without.checked < TINY_BYTES // PAGE_SIZE
+
+
+# --- Each protection broken once --------------------------------------------------------------------------------------
+
+
+def test_a_dump_of_the_ram_switched_on_is_seen(guest_running: LiveGuest) -> None:
+    """qom-set of the backend's `dump` takes the flag `dd` off the live mapping."""
+    probe = access.VmaFlagsProbe()
+    assert probe.observe(guest_running.guest.target).target is Verdict.BLOCKED
+    change = {"path": "/objects/ram0", "property": "dump", "value": True}
+    guest_running.run(guest_running.guest.monitor._execute("qom-set", change))
+    seen = probe.observe(guest_running.guest.target)
+    assert (seen.target, seen.detail) == (Verdict.READABLE, "flags missing: dd")
+
+
+def test_every_mapping_of_the_ram_must_be_protected(guest_running: LiveGuest) -> None:
+    """madvise(2) splits a mapping: of two parts, one is left as it must be."""
+    (mapping,) = access.VmaFlagsProbe().target(guest_running.guest.target)
+    broken = replace(mapping, flags=mapping.flags - {"lo"})
+    assert access.VmaFlagsProbe().attempt([mapping, mapping]).verdict is Verdict.BLOCKED
+    assert access.VmaFlagsProbe().attempt([mapping, broken]).verdict is Verdict.READABLE
+
+
+# --- The ways out that stay open are named ----------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_descriptor_is_reported_as_an_exposure(guest_running: LiveGuest) -> None:
+    assert os.geteuid() == 0
+    exposure = exposures.pidfd_getfd_exposure(guest_running.guest.target)
+    assert exposure.name == "pidfd-getfd"
+    assert exposure.detail.startswith("tried as uid 0: 1 descriptor(s) copied")
+
+
+def test_a_descriptor_that_qemu_does_not_hold_is_no_exposure_claimed(guest_running: LiveGuest) -> None:
+    target = guest_running.guest.target
+    guest_running.run(guest_running.guest.qemu.kill())
+    assert "refused" in exposures.pidfd_getfd_exposure(target).detail

@@ -1,0 +1,408 @@
+"""The handoff: who gets the descriptor, who does not, and what is left of QEMU in each case.
+
+In most tests a small program of ours stands in QEMU's place: it opens what its arguments say, as QEMU does, and writes
+what came of it to the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import pytest
+
+from integration.conftest import (
+    GONE_S,
+    LiveGuest,
+    Start,
+    children,
+    eventually,
+    guest_file,
+    prepared,
+    processes_of,
+    qemu_of,
+)
+from vmmback import command, handoff, ram
+from vmmback.command import QemuCommand
+from vmmback.errors import HandoffFailed, QemuFailed
+from vmmback.handoff import Qemu
+from vmmback.linux import procfs
+
+pytestmark = pytest.mark.usefixtures("needs_secretmem", "needs_seccomp")
+
+T = TypeVar("T")
+
+# Each argument is a step: `open PATH`, `fork PATH` (a child opens), `thread PATH`, `say WORDS`,
+# `exit STATUS`, `kill`, or `stay`, which waits for ever.
+STAND_IN = """
+import ctypes, fcntl, json, os, signal, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+def attempt(who, path):
+    descriptor = libc.open(path.encode(), os.O_RDWR)
+    result = {"who": who, "path": path}
+    if descriptor < 0:
+        result["errno"] = ctypes.get_errno()
+    else:
+        result["inode"] = os.fstat(descriptor).st_ino
+        result["cloexec"] = fcntl.fcntl(descriptor, fcntl.F_GETFD) == fcntl.FD_CLOEXEC
+    print(json.dumps(result), flush=True)
+for step in sys.argv[1:]:
+    verb, _, argument = step.partition(" ")
+    if verb == "open":
+        attempt("program", argument)
+    elif verb == "thread":
+        thread = threading.Thread(target=attempt, args=("thread", argument))
+        thread.start()
+        thread.join()
+    elif verb == "fork":
+        if (child := os.fork()) == 0:
+            attempt("child", argument)
+            os._exit(0)
+        os.waitpid(child, 0)
+    elif verb == "say":
+        print(argument, file=sys.stderr, flush=True)
+    elif verb == "exit":
+        os._exit(int(argument))
+    elif verb == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif verb == "stay":
+        print("stays", flush=True)
+        signal.pause()
+"""
+
+Body: TypeAlias = Callable[[Qemu], Coroutine[Any, Any, T]]
+
+
+class Place:
+    """Where QEMU stands in these tests: its log, and the folder of its mem-path, in which it could make files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "qemu.log"
+        self.folder = folder / "ram"
+        self.folder.mkdir()
+        self.mem_path = self.folder / "ram0"
+
+    def run(self, memory: ram.Ram, steps: Sequence[str], body: Body[T], descriptors: Sequence[int] = ()) -> T:
+        """Start the program in QEMU's place with `memory` on offer, and await `body` while it runs."""
+
+        async def go() -> T:
+            argv = [sys.executable, "-I", "-S", "-c", STAND_IN, *steps]
+            async with handoff.start(argv, {self.mem_path: memory.fileno()}, descriptors, self.log) as qemu:
+                return await body(qemu)
+
+        return asyncio.run(go())
+
+    def results(self, memory: ram.Ram, *steps: str) -> list[dict[str, Any]]:
+        """Let the program take these steps and end; return what its attempts came to."""
+
+        async def end(qemu: Qemu) -> None:
+            assert await qemu.ended(20) == 0, handoff.last_words(self.log)
+
+        self.run(memory, [*steps, "exit 0"], end)
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+
+def descriptors_of(pid: int) -> dict[str, str]:
+    return {link.name: str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def environment_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_the_program_gets_the_descriptor_close_on_exec(place: Place, secret_ram: ram.Ram) -> None:
+    (opened,) = place.results(secret_ram, f"open {place.mem_path}")
+    assert (opened["inode"], opened["cloexec"]) == (secret_ram.inode, True)
+
+
+def test_a_thread_of_the_program_is_the_program(place: Place, secret_ram: ram.Ram) -> None:
+    (opened,) = place.results(secret_ram, f"thread {place.mem_path}")
+    assert opened["inode"] == secret_ram.inode
+
+
+def test_it_is_handed_over_once(place: Place, secret_ram: ram.Ram) -> None:
+    first, second = place.results(secret_ram, f"open {place.mem_path}", f"open {place.mem_path}")
+    assert first["inode"] == secret_ram.inode
+    assert second["errno"] == errno.EACCES
+
+
+@pytest.mark.parametrize("other", ["ram1", "ram0 ", "ram", "ram00", "deeper/ram0", "./ram0"])
+def test_another_file_of_the_same_folder_is_denied(place: Place, secret_ram: ram.Ram, other: str) -> None:
+    """QEMU answers "no such file" by making one, of ordinary memory: a DIMM plugged in later, for one."""
+    denied, opened = place.results(secret_ram, f"open {place.folder}/{other}", f"open {place.mem_path}")
+    assert denied["errno"] == errno.EACCES
+    assert opened["inode"] == secret_ram.inode
+    assert list(place.folder.iterdir()) == []
+
+
+def test_a_file_that_is_there_already_is_denied_too(place: Place, secret_ram: ram.Ram) -> None:
+    place.mem_path.with_name("ram1").write_bytes(bytes(4096))
+    (denied,) = place.results(secret_ram, f"open {place.folder}/ram1")
+    assert denied["errno"] == errno.EACCES
+
+
+def test_a_file_at_the_mem_path_itself_does_not_stand_in(place: Place, secret_ram: ram.Ram) -> None:
+    place.mem_path.write_bytes(bytes(4096))
+    (opened,) = place.results(secret_ram, f"open {place.mem_path}")
+    assert opened["inode"] == secret_ram.inode
+
+
+def test_other_opens_are_the_kernels_own(place: Place, secret_ram: ram.Ram, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    # A neighbour whose name only begins like the folder's is another folder.
+    neighbour = tmp_path / "ram-of-another"
+    neighbour.write_text("x")
+    found, next_door, missing = place.results(secret_ram, f"open {plain}", f"open {neighbour}", "open /no/such/file")
+    assert found["inode"] == plain.stat().st_ino
+    assert next_door["inode"] == neighbour.stat().st_ino
+    assert missing["errno"] == errno.ENOENT
+
+
+def test_a_child_of_the_program_does_not_get_it(place: Place, secret_ram: ram.Ram) -> None:
+    """It is under the same filter, and opens the very path; the program itself still gets it."""
+    child, program = place.results(secret_ram, f"fork {place.mem_path}", f"open {place.mem_path}")
+    assert (child["who"], child["errno"]) == ("child", errno.EACCES)
+    assert program["inode"] == secret_ram.inode
+
+
+def test_the_handoff_is_awaited(place: Place, secret_ram: ram.Ram) -> None:
+    async def body(qemu: Qemu) -> int | None:
+        await qemu.handed_over(20)
+        return qemu.status
+
+    assert place.run(secret_ram, [f"open {place.mem_path}", "stay"], body) is None
+
+
+def test_a_program_that_never_opens_it_misses_the_deadline(place: Place, secret_ram: ram.Ram) -> None:
+    async def body(qemu: Qemu) -> None:
+        eventually(lambda: b"stays" in place.log.read_bytes(), "the program runs")
+        await qemu.handed_over(0.1)
+
+    with pytest.raises(HandoffFailed) as caught:
+        place.run(secret_ram, ["say I would rather not", "stay"], body)
+    assert caught.value.exit_code == 6
+    assert caught.value.message == (
+        "QEMU did not take the descriptor of its RAM within 0.1 s: it still runs; it said: I would rather not / stays"
+    )
+    assert sys.executable in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("last", "state"), [("exit 7", "it exited with status 7"), ("kill", "it was ended by SIGKILL")]
+)
+def test_a_program_that_dies_at_once_says_why(place: Place, secret_ram: ram.Ram, last: str, state: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(HandoffFailed) as caught:
+        place.run(secret_ram, ["say cannot\x07 set up", "say guest memory", last], lambda qemu: qemu.handed_over(20))
+    assert caught.value.message == (
+        f"QEMU did not take the descriptor of its RAM: {state}; it said: cannot  set up / guest memory"
+    )
+    assert time.monotonic() - started < 10
+
+
+def test_a_program_that_is_not_there(place: Place, secret_ram: ram.Ram) -> None:
+    async def go() -> None:
+        offers = {place.mem_path: secret_ram.fileno()}
+        async with handoff.start(["/no/such/qemu"], offers, (), place.log) as qemu:
+            await qemu.handed_over(20)
+
+    with pytest.raises(HandoffFailed, match=r"it exited with status 127; it said: .*/no/such/qemu"):
+        asyncio.run(go())
+
+
+def test_without_setpriv_it_says_what_to_install(
+    place: Place, secret_ram: ram.Ram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handoff, "_ENVIRONMENT", {"PATH": "/no/such/folder"})
+    with pytest.raises(QemuFailed, match="QEMU could not be started") as caught:
+        place.run(secret_ram, ["stay"], lambda qemu: qemu.handed_over(20))
+    assert "util-linux" in caught.value.hint
+
+
+def test_leaving_kills_it_and_its_log_stays(place: Place, secret_ram: ram.Ram) -> None:
+    async def body(qemu: Qemu) -> int:
+        await qemu.handed_over(20)
+        return qemu.pid
+
+    pid = place.run(secret_ram, ["say hello", f"open {place.mem_path}", "stay"], body)
+    assert not Path(f"/proc/{pid}").exists()
+    assert place.log.read_text().startswith("hello\n")
+
+
+def test_kill_ends_it_and_may_be_repeated(place: Place, secret_ram: ram.Ram) -> None:
+    async def body(qemu: Qemu) -> int | None:
+        await qemu.kill()
+        await qemu.kill()
+        return qemu.status
+
+    assert place.run(secret_ram, ["stay"], body) == -signal.SIGKILL
+
+
+def test_ended_has_a_deadline(place: Place, secret_ram: ram.Ram) -> None:
+    with pytest.raises(TimeoutError):
+        place.run(secret_ram, ["stay"], lambda qemu: qemu.ended(0.05))
+
+
+def test_cancelled_while_it_waits_it_leaves_nothing(place: Place, secret_ram: ram.Ram) -> None:
+    before = children()
+
+    async def body(qemu: Qemu) -> None:
+        waiting = asyncio.create_task(qemu.handed_over(20))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await waiting
+
+    with pytest.raises(asyncio.CancelledError):
+        place.run(secret_ram, ["stay"], body)
+    assert children() == before
+
+
+def test_it_inherits_the_descriptors_it_needs_and_no_others(place: Place, secret_ram: ram.Ram) -> None:
+    ours, theirs = socket.socketpair()
+    stray = os.open("/dev/zero", os.O_RDONLY)
+    os.set_inheritable(stray, True)
+
+    async def body(qemu: Qemu) -> dict[str, str]:
+        eventually(lambda: b"stays" in place.log.read_bytes(), "the program runs")
+        return descriptors_of(qemu.pid)
+
+    with ours, theirs:
+        held = place.run(secret_ram, ["stay"], body, [theirs.fileno()])
+        assert held == {
+            "0": "/dev/null",
+            "1": str(place.log),
+            "2": str(place.log),
+            str(theirs.fileno()): f"socket:[{os.fstat(theirs.fileno()).st_ino}]",
+        }
+    os.close(stray)
+
+
+def test_it_does_not_see_the_users_environment(
+    place: Place, secret_ram: ram.Ram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_PRELOAD_OF_THE_USER", "secret")
+
+    async def body(qemu: Qemu) -> bytes:
+        eventually(lambda: b"stays" in place.log.read_bytes(), "the program runs")
+        return environment_of(qemu.pid)
+
+    assert b"LD_PRELOAD_OF_THE_USER" not in place.run(secret_ram, ["stay"], body)
+
+
+# --- QEMU itself ------------------------------------------------------------------------------------------------------
+
+
+def test_qemus_descriptors(guest_running: LiveGuest) -> None:
+    """Its log, the secret RAM, the two sockets, and what it makes for itself, which leads nowhere."""
+    folder = Path(f"/proc/{guest_running.pid}")
+    links = descriptors_of(guest_running.pid)
+    log = str(guest_running.guest.qemu.log)
+    assert (links.pop("0"), links.pop("1"), links.pop("2")) == ("/dev/null", log, log)
+    kinds = sorted(re.sub(r"\d+", "", link) for link in links.values() if not link.startswith("anon_inode:"))
+    assert kinds == ["/secretmem (deleted)", "socket:[]", "socket:[]"]
+    own = {link for link in links.values() if link.startswith("anon_inode:")}
+    assert own <= {"anon_inode:[eventfd]", "anon_inode:[eventpoll]", "anon_inode:[signalfd]"}
+    for number, link in links.items():
+        flags = re.search(r"^flags:\s*(\d+)$", (folder / "fdinfo" / number).read_text(), re.MULTILINE)
+        assert flags
+        # The sockets were inherited; that is why they are not close-on-exec.
+        assert link.startswith("socket:") or int(flags[1], 8) & os.O_CLOEXEC, (number, link)
+
+
+def test_qemu_is_under_the_filter_and_this_process_is_not(guest_paused: LiveGuest) -> None:
+    assert procfs.status(guest_paused.pid)["NoNewPrivs"] == "1"
+    assert procfs.status(guest_paused.pid)["Seccomp"] == "2"
+    assert procfs.status("self")["Seccomp"] == "0"
+
+
+def test_qemu_that_cannot_take_its_mem_path_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own words reach the user: here its command line is wrong."""
+    build = command.build
+
+    def with_an_unknown_option(*arguments: Any) -> QemuCommand:
+        made = build(*arguments)
+        return QemuCommand((*made.argv, "-no-such-option"), made.descriptors)
+
+    monkeypatch.setattr(command, "build", with_an_unknown_option)
+    words = r"it exited with status 1; it said: .*no-such-option: invalid option"
+    with pytest.raises(HandoffFailed, match=words), prepared(guest_file(tmp_path)):
+        pass
+
+
+@pytest.fixture
+def supervised(start: Start, tmp_path: Path, runtime_dir: Path) -> Iterator[int]:
+    """Start `vmmback launch` as a process, and return the pid of that once its guest runs."""
+    running = start(sys.executable, "-m", "vmmback", "launch", guest_file(tmp_path, ready="NEVER"), "--json")
+    running.wait_for("READY")
+    yield running.process.pid
+    running.process.wait()
+
+
+def test_qemu_ends_with_a_supervisor_that_is_killed(supervised: int, runtime_dir: Path) -> None:
+    assert qemu_of(runtime_dir)
+    os.kill(supervised, signal.SIGKILL)
+    eventually(lambda: not qemu_of(runtime_dir), "QEMU is gone", GONE_S)
+    eventually(lambda: not processes_of(runtime_dir), "all its processes are gone", GONE_S)
+    eventually(lambda: list(runtime_dir.iterdir()) == [], "its folder is gone", GONE_S)
+
+
+# A supervisor whose QEMU is not yet bound to its life: in setpriv's place stands a script that waits for a line in a
+# pipe, and then starts QEMU without --pdeathsig.
+KILLED_EARLY = """
+import sys
+from pathlib import Path
+from vmmback import cli, handoff
+handoff._ENVIRONMENT = {"PATH": sys.argv.pop(1) + ":" + handoff._ENVIRONMENT["PATH"]}
+cli.main()
+"""
+WAITS = """#!/bin/sh
+[ "$1 $2 $3" = "--pdeathsig KILL --" ] || exit 99
+shift 3
+read -r _ <{fifo}
+exec "$@"
+"""
+
+
+def test_qemu_that_starts_after_its_supervisor_was_killed_ends_by_itself(
+    start: Start, tmp_path: Path, runtime_dir: Path
+) -> None:
+    """The gap between fork and setpriv: the listener was the supervisor's, so QEMU's open of the mem-path fails."""
+    fifo, programs = tmp_path / "fifo", tmp_path / "programs"
+    os.mkfifo(fifo)
+    programs.mkdir()
+    (programs / "setpriv").write_text(WAITS.format(fifo=fifo))
+    (programs / "setpriv").chmod(0o755)
+    running = start(sys.executable, "-c", KILLED_EARLY, str(programs), "launch", guest_file(tmp_path), "--json")
+
+    def waiting() -> list[int]:
+        return [pid for pid, line in processes_of(runtime_dir).items() if str(programs / "setpriv") in line]
+
+    running.wait_until(lambda: bool(waiting()), "QEMU's stand-in waits")
+    (pid,) = waiting()
+    log = os.open(f"/proc/{pid}/fd/2", os.O_RDONLY)  # its folder is going to be removed
+    running.process.kill()
+    running.process.wait()
+    assert waiting() == [pid]
+    with fifo.open("w") as pipe:
+        pipe.write("go\n")
+    eventually(lambda: not processes_of(runtime_dir), "QEMU has ended by itself", GONE_S)
+    words = os.pread(log, 1 << 16, 0).decode()
+    os.close(log)
+    assert os.strerror(errno.ENOSYS) in words
+    assert "ram0" in words

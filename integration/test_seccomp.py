@@ -1,0 +1,227 @@
+"""Seccomp user notification on the real kernel: a program of our own opens, and this process answers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.conftest import eventually
+from vmmback.linux import arch, procfs, seccomp
+from vmmback.linux.memfd_secret import memfd_secret
+
+pytestmark = pytest.mark.usefixtures("needs_seccomp")
+
+# Opens what its standard input says, by openat(2) with exactly these flags: os.open adds O_CLOEXEC.
+CALLER = """
+import ctypes, fcntl, json, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+for line in sys.stdin:
+    flags, _, path = line.rstrip("\\n").partition(" ")
+    descriptor = libc.open(path.encode(), int(flags), 0o600)
+    if descriptor < 0:
+        print(json.dumps({"errno": ctypes.get_errno()}), flush=True)
+    else:
+        cloexec = fcntl.fcntl(descriptor, fcntl.F_GETFD) == fcntl.FD_CLOEXEC
+        status = os.fstat(descriptor)
+        print(json.dumps({"inode": status.st_ino, "device": status.st_dev, "cloexec": cloexec}), flush=True)
+"""
+
+
+class Caller:
+    """A program under the filter, and the listener that answers it."""
+
+    def __init__(self, process: subprocess.Popen[str], listener: int) -> None:
+        self.process = process
+        self.listener = listener
+
+    def ask(self, path: Path | str, flags: int = os.O_RDWR) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{flags} {path}\n")
+        self.process.stdin.flush()
+
+    def result(self) -> Any:
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], 10)
+        assert readable, "waited 10 s in vain until the caller's open is over"
+        return json.loads(self.process.stdout.readline())
+
+    def notification(self) -> seccomp.Notification:
+        found: list[seccomp.Notification] = []
+
+        def arrived() -> bool:
+            if notification := seccomp.receive(self.listener):
+                found.append(notification)
+            return bool(found)
+
+        eventually(arrived, "the caller's open is reported")
+        return found[0]
+
+    def blocked(self) -> None:
+        """Wait until the program sleeps inside openat(2): proc_pid_syscall(5) says so, "running" while it does not."""
+        file, number = Path(f"/proc/{self.process.pid}/syscall"), str(arch.current().openat)
+        eventually(lambda: file.read_text().split()[0] == number, "the caller waits for an answer")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def filtered() -> Iterator[Caller]:
+    made: list[tuple[subprocess.Popen[str], int]] = []
+
+    def begin() -> None:  # in a thread of its own: the filter stays with it
+        listener = seccomp.install_open_listener()
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", CALLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        made.append((process, listener))
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    process, listener = made[0]
+    caller = Caller(process, listener)
+    try:
+        yield caller
+    finally:
+        process.kill()
+        with contextlib.suppress(BrokenPipeError), process:
+            pass
+        if caller.listener >= 0:
+            os.close(caller.listener)
+
+
+@pytest.fixture
+def caller() -> Iterator[Caller]:
+    with filtered() as caller:
+        yield caller
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_text("x")
+    return path
+
+
+def test_the_caller_gets_the_descriptor_that_we_give(caller: Caller, needs_secretmem: None) -> None:
+    descriptor = memfd_secret()
+    caller.ask("/nowhere/ram0")
+    notification = caller.notification()
+    assert notification.tid == caller.process.pid
+    assert seccomp.is_waiting(caller.listener, notification)
+    assert seccomp.answer_descriptor(caller.listener, notification, descriptor)
+    status = os.fstat(descriptor)
+    assert caller.result() == {"inode": status.st_ino, "device": status.st_dev, "cloexec": True}
+    assert not seccomp.is_waiting(caller.listener, notification)
+    os.close(descriptor)
+
+
+def test_a_continued_open_is_the_kernels_own(caller: Caller, file: Path) -> None:
+    for path, expected in ((file, file.stat().st_ino), ("/nowhere/at/all", None)):
+        caller.ask(path)
+        assert seccomp.answer_continue(caller.listener, caller.notification())
+        result = caller.result()
+        assert result.get("inode") == expected
+        assert result.get("errno") == (None if expected else errno.ENOENT)
+
+
+def test_an_error_is_what_the_caller_sees(caller: Caller, file: Path) -> None:
+    caller.ask(file)
+    assert seccomp.answer_error(caller.listener, caller.notification(), errno.EACCES)
+    assert caller.result() == {"errno": errno.EACCES}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_CLOEXEC, os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_NONBLOCK],
+)
+def test_other_flags_are_not_caught(caller: Caller, file: Path, flags: int) -> None:
+    caller.ask(file, flags)
+    assert caller.result()["inode"] == file.stat().st_ino  # nobody answered
+    assert seccomp.receive(caller.listener) is None
+
+
+def test_a_caller_that_was_killed_while_it_waits_is_answered_by_nothing(caller: Caller, file: Path) -> None:
+    caller.ask(file)
+    notification = caller.notification()
+    caller.kill()
+    assert not seccomp.is_waiting(caller.listener, notification)
+    with file.open() as descriptor:
+        assert not seccomp.answer_descriptor(caller.listener, notification, descriptor.fileno())
+    assert not seccomp.answer_continue(caller.listener, notification)
+    assert not seccomp.answer_error(caller.listener, notification, errno.EACCES)
+
+
+def test_a_caller_that_was_killed_before_we_looked_is_no_notification(caller: Caller, file: Path) -> None:
+    caller.ask(file)
+    caller.blocked()
+    caller.kill()
+    started = time.monotonic()
+    assert seccomp.receive(caller.listener) is None
+    assert time.monotonic() - started < 1
+
+
+def test_receive_does_not_block_without_a_notification_or_without_anybody_left(caller: Caller) -> None:
+    started = time.monotonic()
+    assert seccomp.receive(caller.listener) is None
+    caller.kill()
+    assert seccomp.receive(caller.listener) is None
+    assert time.monotonic() - started < 1
+
+
+def test_once_the_listener_is_closed_opens_fail(caller: Caller, file: Path) -> None:
+    """What becomes of a QEMU whose supervisor was killed: also of an open that waits at that moment."""
+    caller.ask(file)
+    caller.blocked()
+    os.close(caller.listener)
+    caller.listener = -1
+    assert caller.result() == {"errno": errno.ENOSYS}
+    caller.ask(file)
+    assert caller.result() == {"errno": errno.ENOSYS}
+    caller.ask(file, os.O_RDONLY)
+    assert caller.result()["inode"] == file.stat().st_ino
+
+
+def test_the_caller_is_filtered_and_its_notification_names_it(caller: Caller, file: Path) -> None:
+    assert procfs.status(caller.process.pid)["Seccomp"] == "2"
+    assert procfs.status(caller.process.pid)["NoNewPrivs"] == "1"
+    caller.ask(file)
+    notification = caller.notification()
+    assert procfs.thread_group(notification.tid) == caller.process.pid
+    assert notification.arguments[2] == os.O_RDWR
+    seccomp.answer_continue(caller.listener, notification)
+    caller.result()
+
+
+def test_this_process_is_not_filtered(caller: Caller, file: Path) -> None:
+    for thread in Path("/proc/self/task").iterdir():
+        status = (thread / "status").read_text()
+        assert "Seccomp:\t0\n" in status
+        assert "NoNewPrivs:\t0\n" in status
+    with filtered() as other:  # nor is a program that is started meanwhile filtered twice
+        assert procfs.status(other.process.pid)["Seccomp_filters"] == "1"
+    assert seccomp.receive(caller.listener) is None
+
+
+def test_the_caller_does_not_hold_the_listener(caller: Caller, file: Path) -> None:
+    """One that did would wait for ever for its own answer."""
+    caller.ask(file, os.O_RDONLY)
+    caller.result()
+    links = [str(link.readlink()) for link in Path(f"/proc/{caller.process.pid}/fd").iterdir()]
+    assert not [link for link in links if "seccomp" in link]
+    assert not os.get_inheritable(caller.listener)
