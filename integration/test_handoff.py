@@ -36,7 +36,7 @@ from vmmback import command, handoff, ram
 from vmmback.command import QemuCommand
 from vmmback.errors import HandoffFailed, QemuFailed
 from vmmback.handoff import Qemu
-from vmmback.linux import procfs
+from vmmback.linux import procfs, seccomp
 
 pytestmark = pytest.mark.usefixtures("needs_secretmem", "needs_seccomp")
 
@@ -47,6 +47,8 @@ T = TypeVar("T")
 STAND_IN = """
 import ctypes, fcntl, json, os, signal, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
+signal.signal(signal.SIGUSR1, lambda *_: None)
+signal.siginterrupt(signal.SIGUSR1, False)  # SA_RESTART
 def attempt(who, path):
     descriptor = libc.open(path.encode(), os.O_RDWR)
     result = {"who": who, "path": path}
@@ -179,6 +181,28 @@ def test_a_child_of_the_program_does_not_get_it(place: Place, secret_ram: ram.Ra
     child, program = place.results(secret_ram, f"fork {place.mem_path}", f"open {place.mem_path}")
     assert (child["who"], child["errno"]) == ("child", errno.EACCES)
     assert program["inode"] == secret_ram.inode
+
+
+def test_an_open_that_a_signal_interrupts_gets_it_at_the_next_try(
+    place: Place, secret_ram: ram.Ram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel restarts the open, as a new notification (seccomp_unotify(2)). On a loaded host this is what becomes
+    of one launch in some hundred; here the signal comes right before the answer.
+    """
+    answer = seccomp.answer_descriptor
+    answers: list[bool] = []
+
+    def interrupt_first(listener: int, notification: seccomp.Notification, descriptor: int) -> bool:
+        if not answers:
+            os.kill(notification.tid, signal.SIGUSR1)
+            eventually(lambda: not seccomp.is_waiting(listener, notification), "the open is interrupted")
+        answers.append(answer(listener, notification, descriptor))
+        return answers[-1]
+
+    monkeypatch.setattr(seccomp, "answer_descriptor", interrupt_first)
+    (opened,) = place.results(secret_ram, f"open {place.mem_path}")
+    assert opened.get("inode") == secret_ram.inode, opened
+    assert answers == [False, True]
 
 
 def test_the_handoff_is_awaited(place: Place, secret_ram: ram.Ram) -> None:

@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from vmmback.errors import UsageError, VmmbackError
+from vmmback.errors import HostUnfit, UsageError, VmmbackError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -36,10 +37,25 @@ def main() -> None:
     """Run the command line, and turn an error into one message and its exit code."""
     try:
         commands.main(prog_name="vmmback")
-    except VmmbackError as error:
+    except (VmmbackError, OSError, MemoryError, RuntimeError) as caught:
+        error = _as_user_error(caught)
+        if error is None:
+            raise
         hint = f"vmmback: hint: {error.hint}\n" if error.hint else ""
         _write(sys.stderr, f"vmmback: error: {error.message}\n{hint}")
         sys.exit(error.exit_code)
+
+
+def _as_user_error(error: Exception) -> VmmbackError | None:
+    """Return what to tell the user; None for an error that is a mistake of ours."""
+    if isinstance(error, VmmbackError):
+        return error
+    if isinstance(error, RuntimeError) and "can't start new thread" not in str(error):
+        return None
+    return HostUnfit(
+        f"the kernel refused what a launch needs: {error or 'out of memory'}",
+        "look at the limits of this process (`ulimit -a`), its cgroup, and what confines it",
+    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -57,7 +73,7 @@ def commands() -> None:
     epilog="Exit codes: 0 isolated, 2 wrong file or argument, 3 host cannot do it, 4 not enough memory, "
     "5 exposed, 6 QEMU failed, 8 inconclusive, 128 + signal when stopped before the guest ran."
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(readable=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
 @click.option("--validate/--no-validate", default=True, help="Run the probes (the default), or only the guest.")
 def launch(file: Path, as_json: bool, validate: bool) -> None:
@@ -72,10 +88,12 @@ def launch(file: Path, as_json: bool, validate: bool) -> None:
     import asyncio
 
     from vmmback import config
+    from vmmback.host import check_descriptors
     from vmmback.launch import Stop
     from vmmback.launch import launch as run
 
     guest = config.load(file)
+    check_descriptors()
     validate = validate and guest.isolation.validate_at == "boot"
     screen = _Screen(as_json=as_json)
 
@@ -128,15 +146,18 @@ class _Screen:
         self._validated_rows = 0
 
     def prefaulted(self, done: int, size: int) -> None:
-        if not _is_terminal(sys.stderr):
-            if done == size:
-                self.note(f"{size >> 20} MiB of RAM are prefaulted")
-            return
+        if _is_terminal(sys.stderr):
+            with suppress(OSError):  # the terminal is gone meanwhile
+                self._show_progress(done, size)
+        elif done == size:
+            self.note(f"{size >> 20} MiB of RAM are prefaulted")
+
+    def _show_progress(self, done: int, size: int) -> None:
         if self._progress is None:
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
             columns = (TextColumn("prefault"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-            self._progress = Progress(*columns, console=_rich(sys.stderr))
+            self._progress = Progress(*columns, console=_rich(sys.stderr, is_terminal=True))
             self._task = self._progress.add_task("prefault", total=size)
             self._progress.start()
         assert self._task is not None
@@ -176,7 +197,8 @@ class _Screen:
 
     def close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
             self._progress = None
 
     def _fresh_line(self) -> None:
@@ -185,11 +207,13 @@ class _Screen:
             self._at_line_start = True
 
     def _print(self, *parts: RenderableType) -> None:
-        console = _rich(sys.stdout)
-        with console.capture() as captured:
-            for part in parts:
-                console.print(part)
-        _write(sys.stdout, captured.get())
+        from rich.text import Text
+
+        text = StringIO()  # rich's own way of writing raises where a stream is gone
+        console = _rich(text, is_terminal=_is_terminal(sys.stdout))
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, (str, Text)))  # a table fits the width, a line need not
+        _write(sys.stdout, text.getvalue())
 
 
 def _write(stream: TextIO | None, text: str) -> str:
@@ -216,11 +240,11 @@ def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
-def _rich(stream: TextIO | None) -> Console:
+def _rich(stream: TextIO, *, is_terminal: bool) -> Console:
     """Return rich's console without its markup: what was measured is shown as it is."""
     from rich.console import Console
 
-    return Console(file=stream, highlight=False, markup=False, emoji=False)
+    return Console(file=stream, force_terminal=is_terminal, highlight=False, markup=False, emoji=False)
 
 
 def _tables(report: IsolationReport) -> list[RenderableType]:

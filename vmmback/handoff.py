@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from vmmback.errors import HandoffFailed, QemuFailed
+from vmmback.errors import HandoffFailed, HostUnfit, QemuFailed
 from vmmback.linux import procfs, seccomp
 
 # QEMU never sees the user's environment: only what programs need to run at all.
@@ -45,6 +45,11 @@ class Qemu:
     def status(self) -> int | None:
         """QEMU's exit status (negative: the signal that ended it), or None while it runs."""
         return self._ended.result() if self._ended.done() else None
+
+    @property
+    def command_line(self) -> str:
+        """What was executed, as a hint for an error."""
+        return f"QEMU's command line was: {' '.join(self.argv)}"
 
     async def handed_over(self, timeout_s: float) -> None:
         """Wait until each descriptor offered was taken. Raises HandoffFailed, with QEMU's own words, if it was not."""
@@ -76,7 +81,7 @@ class Qemu:
         else:
             state = f"it exited with status {status}"
         words = last_words(self.log) or "nothing"
-        return kind(f"QEMU did not {what}: {state}; it said: {words}", f"its command line was: {' '.join(self.argv)}")
+        return kind(f"QEMU did not {what}: {state}; it said: {words}", self.command_line)
 
     async def _before_end(
         self, future: asyncio.Future[None], timeout_s: float, what: str, kind: type[QemuFailed]
@@ -124,8 +129,11 @@ class Qemu:
         if not seccomp.is_waiting(self._listener, notification):
             return
         if path in self._offers and self._is_qemu(notification):
-            if seccomp.answer_descriptor(self._listener, notification, self._offers.pop(path)) and not self._offers:
-                self._handed_over.set_result(None)
+            # A signal may interrupt QEMU's open before the answer; the kernel then makes it again (seccomp_unotify(2)).
+            if seccomp.answer_descriptor(self._listener, notification, self._offers[path]):
+                del self._offers[path]
+                if not self._offers:
+                    self._handed_over.set_result(None)
         elif any(path.startswith(folder) for folder in self._folders):
             # QEMU would make an ordinary file of any mem-path that does not exist (system/physmem.c, file_ram_open).
             seccomp.answer_error(self._listener, notification, errno.EACCES)
@@ -172,16 +180,15 @@ async def start(
     """Start QEMU with `descriptors` inherited, its output in `log`; kill it on exit if it still runs.
 
     Each path of `offers` is answered once, with a copy of its descriptor, to this QEMU alone; any other path in the
-    same folder is denied, and all else is left to the kernel. Raises QemuFailed when it cannot be started.
+    same folder is denied, and all else is left to the kernel. Raises OSError when it cannot be started,
+    HostUnfit without setpriv.
     """
     qemu = Qemu(argv, offers, log)
     try:
         try:
             await qemu._start(descriptors)
-        except OSError as error:
-            raise QemuFailed(
-                f"QEMU could not be started: {error}", "check that setpriv (util-linux) is installed"
-            ) from error
+        except FileNotFoundError as error:  # QEMU itself was found before
+            raise HostUnfit("setpriv was not found on PATH", "install it: apt-get install util-linux") from error
         yield qemu
     finally:
         await qemu._close()

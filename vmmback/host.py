@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Literal
 
 from vmmback.errors import AdmissionRefused, HostUnfit
 from vmmback.linux import arch, kvm, procfs
+
+# About 30 are open at a time: Python's own, sockets and pipes of QEMU and helpers, BPF objects, RAM and logs.
+_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ def find_qemu() -> Path:
         package = "qemu-system-arm" if arch.current().name == "aarch64" else "qemu-system-x86"
         raise HostUnfit(f"{name} was not found on PATH", f"install it: apt-get install {package}")
     return Path(found)
+
+
+def check_descriptors() -> None:
+    """Raise HostUnfit unless this process may open as many descriptors as a launch needs."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit < _DESCRIPTORS:
+        raise HostUnfit(
+            f"RLIMIT_NOFILE is {limit}, and a launch needs {_DESCRIPTORS} descriptors",
+            f"raise it: `ulimit -n {_DESCRIPTORS}`, or LimitNOFILE={_DESCRIPTORS} in a systemd unit",
+        )
 
 
 def choose_accel(wanted: Literal["auto", "tcg", "kvm"]) -> Literal["tcg", "kvm"]:

@@ -264,9 +264,9 @@ async def _last_words(qemu: handoff.Qemu) -> AsyncIterator[None]:
     except QemuFailed as error:
         with suppress(TimeoutError):
             await qemu.ended(timeout_s=1.0)
-        if qemu.status is None or error.__cause__ is None:
-            raise
-        raise qemu.failure("stay alive") from error
+        if qemu.status is not None:
+            raise qemu.failure("stay alive") from error
+        raise type(error)(error.message, error.hint or qemu.command_line) from error
 
 
 class _timed:  # noqa: N801 (a context manager, used like a function)

@@ -94,7 +94,7 @@ async def connect(connection: socket.socket, timeout_s: float) -> AsyncIterator[
     except TimeoutError:
         raise QemuFailed(f"QEMU did not greet over QMP within {timeout_s} s") from None
     except QMPError as error:
-        raise QemuFailed(f"QEMU did not greet over QMP: {error}") from error
+        raise QemuFailed(f"QEMU did not greet over QMP: {' '.join(str(error).split())}") from error
     try:
         yield Monitor(client, shutdowns)
     finally:

@@ -1,8 +1,8 @@
 """What is left of a guest's RAM once it has ended: its former frames, read through the kernel's direct map.
 
-A frame that is not zero may rightly hold the bytes of its next owner. So two canaries are searched for: that of a guest
+A frame that is not zero may rightly hold the bytes of its next owner. So canaries are searched for: that of a guest
 which prints its fingerprint (console.py; no host process ever holds it, so what hashes to the fingerprint can only be
-the guest's), and one of ours, in a sample of RAM of the same kind that is given back together with the guest's.
+the guest's), and one of ours, in a sample of RAM of the same kind that is freed and read at once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import time
 from array import array
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
-from vmmback.errors import HostUnfit
+from vmmback.errors import VmmbackError
 from vmmback.isolation.direct_map import ordinary_memory, pagemap_entries
 from vmmback.isolation.probe import Probe, Reading, Target
 from vmmback.linux.direct_map import DirectMap
@@ -27,16 +28,17 @@ CANARY_BYTES = 64
 """Length of a canary. It repeats from the start of a page on, so it lies at multiples of its length."""
 
 _SAMPLE_BYTES = 1 << 20
+_SAMPLES = 10
 _ZERO_FRAME = bytes(PAGE_SIZE)
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Former frames, and those of the sample, by their raw pagemap entries; SHA-256 (hex) of canaries in either."""
+    """Former frames by their raw pagemap entries, the SHA-256 (hex) of the canary they may hold, what backed them."""
 
     entries: array[int]
-    sample: array[int]
-    fingerprints: frozenset[str]
+    fingerprint: str | None
+    backing: Literal["secret", "ordinary"]
 
 
 class FreedFramesProbe(Probe[Frames]):
@@ -59,24 +61,18 @@ class FreedFramesProbe(Probe[Frames]):
             with ExitStack() as self._resources:
                 self._direct_map = self._resources.enter_context(DirectMap.open())
                 return super().observe(target)
-        except (HostUnfit, OSError) as error:
+        except (VmmbackError, OSError) as error:
             inconclusive = Verdict.INCONCLUSIVE
             return Observation(self.name, inconclusive, inconclusive, str(error), time.perf_counter() - started)
 
     def target(self, target: Target) -> Frames:  # noqa: ARG002 (the guest is gone: all that is left are its frames)
-        canary = os.urandom(CANARY_BYTES)
-        with allocate(self._ram.backing, _SAMPLE_BYTES) as sample, mmap.mmap(sample.fileno(), sample.size) as memory:
-            memory[:] = canary * (sample.size // CANARY_BYTES)
-            entries = pagemap_entries(os.getpid(), sample.inode)
-        self._ram.close()  # after the sample: what is freed last is what the kernel uses again first
-        fingerprints = {_fingerprint(canary), *([self._fingerprint] if self._fingerprint else [])}
-        return Frames(self._entries, entries, frozenset(fingerprints))
+        self._ram.close()
+        return Frames(self._entries, self._fingerprint, self._ram.backing)
 
     def control(self, target: Target) -> Frames:  # noqa: ARG002
         canary = os.urandom(CANARY_BYTES)
         _, inode = self._resources.enter_context(ordinary_memory(canary * (_SAMPLE_BYTES // CANARY_BYTES)))
-        entries = pagemap_entries(os.getpid(), inode)
-        return Frames(entries, entries, frozenset({_fingerprint(canary)}))
+        return Frames(pagemap_entries(os.getpid(), inode), fingerprint_of(canary), "ordinary")
 
     def attempt(self, place: Frames) -> Reading:
         zeroness = self._direct_map.zeroness(place.entries)
@@ -86,33 +82,45 @@ class FreedFramesProbe(Probe[Frames]):
         detail = f"{zeroness.readable - zeroness.nonzero} of {zeroness.present} former frames are zero"
         if zeroness.readable < zeroness.present:  # out of the direct map: somebody's secret RAM again
             detail += f", {zeroness.present - zeroness.readable} are secret again"
-        if with_canary := self._count_canaries(place.entries, place.fingerprints):
+        if place.fingerprint is None:
+            detail += ", no canary of the guest's is known"
+        elif with_canary := self._count_canaries(place.entries, place.fingerprint):
             return Reading(Verdict.READABLE, f"{detail}, {with_canary} hold the canary")
-        if in_sample := self._count_canaries(place.sample, place.fingerprints):
-            return Reading(
-                Verdict.READABLE, f"{detail}; {in_sample} frames of a sample freed with them hold its canary"
-            )
-        sample = self._direct_map.zeroness(place.sample)
-        cleared = f"{sample.readable - sample.nonzero} of {sample.present} frames of a sample freed with them"
-        if 2 * (sample.readable - sample.nonzero) < sample.present:
-            return Reading(Verdict.INCONCLUSIVE, f"{detail}; only {cleared} are zero")
-        known = "none holds the guest's canary" if self._fingerprint else "no canary of the guest's is known"
-        return Reading(Verdict.BLOCKED, f"{detail}, {known}; {cleared} are zero, none holds its canary")
+        else:
+            detail += ", none holds the guest's canary"
+        return self._try_samples(place.backing, detail)
 
-    def _count_canaries(self, entries: array[int], fingerprints: frozenset[str]) -> int:
+    def _try_samples(self, backing: Literal["secret", "ordinary"], detail: str) -> Reading:
+        """Free memory with a canary of our own and read it at once; again where too much of it is in use already."""
+        for _ in range(_SAMPLES):
+            canary = os.urandom(CANARY_BYTES)
+            with allocate(backing, _SAMPLE_BYTES) as sample, mmap.mmap(sample.fileno(), sample.size) as memory:
+                memory[:] = canary * (sample.size // CANARY_BYTES)
+                entries = pagemap_entries(os.getpid(), sample.inode)
+            zeroness = self._direct_map.zeroness(entries)
+            if with_canary := self._count_canaries(entries, fingerprint_of(canary)):
+                return Reading(Verdict.READABLE, f"{detail}; {with_canary} frames of a freed sample hold its canary")
+            zero = zeroness.readable - zeroness.nonzero
+            if 2 * zero > zeroness.present:
+                cleared = f"of a freed sample {zero} of {zeroness.present} are zero, none holds its canary"
+                return Reading(Verdict.BLOCKED, f"{detail}; {cleared}")
+        return Reading(Verdict.INCONCLUSIVE, f"{detail}; most frames of a freed sample were in use again at once")
+
+    def _count_canaries(self, entries: array[int], fingerprint: str) -> int:
         return sum(
-            holds_canary(frame, fingerprints)
+            holds_canary(frame, fingerprint)
             for _, frame in self._direct_map.read_frames(entries)
             if frame is not None and frame != _ZERO_FRAME
         )
 
 
-def holds_canary(frame: bytes, fingerprints: frozenset[str]) -> bool:
-    """Tell whether a frame holds, at a multiple of CANARY_BYTES, bytes with one of these SHA-256 (hex)."""
+def holds_canary(frame: bytes, fingerprint: str) -> bool:
+    """Tell whether a frame holds, at a multiple of CANARY_BYTES, bytes with this SHA-256 (hex)."""
     # A frame that a canary fills holds one line only; each is hashed once.
     lines = {frame[start : start + CANARY_BYTES] for start in range(0, len(frame), CANARY_BYTES)}
-    return any(_fingerprint(line) in fingerprints for line in lines)
+    return any(fingerprint_of(line) == fingerprint for line in lines)
 
 
-def _fingerprint(canary: bytes) -> str:
+def fingerprint_of(canary: bytes) -> str:
+    """Return the SHA-256 of a canary in hex."""
     return hashlib.sha256(canary).hexdigest()
