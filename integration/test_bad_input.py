@@ -265,7 +265,7 @@ WRONG = {
     "size-zero": Wrong(r':3: memory\.size: "0MiB" is out of range', rest={"memory": 'size = "0MiB"'}),
     "size-negative": Wrong(r':3: memory\.size: "-1MiB" is not a size', rest={"memory": 'size = "-1MiB"'}),
     "size-of-no-whole-page": Wrong(
-        r':3: memory\.size: "16385KiB" is not a multiple of 4KiB', rest={"memory": 'size = "16385KiB"'}
+        r':3: memory\.size: "16385KiB" is not a multiple of 8KiB', rest={"memory": 'size = "16385KiB"'}
     ),
     "name-missing": Wrong(r': name: missing; write name = "demo"$', rest={"head": "# no name"}),
     "name-bad": Wrong(r':1: name: "\.\./etc" is not a guest name; ', rest={"head": 'name = "../etc"'}),
@@ -387,7 +387,7 @@ def test_another_uid_that_may_lock_too_little_memory(open_scene: Scene) -> None:
 def test_another_uid_that_may_not_write_to_the_runtime_folder(open_scene: Scene) -> None:
     open_scene.runtime_dir.mkdir(mode=0o755)
     open_scene.unprivileged()
-    open_scene.refused(UNFIT, r"^the folder \S+/run/bad-input cannot be made: .*Permission denied")
+    open_scene.refused(UNFIT, r"^the runtime folder \S+/run belongs to another user")
 
 
 @needs_qemu

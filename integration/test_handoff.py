@@ -34,7 +34,7 @@ from integration.conftest import (
 )
 from vmmback import command, handoff, ram
 from vmmback.command import QemuCommand
-from vmmback.errors import HandoffFailed, QemuFailed
+from vmmback.errors import HandoffFailed, HostUnfit
 from vmmback.handoff import Qemu
 from vmmback.linux import procfs, seccomp
 
@@ -254,7 +254,7 @@ def test_without_setpriv_it_says_what_to_install(
     place: Place, secret_ram: ram.Ram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handoff, "_ENVIRONMENT", {"PATH": "/no/such/folder"})
-    with pytest.raises(QemuFailed, match="QEMU could not be started") as caught:
+    with pytest.raises(HostUnfit, match="setpriv was not found") as caught:
         place.run(secret_ram, ["stay"], lambda qemu: qemu.handed_over(20))
     assert "util-linux" in caught.value.hint
 

@@ -25,7 +25,7 @@ KERNEL_GUEST: dict[str, Any] = {
 }
 FIRMWARE_GUEST: dict[str, Any] = {
     "name": "a.b-c",
-    "memory": {"size": "1028KiB"},
+    "memory": {"size": "1032KiB"},
     "boot": {"firmware": "/g/OVMF.fd"},
 }
 
@@ -91,9 +91,9 @@ max
 -smp
 1
 -m
-1052672B
+1056768B
 -object
-{"qom-type": "memory-backend-file", "id": "ram0", "size": 1052672, "mem-path": "/run/vmmback/demo/ram/ram0", \
+{"qom-type": "memory-backend-file", "id": "ram0", "size": 1056768, "mem-path": "/run/vmmback/demo/ram/ram0", \
 "share": true, "merge": false, "dump": false}
 -display
 none

@@ -168,7 +168,7 @@ def test_good_cpu_models(folder: Path, model: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size_bytes"),
-    [("1MiB", 1 << 20), ("1028KiB", 1028 << 10), ("3GiB", 3 << 30), ("16TiB", 16 << 40)],
+    [("1MiB", 1 << 20), ("1032KiB", 1032 << 10), ("3GiB", 3 << 30), ("16TiB", 16 << 40)],
 )
 def test_sizes(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
@@ -263,7 +263,7 @@ WRONG: list[tuple[str, str]] = [
     ),
     (
         f'name = "a"\n[ "memory" ]\n\'size\' = "1025KiB"\n{BOOT}',
-        'guest.toml:3: memory.size: "1025KiB" is not a multiple of 4KiB, the size of a page; write whole pages',
+        'guest.toml:3: memory.size: "1025KiB" is not a multiple of 8KiB, as QEMU rounds RAM sizes; write whole 8KiB',
     ),
     (
         f'name = "a"\nmemory = {{ prefault = true, size = [] }}\n{BOOT}',

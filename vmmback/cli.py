@@ -108,7 +108,12 @@ def launch(file: Path, as_json: bool, validate: bool) -> None:
         report = asyncio.run(supervise())
     finally:
         screen.close()
-    screen.finished(report)
+    try:
+        screen.finished(report)
+    except UsageError as error:
+        if report.verdict != "exposed":  # which says more than that the report could not be written
+            raise
+        screen.note(error.message)
     if report.verdict == "exposed":
         sys.exit(EXIT_EXPOSED)
     if report.verdict == "inconclusive" and validate:

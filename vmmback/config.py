@@ -29,7 +29,7 @@ from pydantic_core import InitErrorDetails, core_schema
 from vmmback.errors import ConfigError
 from vmmback.toml_errors import Grammar, ascii_path, explain, open_regular, quote, read, why, wrong_type
 
-PAGE_BYTES = 4096
+GRAIN_BYTES = 8192  # QEMU rounds -m up to it (softmmu/vl.c, later system/vl.c: set_memory_options)
 MIN_MEMORY_BYTES = 1 << 20
 MAX_MEMORY_BYTES = 16 << 40
 MAX_DURATION_S = 24 * 3600
@@ -55,15 +55,15 @@ _CPU_MODEL_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.,+=-]{0,254}"
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "256MiB". Raises ValueError unless it is whole pages, 1MiB to 16TiB."""
+    """Return the bytes of a size such as "256MiB". Raises ValueError unless it is whole 8KiB, 1MiB to 16TiB."""
     found = re.fullmatch(_SIZE_PATTERN, text)
     if not found:
         raise ValueError(f'{quote(text)} is not a size; write it like "256MiB" (KiB, MiB, GiB or TiB)')
     size_bytes = int(found[1]) * _SIZE_UNITS[found[2]]
     if not MIN_MEMORY_BYTES <= size_bytes <= MAX_MEMORY_BYTES:
         raise ValueError(f'{quote(text)} is out of range; write "1MiB" to "16TiB"')
-    if size_bytes % PAGE_BYTES:
-        raise ValueError(f"{quote(text)} is not a multiple of 4KiB, the size of a page; write whole pages")
+    if size_bytes % GRAIN_BYTES:
+        raise ValueError(f"{quote(text)} is not a multiple of 8KiB, as QEMU rounds RAM sizes; write whole 8KiB")
     return size_bytes
 
 
@@ -191,7 +191,7 @@ class Memory(_Table):
     """The guest's RAM."""
 
     size: Size = Field(
-        description="All of the guest's RAM, in whole pages of 4KiB, from 1MiB to 16TiB.", examples=["256MiB"]
+        description="All of the guest's RAM, in multiples of 8KiB, from 1MiB to 16TiB.", examples=["256MiB"]
     )
     prefault: bool = Field(
         default=True,
@@ -362,10 +362,16 @@ def load(path: Path) -> GuestConfig:
     if not tables:
         raise ConfigError(f"{ascii_path(path)}: is empty", hint=f"the smallest guest file is:\n\n{SMALLEST}")
     try:
-        return GuestConfig.model_validate(tables, context=path.absolute().parent)
+        guest = GuestConfig.model_validate(tables, context=path.absolute().parent)
     except ValidationError as error:
         hint = "`vmmback schema` describes every table and key"
         raise ConfigError(explain(path, text, error, _GRAMMAR), hint) from error
+    inputs = (path, guest.boot.kernel, guest.boot.initrd, guest.boot.firmware)
+    log = guest.console.log
+    if log and log.exists() and any(log.samefile(file) for file in inputs if file):
+        problem = f"{ascii_path(log)}: is a file that the guest is made of, and would be overwritten"
+        raise ConfigError(f"{ascii_path(path)}: console.log: {problem}; write another path")
+    return guest
 
 
 class _TomlSchema(GenerateJsonSchema):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
+import stat
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -49,8 +51,8 @@ class Console:
         self._tail += data
         if self._ready_text in self._tail:
             self.ready.set()
-        if match := _CANARY.search(self._tail):
-            self.canary_fingerprint = match[1].decode()
+        if found := _CANARY.findall(self._tail):
+            self.canary_fingerprint = found[-1].decode()
         self._tail = self._tail[-(_TAIL_BYTES + len(self._ready_text)) :]
         for log in list(self._logs):
             try:
@@ -97,9 +99,17 @@ async def attach(
 
 
 def _open(path: Path) -> BinaryIO:
+    """Open a log, and make sure that it is a regular file before anything of it is lost."""
+    # O_NONBLOCK: a FIFO that nobody reads would hold us for ever (fifo(7)).
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return path.open("wb", buffering=0)
+        log = open(path, "wb", buffering=0, opener=lambda name, _: os.open(name, flags, 0o600))  # noqa: SIM115
     except OSError as error:
-        raise UsageError(
-            f"the console log {path} cannot be written: {error.strerror}", "choose another path for [console] log"
-        ) from error
+        problem = error.strerror
+    else:
+        if stat.S_ISREG(os.fstat(log.fileno()).st_mode):
+            log.truncate()
+            return log
+        log.close()
+        problem = "it is not a regular file"
+    raise UsageError(f"the console log {path} cannot be written: {problem}", "choose another path for [console] log")

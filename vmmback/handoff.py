@@ -35,7 +35,7 @@ class Qemu:
         self.pid = 0
         self._offers = {os.fsencode(path): descriptor for path, descriptor in offers.items()}
         self._folders = {os.path.dirname(path) + b"/" for path in self._offers}  # noqa: PTH120
-        self._listener = -1
+        self._listener = self._pidfd = -1
         loop = asyncio.get_running_loop()
         self._started: asyncio.Future[None] = loop.create_future()
         self._handed_over: asyncio.Future[None] = loop.create_future()
@@ -63,9 +63,8 @@ class Qemu:
     async def kill(self, timeout_s: float = 10) -> None:
         """End QEMU by SIGKILL and wait until it is gone. Raises QemuFailed when the kernel does not end it in time."""
         if self.status is None and self.pid:
-            # Our thread alone reaps it, and tells us before anything else can run here: the pid is still QEMU's.
             with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # the pid may be another's by now
             try:
                 await self.ended(timeout_s)
             except TimeoutError:
@@ -102,7 +101,7 @@ class Qemu:
         """
         try:
             self._listener = seccomp.install_open_listener()
-            with self.log.open("wb") as log:
+            with self.log.open("xb") as log:
                 process = subprocess.Popen(
                     ["setpriv", "--pdeathsig", "KILL", "--", *self.argv],
                     stdin=subprocess.DEVNULL,
@@ -116,10 +115,16 @@ class Qemu:
             loop.call_soon_threadsafe(self._started.set_exception, error)
             return
         self.pid = process.pid
+        self._pidfd = os.pidfd_open(process.pid)
         loop.call_soon_threadsafe(self._started.set_result, None)
         status = process.wait()
         with suppress(RuntimeError):  # the loop was closed: nobody waits any more
-            loop.call_soon_threadsafe(self._ended.set_result, status)
+            loop.call_soon_threadsafe(self._finish, status)
+
+    def _finish(self, status: int) -> None:
+        # Without a task under the filter the listener polls as hung up for ever (kernel/seccomp.c).
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._ended.set_result(status)
 
     def _answer_next(self) -> None:
         notification = seccomp.receive(self._listener)
@@ -157,7 +162,11 @@ class Qemu:
 
     async def _start(self, descriptors: Sequence[int]) -> None:
         loop = asyncio.get_running_loop()
-        threading.Thread(target=self._run, args=(loop, descriptors), name="qemu", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(loop, descriptors), name="qemu", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # out of threads
+            self._started.set_exception(OSError(errno.EAGAIN, str(error)))
         await asyncio.shield(self._started)
         loop.add_reader(self._listener, self._answer_next)
 
@@ -170,7 +179,9 @@ class Qemu:
             if self._listener >= 0:
                 asyncio.get_running_loop().remove_reader(self._listener)
                 os.close(self._listener)
-                self._listener = -1
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+            self._listener = self._pidfd = -1
 
 
 @asynccontextmanager

@@ -30,7 +30,7 @@ _GREETING_TIMEOUT_S = 30.0
 _SILENT_BOOT_S = 10.0
 _POWERDOWN_TIMEOUT_S = 15.0
 _QUIT_TIMEOUT_S = 5.0
-_ASK_AGAIN_S = 1.0
+_ASK_AGAIN_S = 3.0
 
 
 class Watcher(console.Watcher, Protocol):
@@ -101,6 +101,7 @@ async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate:
             await guest.monitor.cont()
             if validate and await _booted(guest, stop):
                 evidence = await _measure(guest)
+            if evidence:
                 watcher.validated(make_report(guest, evidence, None))
             await _supervise(guest, evidence, watcher, stop)
         freed = await in_thread(lambda: _observe_freed_frames(guest, evidence)) if evidence else None
@@ -143,7 +144,7 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
         timings["qmp_ready"] = time.perf_counter() - started
         target = Target(qemu.pid, guest_ram.inode, guest_ram.size)
         proof = await qmp_proof.observe(target, qemu_monitor.hmp)
-    confirm(guest_ram, proof)
+        confirm(guest_ram, proof)
     return Guest(config, guest_ram, qemu, qemu_monitor, guest_console, host, proof, timings)
 
 
@@ -206,9 +207,17 @@ async def _booted(guest: Guest, stop: Stop) -> bool:
     return first in (0, None)
 
 
-async def _measure(guest: Guest) -> Evidence:
-    with _timed(guest.timings, "validate"):
-        return await audit(guest.target, guest.monitor.hmp, guest.ram.frames)
+async def _measure(guest: Guest) -> Evidence | None:
+    """Audit the guest; None if it ended by itself before that was done. Raises QemuFailed."""
+    try:
+        with _timed(guest.timings, "validate"):
+            return await audit(guest.target, guest.monitor.hmp, guest.ram.frames)
+    except QemuFailed:
+        with suppress(TimeoutError):
+            await guest.qemu.ended(timeout_s=1.0)
+        if guest.qemu.status != 0:
+            raise
+        return None
 
 
 async def _supervise(guest: Guest, evidence: Evidence | None, watcher: Watcher, stop: Stop) -> None:
@@ -262,11 +271,13 @@ async def _last_words(qemu: handoff.Qemu) -> AsyncIterator[None]:
     try:
         yield
     except QemuFailed as error:
+        if error.hint:  # it says all already
+            raise
         with suppress(TimeoutError):
             await qemu.ended(timeout_s=1.0)
         if qemu.status is not None:
             raise qemu.failure("stay alive") from error
-        raise type(error)(error.message, error.hint or qemu.command_line) from error
+        raise type(error)(error.message, qemu.command_line) from error
 
 
 class _timed:  # noqa: N801 (a context manager, used like a function)
@@ -308,7 +319,11 @@ async def _first(*awaited: Awaitable[object], timeout_s: float | None = None) ->
     tasks = [asyncio.ensure_future(item) for item in awaited]
     try:
         await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        return next((index for index, task in enumerate(tasks) if task.done()), None)
+        for index, task in enumerate(tasks):
+            if task.done():
+                task.result()  # an error of it is ours to raise
+                return index
+        return None
     finally:
         for task in tasks:
             task.cancel()

@@ -110,6 +110,8 @@ class Ram(ABC):
             raise
         if status != 0:
             raise self._prefault_error(status, complaint.decode(errors="replace"), done)
+        if len(entries) != self.size // mmap.PAGESIZE * 8:
+            raise HostUnfit(f"the prefault of {self.backing} RAM did not tell where all of its pages are")
         self.frames = array("Q", entries)
 
     def _prefault_error(self, status: int, complaint: str, done: int) -> AdmissionRefused | HostUnfit:

@@ -9,6 +9,7 @@ of that name takes it over.
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ until [ "$1" -ef /proc/self/fd/9 ]; do  # else the folder was removed between th
     mkdir -p -- "$1" || exit 2
     [ ! -L "$1" ] || { echo "it is a symbolic link" >&2; exit 2; }
     exec 9<"$1"
+    [ -O /proc/self/fd/9 ] || { echo "it belongs to another user" >&2; exit 2; }
     flock -n 9 || exit 3
 done
 find "$1" -mindepth 1 -delete && chmod 700 -- "$1" && echo kept && read -r _
@@ -68,6 +70,19 @@ def _check(chosen: str) -> None:
     )
 
 
+def _check_owner(base: Path) -> None:
+    """Raise HostUnfit where others could put their own files in the place of a guest's."""
+    try:
+        status = base.stat()
+    except OSError:  # not there yet, or out of reach: the keeper will tell
+        return
+    if stat.S_ISDIR(status.st_mode) and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise HostUnfit(
+            f"the runtime folder {base} belongs to another user, or others may write to it",
+            "set VMMBACK_RUNTIME_DIR to a folder that is yours alone (mode 0700)",
+        )
+
+
 @contextmanager
 def guest_folder(name: str) -> Iterator[Path]:
     """Hold the folder of guest `name`: empty on entry, gone on exit and also when this process is killed.
@@ -75,6 +90,7 @@ def guest_folder(name: str) -> Iterator[Path]:
     Raises GuestNameTaken while another guest of that name lives, HostUnfit when the folder cannot be made.
     """
     folder = runtime_folder() / name
+    _check_owner(folder.parent)
     with subprocess.Popen(
         ["/bin/sh", "-c", _KEEPER, "vmmback-keeper", str(folder)],
         stdin=subprocess.PIPE,

@@ -26,6 +26,8 @@ def pidfd_getfd_exposure(target: Target) -> Exposure:
     except OSError as error:
         detail = f"{tried}: refused, {errno.errorcode.get(error.errno or 0, str(error))}"
     else:
+        if not numbers:
+            return Exposure(name="pidfd-getfd", holders="root, CAP_SYS_PTRACE", detail="QEMU holds no descriptor of it")
         detail = f"{tried}: {len(numbers)} descriptor(s) copied; with one of them the guest's RAM can be mapped"
     return Exposure(name="pidfd-getfd", holders="root, CAP_SYS_PTRACE", detail=detail)
 

@@ -1,6 +1,6 @@
 """What a probe is: one attempt, made on a guest's RAM and on ordinary memory alike.
 
-A new probe is a subclass of `Probe` in a module of this folder, its entry in `PROBES` of `launch.py` and its row in the
+A new probe is a subclass of `Probe` in a module of this folder, its entry in `audit.py` and its row in the
 README's table. Probes observe; `report.py` judges.
 """
 

@@ -19,9 +19,9 @@ from vmmback.linux import procfs
 from vmmback.report import Observation, RamBlock, Verdict
 
 # Blocks that no view shows, and that the guest cannot come to write to: files that fw_cfg lends read-only
-# (hw/core/loader.c, rom_set_mr) and option ROMs (hw/pci/pci.c, pci_add_option_rom). Any other block may be mapped
+# (hw/core/loader.c, rom_set_mr) and the PC's firmware, which RAM may hide (hw/i386/pc.c). Any other block may be mapped
 # later, as video RAM is once firmware has set its address, so it counts as writable.
-_NEVER_WRITABLE = re.compile(r"/rom@.*|.*\.rom")
+_NEVER_WRITABLE = re.compile(r"/rom@.*|pc\.rom|pc\.bios|.*/vga\.rom")
 
 Hmp = Callable[[str], Awaitable[str]]
 
@@ -32,6 +32,7 @@ _RANGE = re.compile(
     r"\s+(?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<type>[^)]+)\): "
     r"(?P<name>.+?)(?: @(?P<offset>[0-9a-f]{16}))?(?: KVM)?\s*"
 )
+_ADDRESS = re.compile(r"\s+[0-9a-f]+-[0-9a-f]+ ")
 _ADDRESS_SPACE = re.compile(r'\s+AS "(?P<name>[^"]*)".*')
 # migration/ram-block or system/physmem.c, ram_block_format: name, page size, offset, used and total length.
 _BLOCK = re.compile(r"\s*(?P<name>\S+)\s+\d+ \S+\s+0x[0-9a-f]+ 0x[0-9a-f]+ 0x(?P<total>[0-9a-f]+).*")
@@ -91,7 +92,12 @@ async def observe(target: Target, hmp: Hmp) -> Proof:
     views = parse_flat_views(await hmp("info mtree -f"))
     sizes = parse_ram_blocks(await hmp("info ramblock"))
     placements = await _place(views, sizes, hmp)
-    mappings = procfs.maps(target.pid)
+    try:
+        mappings = procfs.maps(target.pid)
+    except OSError as error:
+        raise QemuFailed("QEMU ended during the QMP proof") from error
+    if not mappings:  # what a process that has dropped its memory, but was not reaped yet, shows
+        raise QemuFailed("QEMU ended during the QMP proof")
     secret = procfs.secret_mappings(mappings, target.inode)
     ours = procfs.memory_mappings(mappings, target.inode)
 
@@ -139,6 +145,8 @@ def parse_flat_views(text: str) -> list[list[Range]]:
             for line in lines
             if (match := _RANGE.fullmatch(line))
         ]
+        if unknown := [line for line in lines if _ADDRESS.match(line) and not _RANGE.fullmatch(line)]:
+            raise QemuFailed(f"QEMU describes memory in a way not known here: {unknown[0].strip()!r}")
         spaces = {match["name"] for line in lines if (match := _ADDRESS_SPACE.fullmatch(line))}
         (memory if "memory" in spaces else others).append(ranges)
     if not memory or not memory[0]:

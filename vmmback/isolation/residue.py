@@ -42,7 +42,9 @@ class Frames:
 
 
 class FreedFramesProbe(Probe[Frames]):
-    """Reads every frame that was the guest's, after its end. The kernel zeroes freed secret RAM (mm/secretmem.c).
+    """Reads, after the guest's end, every frame that was its own when it was validated.
+
+    The kernel zeroes freed secret RAM (mm/secretmem.c).
 
     The control is a canary of our own, in ordinary memory that is still in use.
     """
