@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -50,13 +50,23 @@ def command_line(pid: int) -> str:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Return the command lines of the live processes below `pid`."""
+    """Return the live processes below `pid`, as `description` has them."""
     found: dict[int, str] = {}
     for child in children_of(pid):
-        if line := command_line(child):
-            found[child] = line
+        if described := description(child):
+            found[child] = described
         found |= descendants(child)
     return found
+
+
+def description(pid: int) -> str:
+    """Return the end of a process's command line and where in the kernel it waits: "" for none and for a zombie."""
+    if not (line := command_line(pid)):
+        return ""
+    waits = ""
+    with contextlib.suppress(OSError):
+        waits = Path(f"/proc/{pid}/wchan").read_text()
+    return f"{line[-160:].strip()} ({waits})"
 
 
 class Family:
@@ -76,16 +86,14 @@ class Family:
         finally:
             _become_subreaper(False)
 
-    def survivors(self, supervisors: Iterable[int] = ()) -> dict[int, str]:
-        """Return the command lines of those that live, without `supervisors` (but with what they started)."""
-        excepted = set(supervisors)
+    def survivors(self) -> dict[int, str]:
+        """Return those that live, and reap the others: whoever wants a status must have waited for it before."""
         found: dict[int, str] = {}
         for pid in set(children_of(os.getpid())) - self._before:
-            if pid not in excepted:
-                if line := command_line(pid):
-                    found[pid] = line
-                else:
-                    _reap(pid)
+            if described := description(pid):
+                found[pid] = described
+            else:
+                _reap(pid)
             found |= descendants(pid)
         return found
 

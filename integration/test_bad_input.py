@@ -21,7 +21,7 @@ from integration.capabilities import KERNEL
 from integration.conftest import ROOT, Ended, Start, guest_file, processes_of, qemu_of
 from integration.leftovers import RESETS, Family, environment, named_sockets, stand_in
 from vmmback.host import find_qemu
-from vmmback.linux import kvm
+from vmmback.linux import kvm, procfs
 
 USAGE, UNFIT, REFUSED, QEMU_FAILED = 2, 3, 4, 6
 NOBODY = 65534
@@ -782,15 +782,17 @@ def test_a_ready_text_that_never_comes(scene: Scene) -> None:
 
 
 @needs_qemu
-def test_nohup(scene: Scene, vmmback: Start, start: Start) -> None:
-    """A signal that was ignored when we began stays ignored (nohup(1))."""
-    file = guest_file(scene.folder)
-    running = start("nohup", sys.executable, "-m", "vmmback", "launch", file, "--json")
-    running.wait_for("READY")
-    running.signal(signal.SIGHUP)
+@pytest.mark.parametrize("ignored", [True, False], ids=["ignored", "not"])
+def test_a_hangup_that_was_ignored_before_stays_ignored(scene: Scene, start: Start, ignored: bool) -> None:
+    """As nohup(1) wants it; without it the hangup is a request to stop."""
+    disposition = "--ignore-signal=HUP" if ignored else "--default-signal=HUP"
+    running = start("env", disposition, *scene.command, "launch", guest_file(scene.folder), "--json")
     running.wait_for("is isolated while it runs")
-    assert running.process.poll() is None
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    status = procfs.status(running.process.pid)
+    bit = 1 << (signal.SIGHUP - 1)
+    assert bool(int(status["SigIgn"], 16) & bit) == ignored
+    assert bool(int(status["SigCgt"], 16) & bit) != ignored
+    for signum in (signal.SIGTERM, signal.SIGINT):  # the power button, which the tiny guest ignores, and quit
         running.signal(signum)
     assert running.ended().code == 0
 
@@ -803,7 +805,7 @@ def test_a_terminal_that_is_gone(scene: Scene, start: Start, runtime_dir: Path, 
     scene.patched("launch._POWERDOWN_TIMEOUT_S = 0.1")
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        ["setsid", "--ctty", *scene.command, "launch", file, "--no-validate"],
+        ["setsid", "--ctty", "env", "--default-signal=HUP", *scene.command, "launch", file, "--no-validate"],
         stdin=slave,
         stdout=slave,
         stderr=slave,

@@ -172,7 +172,7 @@ class Launch:
     def leftovers(self) -> dict[str, object]:
         """Return what is left of it: processes, holders of its secret RAM, files, sockets, memory."""
         found: dict[str, object] = {
-            "processes": self._family.survivors() | processes_of(self._runtime_dir),
+            "processes": processes_of(self._runtime_dir) | self._family.survivors(),
             "holders": holders_of(self.inodes) if self.inodes else {},
             "files": sorted(path.name for path in self._runtime_dir.iterdir()) if self._runtime_dir.exists() else [],
             "sockets": named_sockets(self._runtime_dir),
