@@ -101,7 +101,8 @@ def launch(file: Path, as_json: bool, validate: bool) -> None:
         stop = Stop()
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(signum, stop.request, signum)
+            if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # which nohup(1) asks for
+                loop.add_signal_handler(signum, stop.request, signum)
         return await run(guest, screen, stop, validate=validate)
 
     try:
