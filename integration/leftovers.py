@@ -60,13 +60,17 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def description(pid: int) -> str:
-    """Return the end of a process's command line and where in the kernel it waits: "" for none and for a zombie."""
-    if not (line := command_line(pid)):
+    """Return the end of a process's command line and where in the kernel it waits: "" if there is none, or a zombie.
+
+    A process amid execve(2) has no command line, and lives all the same.
+    """
+    try:
+        status = procfs.status(pid)
+        if status["State"][0] in "ZX":
+            return ""
+        return f"{command_line(pid)[-160:].strip() or status['Name']} ({Path(f'/proc/{pid}/wchan').read_text()})"
+    except OSError:
         return ""
-    waits = ""
-    with contextlib.suppress(OSError):
-        waits = Path(f"/proc/{pid}/wchan").read_text()
-    return f"{line[-160:].strip()} ({waits})"
 
 
 class Family:
@@ -226,7 +230,8 @@ def say(words):
     print(words, file=sys.stderr, flush=True)
 
 def take():  # with QEMU's flags: os.open would add O_CLOEXEC
-    return ctypes.CDLL(None).open(path.encode(), os.O_RDWR)
+    number = ctypes.CDLL(None, use_errno=True).open(path.encode(), os.O_RDWR)
+    return number if number >= 0 else os.strerror(ctypes.get_errno())
 
 def greet():
     send({{"QMP": {{"version": VERSION, "capabilities": []}}}})

@@ -442,7 +442,7 @@ def test_a_limit_of_enough_descriptors(scene: Scene) -> None:
 
 
 @needs_qemu
-@pytest.mark.parametrize("free", [1, 3, 5, 7, 9, 11, 13, 15])
+@pytest.mark.parametrize("free", [1, 4, 7, 10, 13])
 def test_descriptors_that_run_out(scene: Scene, free: int) -> None:
     """Wherever that is, it is an error of ours; a launch that gets by with so few is fine too."""
     scene.options.append("--no-validate")
@@ -537,7 +537,11 @@ def test_two_guests_of_one_name(scene: Scene, vmmback: Start, runtime_dir: Path)
     running.wait_for("is isolated while it runs")
     first = qemu_of(runtime_dir)
     second = subprocess.run(
-        [sys.executable, "-m", "vmmback", "launch", file, "--json"], capture_output=True, cwd=ROOT, check=False
+        [sys.executable, "-m", "vmmback", "launch", file, "--json"],
+        capture_output=True,
+        cwd=ROOT,
+        check=False,
+        timeout=DEADLINE_S,
     )
     ended = Ended(second.returncode, second.stdout.decode(), second.stderr.decode())
     assert_one_error(ended, USAGE, rf"^a guest named {file.stem} is running already$")
@@ -598,14 +602,14 @@ STAND_INS = {
         patch="launch._HANDOFF_TIMEOUT_S = 1.5",
     ),
     "opens-another-file-of-its-folder": StandIn(
-        "path += '1'; say('number ' + str(take())); sys.exit(1)",
-        TOOK_NOTHING + r"it exited with status 1; it said: number -1$",
+        "path += '1'; say(take()); sys.exit(1)",
+        TOOK_NOTHING + r"it exited with status 1; it said: Permission denied$",
     ),
     "takes-it-and-dies": StandIn(
         "take(); say('goodbye'); sys.exit(4)", r"^QEMU did not stay alive: it exited with status 4; it said: goodbye$"
     ),
     "takes-it-and-is-silent": StandIn(
-        "take(); stay()", r"^QEMU did not greet over QMP within 1\.5 s", patch="launch._GREETING_TIMEOUT_S = 1.5"
+        "take(); stay()", r"^QEMU did not greet over QMP within 0\.5 s", patch="launch._GREETING_TIMEOUT_S = 0.5"
     ),
     "hangs-up": StandIn("take(); monitor.close(); stay()", r"^QEMU did not greet over QMP: "),
     "speaks-http": StandIn(
@@ -617,13 +621,13 @@ STAND_INS = {
     ),
     "greets-and-is-silent": StandIn(
         "take(); greet(); stay()",
-        r"^QEMU did not greet over QMP within 1\.5 s",
-        patch="launch._GREETING_TIMEOUT_S = 1.5",
+        r"^QEMU did not greet over QMP within 0\.5 s",
+        patch="launch._GREETING_TIMEOUT_S = 0.5",
     ),
     "answers-and-then-is-silent": StandIn(
         "take(); serve(lambda line: stay())",
-        r"^QEMU did not answer human-monitor-command within 1\.5 s",
-        patch="from vmmback import monitor; monitor._COMMAND_TIMEOUT_S = 1.5",
+        r"^QEMU did not answer human-monitor-command within 0\.5 s",
+        patch="from vmmback import monitor; monitor._COMMAND_TIMEOUT_S = 0.5",
     ),
     "answers-nonsense": StandIn(
         "take(); serve(lambda line: 'unknown command')", r'^QEMU shows no flat view of address space "memory"$'
