@@ -376,3 +376,31 @@ def test_a_json_report_that_cannot_be_written_is_an_error_and_no_success(tmp_pat
     assert done.returncode not in (0, 5, 8)
     assert done.stderr.splitlines()[0].startswith("vmmback: error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_stands_still_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with open(reader, "rb") as pipe, open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        screen = cli._Screen(as_json=False)
+        for _ in range(100):
+            screen.console(b"x" * 4096)
+        assert 0 < screen._left_out < 100 * 4096
+        assert len(os.read(pipe.fileno(), 1 << 20)) == 100 * 4096 - screen._left_out
+        left_out = screen._left_out
+        screen.console(b"y")
+        assert screen._left_out == left_out
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("exposed", 5), ("isolated", 6), ("inconclusive", 6)])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_a_qemu_that_fails_later_hides_no_exposure(run: Run, verdict: str, code: int, options: list[str]) -> None:
+    def play(watcher: Watcher) -> IsolationReport:
+        watcher.validated(report(verdict))
+        raise errors.QemuFailed("QEMU did not run to the guest's end")
+
+    ended, out, err = run(play, *options)
+    assert ended == code
+    assert "QEMU did not run to the guest's end" in err
+    if options:
+        assert bool(out) == (verdict == "exposed")

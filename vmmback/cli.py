@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import select
 import signal
 import sys
 from contextlib import suppress
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from vmmback.errors import HostUnfit, UsageError, VmmbackError
+from vmmback.errors import HostUnfit, QemuFailed, UsageError, VmmbackError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from vmmback.report import IsolationReport
 
 EXIT_EXPOSED, EXIT_INCONCLUSIVE = 5, 8
+
+_CHUNK = 1024  # characters: at most 4 bytes each
 
 _COLOURS = {
     "blocked": "green",
@@ -107,6 +110,11 @@ def launch(file: Path, as_json: bool, validate: bool) -> None:
 
     try:
         report = asyncio.run(supervise())
+    except QemuFailed as error:
+        if screen.exposed is None:
+            raise
+        report = screen.exposed  # that QEMU failed afterwards must not hide it
+        screen.note(error.message)
     finally:
         screen.close()
     try:
@@ -150,6 +158,9 @@ class _Screen:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._validated_rows = 0
+        self._left_out = 0
+        self.exposed: IsolationReport | None = None
+        """The report of a guest that was found exposed while it ran."""
 
     def prefaulted(self, done: int, size: int) -> None:
         if _is_terminal(sys.stderr):
@@ -176,21 +187,25 @@ class _Screen:
         text = "".join(c for c in self._decoder.decode(data) if c.isprintable() or c in "\n\t")
         if text:
             self._at_line_start = text.endswith("\n")
-            _write(self._console_out, text)
+            self._left_out += _show(self._console_out, text)
 
     def note(self, message: str) -> None:
         self._fresh_line()
-        _write(sys.stderr, f"vmmback: {message}\n")
+        _show(sys.stderr, f"vmmback: {message}\n")
 
     def validated(self, report: IsolationReport) -> None:
+        if report.verdict == "exposed":
+            self.exposed = report
         if self._as_json:
             self.note(f"guest {report.guest} is {report.verdict.value} while it runs")
             return
         self._fresh_line()
-        self._validated_rows = len(report.probes)
-        self._print(*_tables(report))
+        if not _show(sys.stdout, _rendered(*_tables(report))):
+            self._validated_rows = len(report.probes)
 
     def finished(self, report: IsolationReport) -> None:
+        if self._left_out:
+            self.note(f"{self._left_out} characters of the console are not shown: the output took them too slowly")
         self._fresh_line()
         if self._as_json:
             problem = _write(sys.stdout, report.model_dump_json(indent=2) + "\n")
@@ -199,7 +214,7 @@ class _Screen:
                     f"the report could not be written to standard output: {problem}", "give it a place to go to"
                 )
         else:
-            self._print(*_end(report, self._validated_rows))
+            _write(sys.stdout, _rendered(*_end(report, self._validated_rows)))
 
     def close(self) -> None:
         if self._progress is not None:
@@ -209,17 +224,28 @@ class _Screen:
 
     def _fresh_line(self) -> None:
         if not self._at_line_start:
-            _write(self._console_out, "\n")
+            _show(self._console_out, "\n")
             self._at_line_start = True
 
-    def _print(self, *parts: RenderableType) -> None:
-        from rich.text import Text
 
-        text = StringIO()  # rich's own way of writing raises where a stream is gone
-        console = _rich(text, is_terminal=_is_terminal(sys.stdout))
-        for part in parts:
-            console.print(part, soft_wrap=isinstance(part, (str, Text)))  # a table fits the width, a line need not
-        _write(sys.stdout, text.getvalue())
+def _show(stream: TextIO | None, text: str) -> int:
+    """Write as much as can be had without waiting; return how many characters were left out.
+
+    A reader that stands still (Ctrl-S, a full pipe) must not keep a launch from its deadlines and its signals. What is
+    ready to be written to takes PIPE_BUF bytes, 4 KiB, at once (pipe(7)).
+    """
+    for start in range(0, len(text), _CHUNK):
+        if not _is_ready(stream):
+            return len(text) - start
+        _write(stream, text[start : start + _CHUNK])
+    return 0
+
+
+def _is_ready(stream: TextIO | None) -> bool:
+    try:
+        return stream is None or bool(select.select([], [stream.fileno()], [], 0)[1])
+    except (OSError, ValueError):  # it has no descriptor, or a bad one: writing will tell
+        return True
 
 
 def _write(stream: TextIO | None, text: str) -> str:
@@ -240,6 +266,17 @@ def _write(stream: TextIO | None, text: str) -> str:
             os.close(null)
         return error.strerror or str(error)
     return ""
+
+
+def _rendered(*parts: RenderableType) -> str:
+    """Return what standard output is to show; rich's own way of writing raises where a stream is gone."""
+    from rich.text import Text
+
+    text = StringIO()
+    console = _rich(text, is_terminal=_is_terminal(sys.stdout))
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, (str, Text)))  # a table fits the width, a line need not
+    return text.getvalue()
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
