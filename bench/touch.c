@@ -1,8 +1,9 @@
-/* The rival of the prefault: map a new memfd_secret descriptor and store one byte to each page, in so many threads.
+/* The rival of the prefault: map a new memfd_secret descriptor, store one byte to each page, in so many threads, and drop
+ * the page tables again: what is left is a descriptor whose pages are present, as after vmmback's own prefault.
  *
  *     touch BYTES THREADS
  *
- * Prints the seconds from the descriptor's making to the last page's presence, as vmmback's own figure counts them.
+ * Prints the seconds from the descriptor's making to the end of that, as vmmback's own figure counts them.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -72,6 +73,7 @@ int main(int argc, char **argv)
 	}
 	for (size_t i = 0; i < count; i++)
 		pthread_join(threads[i], NULL);
+	munmap(memory, size);
 	printf("%.6f\n", now() - started);
 	return 0;
 }
