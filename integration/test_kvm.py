@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.conftest import children, open_descriptors
 from vmmback.errors import HostUnfit
 from vmmback.linux import kvm
 from vmmback.linux.kvm import SLOT_BYTES, can_map_secret_ram, child_argv, experiment, run_guest
@@ -82,19 +83,6 @@ def nothing_is_left() -> Iterator[None]:
     before = open_descriptors(), children()
     yield
     assert (open_descriptors(), children()) == before
-
-
-def open_descriptors() -> dict[str, str]:
-    links = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the descriptor of this listing
-            links[entry.name] = str(entry.readlink())
-    return links
-
-
-def children() -> set[str]:
-    lists = (thread / "children" for thread in Path("/proc/self/task").iterdir())
-    return {pid for path in lists for pid in path.read_text().split()}
 
 
 @pytest.mark.usefixtures("working_kvm")

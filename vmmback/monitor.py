@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from qemu.qmp import EventListener, QMPClient, QMPError
+from qemu.qmp import QMPClient, QMPError
 from qemu.qmp.qmp_client import ExecuteError
 
 from vmmback.errors import QemuFailed
@@ -19,18 +19,8 @@ _COMMAND_TIMEOUT_S = 30.0
 class Monitor:
     """Commands that a launch needs. Made by `connect`; each raises QemuFailed when QEMU refuses or does not answer."""
 
-    def __init__(self, client: QMPClient, shutdowns: EventListener) -> None:
+    def __init__(self, client: QMPClient) -> None:
         self._client = client
-        self._shutdowns = shutdowns
-
-    @property
-    def shutdown_reason(self) -> str | None:
-        """Return why QEMU said that the guest ended (qapi/run-state.json, ShutdownCause), None if it did not say."""
-        for event in reversed(self._shutdowns.history):
-            data = event.get("data")
-            if isinstance(data, dict) and isinstance(reason := data.get("reason"), str):
-                return reason
-        return None
 
     async def version(self) -> str:
         """Return QEMU's version with its packager's suffix, such as `7.2.22 (Debian 1:7.2+dfsg-7)`."""
@@ -39,19 +29,9 @@ class Monitor:
         numbers = "{major}.{minor}.{micro}".format(**answer["qemu"])
         return f"{numbers} ({answer['package']})" if answer.get("package") else numbers
 
-    async def run_state(self) -> str:
-        """Return QEMU's run state, such as `prelaunch` or `running` (qapi/run-state.json, RunState)."""
-        answer = await self._execute("query-status")
-        assert isinstance(answer, dict)
-        return str(answer["status"])
-
     async def cont(self) -> None:
         """Let the guest run."""
         await self._execute("cont")
-
-    async def stop(self) -> None:
-        """Hold the guest's virtual CPUs."""
-        await self._execute("stop")
 
     async def powerdown(self) -> None:
         """Press the guest's power button."""
@@ -86,8 +66,6 @@ async def connect(connection: socket.socket, timeout_s: float) -> AsyncIterator[
     Raises QemuFailed when there is no greeting within `timeout_s` seconds.
     """
     client = QMPClient("guest")
-    shutdowns = EventListener("SHUTDOWN")
-    client.register_listener(shutdowns)
     try:
         async with asyncio.timeout(timeout_s):
             await client.connect(connection)
@@ -96,7 +74,7 @@ async def connect(connection: socket.socket, timeout_s: float) -> AsyncIterator[
     except QMPError as error:
         raise QemuFailed(f"QEMU did not greet over QMP: {' '.join(str(error).split())}") from error
     try:
-        yield Monitor(client, shutdowns)
+        yield Monitor(client)
     finally:
         with suppress(EOFError, QMPError, OSError):  # QEMU's end closes the connection before we do
             await client.disconnect()

@@ -7,15 +7,13 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from vmmback.isolation.probe import Probe, Reading, Target
 from vmmback.linux import process_vm, procfs
+from vmmback.linux.procfs import AnyMapping
 from vmmback.report import Verdict
 
 _READ_BYTES = 8
-
-AnyMapping = TypeVar("AnyMapping", bound=procfs.Mapping)
 
 
 class _ReadProbe(Probe[tuple[int, Sequence[int]]]):

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from vmmback.errors import HostUnfit
-from vmmback.isolation.probe import Probe, Reading, Target
+from vmmback.errors import VmmbackError
+from vmmback.isolation.probe import Place, Probe, Reading, Target
 from vmmback.linux import procfs
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.procfs import PAGE_SIZE, Mapping
@@ -39,7 +39,22 @@ class Pages:
     count: PageCount = PageCount(0, 0, 0)
 
 
-class DirectMapProbe(Probe[Pages]):
+class FrameProbe(Probe[Place]):
+    """A probe that reads frames: the direct map is open, and `_resources` live, while it observes."""
+
+    def observe(self, target: Target) -> Observation:
+        """Attempt the control, then the guest's RAM; inconclusive where the direct map cannot be read at all."""
+        started = time.perf_counter()
+        try:
+            with ExitStack() as self._resources:
+                self._direct_map = self._resources.enter_context(DirectMap.open())
+                return super().observe(target)
+        except (VmmbackError, OSError) as error:
+            inconclusive = Verdict.INCONCLUSIVE
+            return Observation(self.name, inconclusive, inconclusive, str(error), time.perf_counter() - started)
+
+
+class DirectMapProbe(FrameProbe[Pages]):
     """Reads 8 bytes of each present page, of the guest and of a memfd of our own whose contents come back."""
 
     name = "direct-map"
@@ -60,16 +75,8 @@ class DirectMapProbe(Probe[Pages]):
         return self._target.entries
 
     def observe(self, target: Target) -> Observation:
-        """Attempt the control, then the guest's RAM; inconclusive where the direct map cannot be read at all."""
-        started = time.perf_counter()
         self._target = Pages(array("Q"))
-        try:
-            with ExitStack() as self._resources:
-                self._direct_map = self._resources.enter_context(DirectMap.open())
-                return super().observe(target)
-        except (HostUnfit, OSError) as error:
-            inconclusive = Verdict.INCONCLUSIVE
-            return Observation(self.name, inconclusive, inconclusive, str(error), time.perf_counter() - started)
+        return super().observe(target)
 
     def target(self, target: Target) -> Pages:
         """Return all pages of the RAM: where QEMU has touched them yet, else where they were prefaulted."""

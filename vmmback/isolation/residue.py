@@ -10,19 +10,15 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import time
 from array import array
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from vmmback.errors import VmmbackError
-from vmmback.isolation.direct_map import ordinary_memory, pagemap_entries
-from vmmback.isolation.probe import Probe, Reading, Target
-from vmmback.linux.direct_map import DirectMap
+from vmmback.isolation.direct_map import FrameProbe, ordinary_memory, pagemap_entries
+from vmmback.isolation.probe import Reading, Target
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.ram import Ram, allocate
-from vmmback.report import Observation, Verdict
+from vmmback.report import Verdict
 
 CANARY_BYTES = 64
 """Length of a canary. It repeats from the start of a page on, so it lies at multiples of its length."""
@@ -41,7 +37,7 @@ class Frames:
     backing: Literal["secret", "ordinary"]
 
 
-class FreedFramesProbe(Probe[Frames]):
+class FreedFramesProbe(FrameProbe[Frames]):
     """Reads, after the guest's end, every frame that was its own when it was validated.
 
     The kernel zeroes freed secret RAM (mm/secretmem.c).
@@ -56,16 +52,6 @@ class FreedFramesProbe(Probe[Frames]):
         self._ram = guest_ram
         self._entries = entries
         self._fingerprint = fingerprint
-
-    def observe(self, target: Target) -> Observation:
-        started = time.perf_counter()
-        try:
-            with ExitStack() as self._resources:
-                self._direct_map = self._resources.enter_context(DirectMap.open())
-                return super().observe(target)
-        except (VmmbackError, OSError) as error:
-            inconclusive = Verdict.INCONCLUSIVE
-            return Observation(self.name, inconclusive, inconclusive, str(error), time.perf_counter() - started)
 
     def target(self, target: Target) -> Frames:  # noqa: ARG002 (the guest is gone: all that is left are its frames)
         self._ram.close()
