@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -435,3 +436,26 @@ def test_qemu_that_starts_after_its_supervisor_was_killed_ends_by_itself(
     os.close(log)
     assert os.strerror(errno.ENOSYS) in words
     assert "ram0" in words
+
+
+def test_after_its_end_nobody_listens_any_more(place: Place, secret_ram: ram.Ram) -> None:
+    """The listener of nobody polls as hung up for ever: the event loop would spin until the last frame was read."""
+
+    async def body(qemu: Qemu) -> int:
+        await qemu.handed_over(20)
+        await qemu.ended(20)
+        return int(qemu._listener in asyncio.get_running_loop()._selector.get_map())  # type: ignore[attr-defined]
+
+    assert place.run(secret_ram, [f"open {place.mem_path}"], body) == 0
+
+
+def test_without_a_thread_for_it_qemu_is_not_waited_for(
+    place: Place, secret_ram: ram.Ram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(OSError, match="can't start new thread"):
+            place.run(secret_ram, ["stay"], lambda qemu: qemu.handed_over(20))

@@ -34,8 +34,8 @@ from integration.conftest import (
     worker_of,
 )
 from vmmback import ram
-from vmmback.errors import AdmissionRefused
-from vmmback.linux import procfs
+from vmmback.errors import AdmissionRefused, HostUnfit
+from vmmback.linux import prefault_worker, procfs
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.procfs import PAGE_SIZE
 
@@ -297,3 +297,15 @@ def test_a_supervisor_that_is_killed_takes_the_worker_and_the_memory_with_it(
     running.process.wait()
     eventually(lambda: not processes_of(runtime_dir), "the worker is gone", GONE_S)
     eventually(lambda: memory_group.used() < 32 * MIB, "memory is back", GONE_S)
+
+
+@pytest.mark.parametrize("entries", [b"", b"12345678", b"1234"])
+def test_a_prefault_that_does_not_tell_all_frames_is_an_error(
+    secret_ram: ram.Ram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: bytes
+) -> None:
+    """A report would speak of fewer pages than the guest has."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"import sys\nsys.stdout.buffer.write({prefault_worker.END + entries!r})\n")
+    monkeypatch.setattr(prefault_worker, "__file__", str(worker))
+    with pytest.raises(HostUnfit, match="did not tell where all of its pages are"):
+        asyncio.run(secret_ram.prefault(lambda _: None))

@@ -832,3 +832,14 @@ def test_any_value_of_any_key(folder: Path, line: str, value: str) -> None:
 @given(header=st.sampled_from(["", "[memory]", "[boot]", "[x]"]), key=st.text(no_surrogates), value=toml_values)
 def test_any_unknown_key(folder: Path, header: str, key: str, value: str) -> None:
     check_total(folder, f"{header}\n{toml_string(key)} = {value}\n")
+
+
+@pytest.mark.parametrize("log", ["guest.toml", "vmlinuz", "initrd.img", "./link"])
+def test_a_console_log_may_not_be_a_file_that_the_guest_is_made_of(tmp_path: Path, log: str) -> None:
+    for name in ("vmlinuz", "initrd.img"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("vmlinuz")
+    file = tmp_path / "guest.toml"
+    file.write_text(f'{MINIMAL}initrd = "initrd.img"\n[console]\nlog = "{log}"\n')
+    with pytest.raises(ConfigError, match=r"console\.log: .* is a file that the guest is made of"):
+        config.load(file)

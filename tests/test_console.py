@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import socket
 from collections.abc import Callable
 from io import BytesIO
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmmback import console
 from vmmback.console import Console, attach
 from vmmback.errors import UsageError
 
@@ -150,3 +152,29 @@ def test_a_log_that_cannot_be_made_is_a_usage_error_that_names_it(tmp_path: Path
     with pytest.raises(UsageError, match=r"console log .*/none/log cannot be written: No such file") as refused:
         attached([tmp_path / "fine.log", tmp_path / "none/log"], lambda _: None, until_ready=False)
     assert "[console] log" in refused.value.hint
+
+
+@pytest.mark.parametrize("what", ["fifo", "link", "device"])
+def test_a_log_that_is_no_regular_file_is_refused_and_nothing_is_lost(tmp_path: Path, what: str) -> None:
+    """Nobody reads the FIFO: to open it as usual would wait for ever."""
+    log, victim = tmp_path / "log", tmp_path / "victim"
+    victim.write_text("precious")
+    if what == "fifo":
+        os.mkfifo(log)
+    elif what == "link":
+        log.symlink_to(victim)
+    else:
+        log = Path("/dev/null")
+    with pytest.raises(UsageError, match="cannot be written"):
+        console._open(log)
+    assert victim.read_text() == "precious"
+
+
+def test_a_log_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("of the last launch")
+    console._open(tmp_path / "log").close()
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_of_two_fingerprints_the_last_one_counts() -> None:
+    assert fed(b"vmmback-canary sha256:" + b"0" * 64 + b"\n" + CANARY_LINE).canary_fingerprint == FINGERPRINT

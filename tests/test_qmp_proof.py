@@ -707,3 +707,32 @@ def test_the_control_names_what_was_told_apart(monkeypatch: pytest.MonkeyPatch) 
 def test_a_silent_qemu_is_an_error_not_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(QemuFailed):
         prove(monkeypatch, Machine(tree=""))
+
+
+@pytest.mark.parametrize("how", ["no mappings", "no process"])
+def test_a_qemu_that_ends_meanwhile_is_no_exposure(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """It has dropped its memory, and was or was not reaped yet."""
+
+    def maps(_: int) -> list[Mapping]:
+        if how == "no process":
+            raise FileNotFoundError
+        return []
+
+    monkeypatch.setattr(procfs, "maps", maps)
+    with pytest.raises(QemuFailed, match="QEMU ended during the QMP proof"):
+        asyncio.run(qmp_proof.observe(Target(PID, INODE, 256 * MIB), Machine().hmp))
+
+
+def test_a_range_that_cannot_be_read_is_an_error_and_not_left_out() -> None:
+    with pytest.raises(QemuFailed, match="in a way not known here"):
+        parse_flat_views(PAUSED.replace("(prio 0, ram): ram0", "[prio 0] ram: ram0", 1))
+
+
+def test_a_name_that_ends_like_firmware_makes_no_block_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = (
+        PAUSED_BLOCKS.rstrip()
+        + "\n  0000:00:01.0/x.rom    4 KiB  0x0000000012000000 0x0000000000100000 0x0000000000100000\n"
+    )
+    proof = prove(monkeypatch, Machine(blocks=blocks))
+    assert proof.observation.target is Verdict.READABLE
+    assert block(proof, "0000:00:01.0/x.rom").guest_writable

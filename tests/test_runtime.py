@@ -236,3 +236,23 @@ def test_a_host_without_flock_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(HostUnfit, match="flock"), guest_folder("demo"):
         pass
     assert not (runtime / "demo").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to another user")
+def test_a_folder_of_another_user_is_not_taken_over(runtime: Path) -> None:
+    """Who owns it could put a link in the place of a log that we write."""
+    theirs = runtime / "demo"
+    theirs.mkdir(parents=True)
+    os.chown(theirs, 65534, 65534)
+    with pytest.raises(HostUnfit, match="it belongs to another user"), guest_folder("demo"):
+        pass
+    assert theirs.stat().st_uid == 65534
+    theirs.rmdir()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_a_runtime_folder_that_others_may_write_to_is_refused(runtime: Path, mode: int) -> None:
+    runtime.mkdir()
+    runtime.chmod(mode)
+    with pytest.raises(HostUnfit, match="others may write to it"), guest_folder("demo"):
+        pass
