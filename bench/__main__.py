@@ -25,8 +25,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from integration import tiny_guest
-from vmmback import command, config, ram
+from vmmback import command, config, ram, tiny_guest
 from vmmback.host import find_qemu
 from vmmback.isolation.direct_map import pagemap_entries
 from vmmback.launch import prepare

@@ -31,8 +31,8 @@ from unittest import mock
 
 import pytest
 
-from integration import capabilities, tiny_guest
-from vmmback import config, launch, ram
+from integration import capabilities
+from vmmback import config, launch, ram, tiny_guest
 from vmmback.report import IsolationReport
 
 ROOT = capabilities.ROOT

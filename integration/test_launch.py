@@ -19,7 +19,6 @@ from typing import Any, Self
 
 import pytest
 
-from integration import tiny_guest
 from integration.capabilities import INITRD, KERNEL
 from integration.conftest import (
     GONE_S,
@@ -37,6 +36,7 @@ from integration.conftest import (
     tiny_rom,
     worker_of,
 )
+from vmmback import tiny_guest
 from vmmback.isolation.audit import REQUIRED
 from vmmback.linux.procfs import PAGE_SIZE
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from integration.tiny_guest import READY, Halves, canary, filled_ranges, new_halves, rom
+from vmmback.tiny_guest import READY, Halves, canary, filled_ranges, new_halves, rom
 
 MIB = 1 << 20
 DEADLINE_S = 20.0

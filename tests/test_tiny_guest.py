@@ -2,8 +2,8 @@ import struct
 
 import pytest
 
-from integration import tiny_guest
-from integration.tiny_guest import DEFAULT_HALVES, READY, canary, filled_ranges, new_halves, rom
+from vmmback import tiny_guest
+from vmmback.tiny_guest import DEFAULT_HALVES, READY, canary, filled_ranges, new_halves, rom
 
 
 def test_a_rom_is_64_kib_and_the_reset_vector_jumps_into_it() -> None:

@@ -1,11 +1,11 @@
-"""The tiny guest: a 64 KiB ROM for `qemu -bios`, which boots, fills all RAM with a canary and says READY, in 0.1 s.
+r"""The tiny guest: a 64 KiB ROM for `qemu -bios`, which boots, fills all RAM with a canary and says READY, in 0.1 s.
 
-It is for tests that need a guest but no Linux. Write the ROM to a file and start QEMU with it (q35 or pc, TCG):
+It is for whoever needs a guest but no Linux. Write the ROM to a file and start QEMU with it (q35 or pc, TCG):
 
     Path("tiny.rom").write_bytes(rom(halves))
     qemu-system-x86_64 -machine q35 -m 64 -nodefaults -display none -vga none -serial stdio -bios tiny.rom
 
-After `READY\\n` on the first serial port (COM1) it halts with interrupts off and costs no host CPU; the test ends it.
+After `READY\n` on the first serial port (COM1) it halts with interrupts off and costs no host CPU until QEMU is ended.
 
 The canary is 64 bytes long and never leaves the guest: the ROM holds two random halves, and only the guest XORs them.
 So a copy of the canary found anywhere on the host came out of the guest's RAM. As 64 divides the page size, a filled
@@ -50,12 +50,12 @@ DEFAULT_HALVES: Halves = (
 
 
 def canary(halves: Halves = DEFAULT_HALVES) -> bytes:
-    """The 64 bytes that fill the guest. Calling this puts them into the memory of the calling process, too."""
+    """Return the 64 bytes that fill the guest. Calling this puts them into the memory of the calling process, too."""
     return bytes(a ^ b for a, b in zip(*halves, strict=True))
 
 
 def filled_ranges(ram_bytes: int) -> list[tuple[int, int]]:
-    """The guest-physical ranges, as (start, end), that consist of the canary once a guest of that size is READY."""
+    """Return the guest-physical ranges (start, end) that consist of the canary once a guest of that size is READY."""
     return [(0, LOW_END), (HIGH_START, ram_bytes)]
 
 
@@ -157,7 +157,7 @@ _RESET: list[_Row] = [("", "e9 rel16:start", "jmp start             ; the first 
 
 
 def rom(canary_halves: Halves | None = None, fill_bytes: int | None = None, *, fill: bool = True) -> bytes:
-    """The 65,536 bytes of the ROM.
+    """Return the 65,536 bytes of the ROM.
 
     canary_halves: see new_halves; DEFAULT_HALVES if not given. fill_bytes: RAM is filled up to this address; if not
     given, to its end (the guest finds out where that is). fill=False: touch no RAM, say READY at once.
