@@ -11,7 +11,8 @@ import pytest
 
 from integration.conftest import TINY_BYTES, LiveGuest
 from vmmback.isolation import access, exposures
-from vmmback.isolation.audit import ACCESS_PROBES, REQUIRED, audit
+from vmmback.isolation.audit import REQUIRED, audit
+from vmmback.isolation.catalogue import ACCESS_PROBES
 from vmmback.isolation.probe import Probe, Target
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Verdict, judge_probe

@@ -8,8 +8,8 @@ The rules, in the order in which they are applied:
 3. Any other probe is `inconclusive`.
 4. A guest is `exposed` when one probe is `readable`, when one page of its RAM was read, or when the guest can write
    to a RAM block that is ordinary memory.
-5. It is `isolated` when every required probe ran, every probe is `blocked`, all of its RAM is secret and every present
-   page was checked.
+5. It is `isolated` when every required probe is `blocked`, and every other one is, save those for which the host lacks
+   what an attempt needs (`missing` names it); when all of its RAM is secret, and every present page was checked.
 6. Otherwise it is `inconclusive`.
 """
 
@@ -41,13 +41,18 @@ class GuestVerdict(StrEnum):
 
 @dataclass(frozen=True)
 class Observation:
-    """What one probe saw: the same attempt on the guest's RAM (target) and on ordinary memory (control)."""
+    """What one probe saw: the same attempt on the guest's RAM (target) and on ordinary memory (control).
+
+    `errno` is the name of the error that refused the target, `missing` what the host lacks for an attempt; "" if none.
+    """
 
     probe: str
     target: Verdict
     control: Verdict
     detail: str
     seconds: float
+    errno: str = ""
+    missing: str = ""
 
 
 class _Model(BaseModel):
@@ -55,13 +60,18 @@ class _Model(BaseModel):
 
 
 class ProbeResult(_Model):
-    """One row of the table of probes; `seconds` is what the target and the control took together."""
+    """One row of the table of probes; `seconds` is what the target and the control took together.
+
+    `errno` is the name of the error that refused the target, `missing` what the host lacks for an attempt; "" if none.
+    """
 
     name: str
     verdict: Verdict
     control: Verdict
     detail: str
     seconds: float
+    errno: str = ""
+    missing: str = ""
 
 
 class Memory(_Model):
@@ -129,6 +139,8 @@ def judge_probe(observation: Observation) -> ProbeResult:
         control=observation.control,
         detail=observation.detail,
         seconds=round(observation.seconds, 6),
+        errno=observation.errno,
+        missing=observation.missing,
     )
 
 
@@ -147,7 +159,11 @@ def judge_guest(
     if exposed:
         return GuestVerdict.EXPOSED, tuple(exposed)
 
-    unproven = [f"{probe.name}: {probe.detail}" for probe in probes if probe.verdict is Verdict.INCONCLUSIVE]
+    unproven = [
+        f"{probe.name}: {probe.detail}"
+        for probe in probes
+        if probe.verdict is Verdict.INCONCLUSIVE and (not probe.missing or probe.name in required)
+    ]
     unproven += [f"{name}: did not run" for name in required if name not in {probe.name for probe in probes}]
     if not ram_blocks:
         unproven.append("QEMU's RAM blocks were not listed")

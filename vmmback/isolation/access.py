@@ -43,13 +43,17 @@ class _ReadProbe(Probe[tuple[int, Sequence[int]]]):
                     raise
         if readable:
             return Reading(Verdict.READABLE, f"{readable} of {len(addresses)} sampled pages were read")
-        return Reading(Verdict.BLOCKED, f"{len(addresses)} sampled pages refused, {errno.errorcode[self.refusal]}")
+        refusal = errno.errorcode[self.refusal]
+        return Reading(Verdict.BLOCKED, f"{len(addresses)} sampled pages refused, {refusal}", refusal)
 
 
 class ProcMemProbe(_ReadProbe):
     """read(2) of /proc/PID/mem. The kernel answers EIO where get_user_pages fails (fs/proc/base.c, mem_rw)."""
 
     name = "proc-mem"
+    vector = "read(2) of /proc/PID/mem: first, middle and last page of each mapping"
+    control_is = "QEMU's heap and stack"
+    source = "fs/proc/base.c, mem_rw: EIO where get_user_pages fails; proc_pid_mem(5)"
     refusal = errno.EIO
 
     def read(self, pid: int, address: int) -> bytes:
@@ -61,6 +65,9 @@ class ProcessVmReadvProbe(_ReadProbe):
     """process_vm_readv(2). get_user_pages refuses secretmem mappings with EFAULT (mm/gup.c, check_vma_flags)."""
 
     name = "process-vm-readv"
+    vector = "process_vm_readv(2), the same pages"
+    control_is = "QEMU's heap and stack"
+    source = "mm/gup.c, check_vma_flags: EFAULT for secretmem; process_vm_readv(2)"
     refusal = errno.EFAULT
 
     def read(self, pid: int, address: int) -> bytes:
@@ -81,13 +88,16 @@ class _ReopenProbe(Probe[Sequence[Path]]):
                     raise
             else:
                 return Reading(Verdict.READABLE, f"{link} could be opened")
-        return Reading(Verdict.BLOCKED, f"{len(place)} file(s) refused, ENXIO")
+        return Reading(Verdict.BLOCKED, f"{len(place)} file(s) refused, ENXIO", "ENXIO")
 
 
 class FdReopenProbe(_ReopenProbe):
     """open(2) of /proc/PID/fd/N. The control is QEMU's standard output, the log file."""
 
     name = "fd-reopen"
+    vector = "open(2) of /proc/PID/fd/N of the descriptor"
+    control_is = "QEMU's log file"
+    source = "fs/inode.c, no_open: ENXIO; proc_pid_fd(5)"
 
     def target(self, target: Target) -> Sequence[Path]:
         return [Path(f"/proc/{target.pid}/fd/{number}") for number in descriptors_of(target)]
@@ -100,6 +110,9 @@ class MapFilesProbe(_ReopenProbe):
     """open(2) of /proc/PID/map_files/START-END. The control is QEMU's own program file."""
 
     name = "map-files"
+    vector = "open(2) of /proc/PID/map_files/START-END"
+    control_is = "QEMU's program file"
+    source = "fs/inode.c, no_open: ENXIO; proc_pid_map_files(5)"
 
     def target(self, target: Target) -> Sequence[Path]:
         return [self._link(target.pid, mapping) for mapping in _guest_ram(procfs.maps(target.pid), target)]
@@ -120,6 +133,9 @@ class VmaFlagsProbe(Probe[Sequence[procfs.DetailedMapping]]):
     """
 
     name = "vma-flags"
+    vector = "/proc/PID/smaps: without the flag lo memory can be swapped out, without dd dumped"
+    control_is = "QEMU's heap and stack"
+    source = "fs/proc/task_mmu.c, show_smap_vma_flags; mm/secretmem.c, secretmem_mmap"
 
     def target(self, target: Target) -> Sequence[procfs.DetailedMapping]:
         return _guest_ram(procfs.smaps(target.pid), target)

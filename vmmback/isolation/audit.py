@@ -8,20 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from vmmback.isolation import access, exposures, qmp_proof
+from vmmback.isolation import exposures, qmp_proof
+from vmmback.isolation.catalogue import ACCESS_PROBES
 from vmmback.isolation.direct_map import DirectMapProbe, PageCount
 from vmmback.isolation.probe import Probe, Target
 from vmmback.report import Exposure, Observation
 
 T = TypeVar("T")
-
-ACCESS_PROBES: tuple[type[Probe[Any]], ...] = (
-    access.ProcMemProbe,
-    access.ProcessVmReadvProbe,
-    access.FdReopenProbe,
-    access.MapFilesProbe,
-    access.VmaFlagsProbe,
-)
 
 REQUIRED = frozenset({DirectMapProbe.name, qmp_proof.NAME, *(probe.name for probe in ACCESS_PROBES)})
 """The names of the probes that must be blocked before a guest may be called isolated."""

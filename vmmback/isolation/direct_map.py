@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from vmmback.errors import VmmbackError
+from vmmback.errors import HostUnfit, VmmbackError
 from vmmback.isolation.probe import Place, Probe, Reading, Target
 from vmmback.linux import procfs
 from vmmback.linux.direct_map import DirectMap
@@ -51,13 +51,18 @@ class FrameProbe(Probe[Place]):
                 return super().observe(target)
         except (VmmbackError, OSError) as error:
             inconclusive = Verdict.INCONCLUSIVE
-            return Observation(self.name, inconclusive, inconclusive, str(error), time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            missing = error.message if isinstance(error, HostUnfit) else ""
+            return Observation(self.name, inconclusive, inconclusive, str(error), seconds, missing=missing)
 
 
 class DirectMapProbe(FrameProbe[Pages]):
     """Reads 8 bytes of each present page, of the guest and of a memfd of our own whose contents come back."""
 
     name = "direct-map"
+    vector = "the kernel reads every present page through its direct map (a BPF program)"
+    control_is = "pages of our own, whose random contents must come back"
+    source = "mm/secretmem.c, secretmem_fault: set_direct_map_invalid_noflush"
 
     def __init__(self, prefaulted: array[int]) -> None:
         """`prefaulted` are the pagemap entries of the RAM's pages that were made present before QEMU mapped them."""
@@ -109,7 +114,7 @@ class DirectMapProbe(FrameProbe[Pages]):
             return Reading(Verdict.READABLE, detail)
         if count.checked != count.present:
             return Reading(Verdict.INCONCLUSIVE, f"{detail}, but only {count.checked} could be tried")
-        return Reading(Verdict.BLOCKED, f"{detail} (EFAULT)")
+        return Reading(Verdict.BLOCKED, f"{detail} (EFAULT)", "EFAULT")
 
 
 def pagemap_entries(pid: int, inode: int) -> array[int]:

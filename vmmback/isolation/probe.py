@@ -1,11 +1,12 @@
 """What a probe is: one attempt, made on a guest's RAM and on ordinary memory alike.
 
-A new probe is a subclass of `Probe` in a module of this folder, its entry in `audit.py` and its row in the
-README's table. Probes observe; `report.py` judges.
+A new probe is a subclass of `Probe` in a module of this folder, its entry in `catalogue.py` and its row in
+docs/PROBES.md. Probes observe; `report.py` judges.
 """
 
 from __future__ import annotations
 
+import errno
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -28,16 +29,31 @@ class Target:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one attempt came to, with the errno's name or what was read in words."""
+    """What one attempt came to, in words, and the name of the errno that refused it ("" if none did)."""
 
     verdict: Verdict
     detail: str
+    errno: str = ""
+
+
+class Missing(Exception):
+    """The host lacks what an attempt needs: a file, a device, a kernel feature. Its text says which."""
 
 
 class Probe(ABC, Generic[Place]):
-    """One vector. `attempt` must not tell the target from the control: that is what gives the control its worth."""
+    """One vector. `attempt` must not tell the target from the control: that is what gives the control its worth.
+
+    The class variables are its documentation: what is tried, on which ordinary memory the same is tried (the control),
+    the man page or kernel file that makes secret RAM refuse it (or not), and whether it leaves a live guest alone.
+    """
 
     name: ClassVar[str]
+    vector: ClassVar[str]
+    control_is: ClassVar[str]
+    source: ClassVar[str]
+    live_safe: ClassVar[bool] = True
+    holders: ClassVar[str] = ""
+    """Who holds the key to a known hole that secret RAM does not close: an exposure, which never counts as blocked."""
 
     @abstractmethod
     def target(self, target: Target) -> Place:
@@ -49,20 +65,34 @@ class Probe(ABC, Generic[Place]):
 
     @abstractmethod
     def attempt(self, place: Place) -> Reading:
-        """Try to read; an OSError that is no answer to the question counts as `inconclusive`."""
+        """Try to read; an OSError that is no answer to the question, and Missing, count as `inconclusive`."""
 
     def observe(self, target: Target) -> Observation:
         """Attempt the control, then the guest's RAM."""
         started = time.perf_counter()
-        control = self._try(self.control, target)
-        reading = self._try(self.target, target)
+        try:
+            control = self._try(self.control, target)
+            reading = self._try(self.target, target)
+        except Missing as missing:
+            seconds = time.perf_counter() - started
+            detail = f"not tried: this host has no {missing}"
+            return Observation(
+                self.name, Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE, detail, seconds, missing=str(missing)
+            )
         detail = reading.detail
         if control.verdict is not Verdict.READABLE:
             detail = f"{detail}; the control failed: {control.detail}"
-        return Observation(self.name, reading.verdict, control.verdict, detail, time.perf_counter() - started)
+        return Observation(
+            self.name, reading.verdict, control.verdict, detail, time.perf_counter() - started, reading.errno
+        )
 
     def _try(self, locate: Callable[[Target], Place], target: Target) -> Reading:
         try:
             return self.attempt(locate(target))
         except OSError as error:
-            return Reading(Verdict.INCONCLUSIVE, str(error))
+            return Reading(Verdict.INCONCLUSIVE, str(error), errorcode(error))
+
+
+def errorcode(error: OSError) -> str:
+    """Return the name of an error's errno, such as `EFAULT`; "" where it has none."""
+    return errno.errorcode.get(error.errno or 0, "")

@@ -46,6 +46,10 @@ class FreedFramesProbe(FrameProbe[Frames]):
     """
 
     name = "freed-frames"
+    live_safe = False  # the guest is gone
+    vector = "after the end, all frames that were the guest's are searched for its canary, a freed sample for ours"
+    control_is = "a canary of our own in ordinary memory"
+    source = "mm/secretmem.c, secretmem_free_folio: zeroed"
 
     def __init__(self, guest_ram: Ram, entries: array[int], fingerprint: str | None) -> None:
         """`guest_ram` is closed right before its frames, `entries`, are read, so that few of them are in use again."""
