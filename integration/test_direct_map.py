@@ -121,8 +121,9 @@ def test_frames_after_the_end(kind: Kind) -> None:
         other.end()
         zeroness = kernel.zeroness(entries)
         canaries = sum(frame is not None and other.canary in frame for _, frame in kernel.read_frames(entries))
-    assert (zeroness.present, zeroness.checked, zeroness.readable) == (PAGES, PAGES, PAGES)  # back in the direct map
-    # The kernel may have given some frames to others meanwhile.
+    assert (zeroness.present, zeroness.checked) == (PAGES, PAGES)
+    # Back in the direct map; the kernel may have given some frames to others meanwhile, as secret RAM again even.
+    assert zeroness.readable > PAGES // 2
     if kind == "secret":
         assert canaries == 0
         assert zeroness.nonzero < PAGES // 2
