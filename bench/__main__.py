@@ -31,7 +31,7 @@ from vmmback.isolation.direct_map import pagemap_entries
 from vmmback.launch import prepare
 from vmmback.linux import procfs
 from vmmback.linux.direct_map import DirectMap
-from vmmback.report import IsolationReport
+from vmmback.report import Drift, IsolationReport
 
 MIB = 1 << 20
 THREADS = len(os.sched_getaffinity(0))
@@ -64,6 +64,9 @@ class Quiet:
         """Drop it."""
 
     def validated(self, report: IsolationReport) -> None:
+        """Drop it."""
+
+    def drifted(self, drift: Drift, report: IsolationReport) -> None:
         """Drop it."""
 
 

@@ -33,7 +33,8 @@ import pytest
 
 from integration import capabilities
 from vmmback import config, launch, ram, tiny_guest
-from vmmback.report import IsolationReport
+from vmmback.guest import Guest
+from vmmback.report import Drift, IsolationReport
 
 ROOT = capabilities.ROOT
 FAILURES = ROOT / "build/test-failures"
@@ -265,6 +266,7 @@ class Recorder:
     notes: list[str] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
     reports: list[IsolationReport] = field(default_factory=list)
+    drifts: list[Drift] = field(default_factory=list)
 
     def console(self, data: bytes) -> None:
         self.printed += data
@@ -278,12 +280,16 @@ class Recorder:
     def validated(self, report: IsolationReport) -> None:
         self.reports.append(report)
 
+    def drifted(self, drift: Drift, report: IsolationReport) -> None:
+        self.drifts.append(drift)
+        self.reports.append(report)
+
 
 @dataclass
 class LiveGuest:
     """A guest that `launch.prepare` brought up, and `run`, which runs a coroutine on its event loop."""
 
-    guest: launch.Guest
+    guest: Guest
     watcher: Recorder
     run: Callable[[Coroutine[Any, Any, Any]], Any]
 

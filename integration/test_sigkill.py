@@ -51,7 +51,8 @@ from integration.leftovers import (
     secret_inodes,
     secret_memory,
 )
-from vmmback import command, config, console, handoff, host, launch, monitor, ram
+from vmmback import command, config, console, control, handoff, host, launch, monitor, ram
+from vmmback import guest as guest_module
 from vmmback.isolation import qmp_proof
 from vmmback.linux import procfs
 
@@ -538,7 +539,7 @@ class Step:
 
 
 CONTEXTS = {"guest_folder"}
-ASYNC_CONTEXTS = {"attach", "start", "connect"}
+ASYNC_CONTEXTS = {"attach", "start", "connect", "serve"}
 STEPS = (
     Step(launch, "find_qemu"),
     Step(launch, "choose_accel"),
@@ -558,13 +559,14 @@ STEPS = (
     Step(launch, "confirm"),
     Step(monitor.Monitor, "cont"),
     Step(launch, "_booted"),
-    Step(launch, "audit"),
-    Step(launch, "make_report"),
+    Step(control, "serve"),
+    Step(guest_module, "audit"),
+    Step(guest_module.Guest, "report"),
     Step(launch, "_supervise"),
     Step(launch, "_shut_down"),
     Step(monitor.Monitor, "powerdown"),
-    Step(launch, "_observe_freed_frames"),
-    Step(launch, "make_report", 2),
+    Step(guest_module.Guest, "observe_freed_frames"),
+    Step(guest_module.Guest, "report", 2),
 )
 
 

@@ -14,24 +14,17 @@ from vmmback.errors import QemuFailed
 
 @pytest.mark.parametrize(("status", "is_failure"), [(0, False), (1, True), (-9, True), (None, True)])
 def test_a_guest_that_ends_by_itself_during_the_audit_is_not_measured_and_no_failure(
-    monkeypatch: pytest.MonkeyPatch, status: int | None, is_failure: bool
+    status: int | None, is_failure: bool
 ) -> None:
-    async def audit(*_: object) -> None:
+    async def examine() -> None:
         raise QemuFailed("QEMU ended during the QMP proof")
 
     async def ended(timeout_s: float) -> None:
         if status is None:
             raise TimeoutError
 
-    monkeypatch.setattr(launch, "audit", audit)
-    guest = SimpleNamespace(
-        qemu=SimpleNamespace(status=status, ended=ended),
-        timings={},
-        target=None,
-        monitor=SimpleNamespace(hmp=None),
-        ram=SimpleNamespace(frames=None),
-    )
-    measured = launch._measure(cast("Any", guest))
+    guest = SimpleNamespace(qemu=SimpleNamespace(status=status, ended=ended), examine=examine)
+    measured = launch._examined(cast("Any", guest))
     if is_failure:
         with pytest.raises(QemuFailed, match="during the QMP proof"):
             asyncio.run(measured)

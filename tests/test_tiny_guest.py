@@ -58,7 +58,7 @@ def test_a_fill_that_the_guest_cannot_do_is_refused(fill_bytes: int) -> None:
 
 
 def test_a_comment_in_the_listing_names_each_instruction() -> None:
-    listing = tiny_guest._ENTER + tiny_guest._FILL_LOW + tiny_guest._FILL + tiny_guest._SAY_READY
+    listing = tiny_guest.ENTER + tiny_guest._FILL_LOW + tiny_guest._FILL + tiny_guest._SAY_READY
     assert all(comment for _label, _code, comment in listing)
 
 

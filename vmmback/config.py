@@ -26,13 +26,14 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import InitErrorDetails, core_schema
 
-from vmmback.errors import ConfigError
+from vmmback.errors import ConfigError, UsageError
 from vmmback.toml_errors import Grammar, ascii_path, explain, open_regular, quote, read, why, wrong_type
 
 GRAIN_BYTES = 8192  # QEMU rounds -m up to it (softmmu/vl.c, later system/vl.c: set_memory_options)
 MIN_MEMORY_BYTES = 1 << 20
 MAX_MEMORY_BYTES = 16 << 40
 MAX_DURATION_S = 24 * 3600
+MIN_WATCH_S = 1.0
 MAX_CMDLINE_BYTES = 2047  # COMMAND_LINE_SIZE of Linux on x86 is 2048, with the NUL: arch/x86/include/asm/setup.h
 
 SMALLEST = """\
@@ -153,20 +154,35 @@ def _ready_text(text: str) -> str:
     return _one_line(text)
 
 
+def _not_too_often(seconds: float) -> float:
+    if seconds < MIN_WATCH_S:
+        raise ValueError(f'is more often than every {MIN_WATCH_S:g} s; write "1s" to "24h"')
+    return seconds
+
+
 def _cmdline(text: str) -> str:
     if len(text.encode()) > MAX_CMDLINE_BYTES:
         raise ValueError(f"is longer than {MAX_CMDLINE_BYTES} bytes, of which Linux cuts the rest; write a shorter one")
     return _one_line(text)
 
 
+_guest_name = _matching(
+    _NAME_PATTERN,
+    'a guest name; write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."',
+)
+
+
+def check_name(name: str) -> str:
+    """Return the name of a guest as it is. Raises UsageError unless a guest may have it."""
+    try:
+        return _guest_name(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 GuestName = Annotated[
     str,
-    AfterValidator(
-        _matching(
-            _NAME_PATTERN,
-            'a guest name; write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."',
-        )
-    ),
+    AfterValidator(_guest_name),
     WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"}),
 ]
 CpuModel = Annotated[
@@ -278,8 +294,15 @@ class Isolation(_Table):
     validate_at: Literal["boot", "never"] = Field(
         default="boot", alias="validate", description="When the guest's isolation is measured."
     )
-    on_exposed: Literal["kill", "warn"] = Field(
-        default="kill", alias="on-exposed", description="What happens to a guest whose RAM was read."
+    every: Annotated[Seconds, AfterValidator(_not_too_often)] | None = Field(
+        default=None,
+        description="Repeat the probes so often while the guest runs, from 1s to 24h. Without it, they run once.",
+        examples=["60s"],
+    )
+    on_exposed: Literal["kill", "pause", "warn"] = Field(
+        default="kill",
+        alias="on-exposed",
+        description="What happens to a guest that is exposed, be it when it is validated or later.",
     )
     ready: Annotated[str, AfterValidator(_ready_text)] | None = Field(
         default=None,
@@ -348,7 +371,6 @@ _GRAMMAR = Grammar(
         ("share",): "[[share]]",
         ("qmp",): "[qmp]",
         ("process",): "[process]",
-        ("isolation", "every"): "every",
     },
 )
 
@@ -361,16 +383,16 @@ def load(path: Path) -> GuestConfig:
     text, tables = read(path)
     if not tables:
         raise ConfigError(f"{ascii_path(path)}: is empty", hint=f"the smallest guest file is:\n\n{SMALLEST}")
+    hint = "`vmmback schema` describes every table and key"
     try:
         guest = GuestConfig.model_validate(tables, context=path.absolute().parent)
     except ValidationError as error:
-        hint = "`vmmback schema` describes every table and key"
         raise ConfigError(explain(path, text, error, _GRAMMAR), hint) from error
     inputs = (path, guest.boot.kernel, guest.boot.initrd, guest.boot.firmware)
     log = guest.console.log
     if log and log.exists() and any(log.samefile(file) for file in inputs if file):
         problem = f"{ascii_path(log)}: is a file that the guest is made of, and would be overwritten"
-        raise ConfigError(f"{ascii_path(path)}: console.log: {problem}; write another path")
+        raise ConfigError(f"{ascii_path(path)}: console.log: {problem}; write another path", hint)
     return guest
 
 

@@ -6,6 +6,7 @@ Each carries a message (what was wrong, and where), a hint (what to do) and the 
     +-- UsageError            2   an argument or a configuration file is wrong
     |   +-- ConfigError       2   every error of one guest file, with key path and line
     |   +-- GuestNameTaken    2   another live guest has this name
+    |   +-- NoSuchGuest       7   no live guest has this name
     +-- HostUnfit             3   the host cannot do it: kernel, limit or program missing
     +-- AdmissionRefused      4   the host has not enough memory
     +-- QemuFailed            6   QEMU did not start, died, or did not answer in time
@@ -43,6 +44,12 @@ class ConfigError(UsageError):
 
 class GuestNameTaken(UsageError):
     """Another live guest of this runtime folder has the same name."""
+
+
+class NoSuchGuest(UsageError):
+    """No live guest of this runtime folder has that name."""
+
+    exit_code = 7
 
 
 class HostUnfit(VmmbackError):

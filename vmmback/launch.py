@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from vmmback import command, console, handoff, monitor, ram, report
+from vmmback import command, console, control, handoff, monitor, ram, report
 from vmmback.config import GuestConfig
+from vmmback.control import GuestInterface
 from vmmback.errors import HandoffFailed, Interrupted, QemuFailed
+from vmmback.guest import Guest, Watcher
 from vmmback.host import HostMemory, choose_accel, find_qemu, kernel_release
-from vmmback.isolation import exposures, qmp_proof
-from vmmback.isolation.audit import REQUIRED, Evidence, audit, in_thread
+from vmmback.isolation import qmp_proof
+from vmmback.isolation.audit import in_thread
 from vmmback.isolation.probe import Target
-from vmmback.isolation.residue import FreedFramesProbe
-from vmmback.report import GuestVerdict, IsolationReport, Observation
+from vmmback.report import IsolationReport
 from vmmback.runtime import guest_folder
 
 T = TypeVar("T")
@@ -31,16 +32,6 @@ _SILENT_BOOT_S = 10.0
 _POWERDOWN_TIMEOUT_S = 15.0
 _QUIT_TIMEOUT_S = 5.0
 _ASK_AGAIN_S = 3.0
-
-
-class Watcher(console.Watcher, Protocol):
-    """Who watches a launch."""
-
-    def prefaulted(self, done: int, size: int) -> None:
-        """Show that `done` of `size` bytes of RAM are present."""
-
-    def validated(self, report: IsolationReport) -> None:
-        """Show what was found while the guest runs; the check of its former frames comes after its end."""
 
 
 class Stop:
@@ -69,26 +60,6 @@ class Stop:
             await self._changed.wait()
 
 
-@dataclass
-class Guest:
-    """A guest whose QEMU is up, paused or running."""
-
-    config: GuestConfig
-    ram: ram.Ram
-    qemu: handoff.Qemu
-    monitor: monitor.Monitor
-    console: console.Console
-    host: report.Host
-    proof: qmp_proof.Proof
-    timings: dict[str, float]
-    validated_after: str = ""
-
-    @property
-    def target(self) -> Target:
-        """The guest's RAM in the terms of a probe."""
-        return Target(self.qemu.pid, self.ram.inode, self.ram.size)
-
-
 async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate: bool = True) -> IsolationReport:
     """Run a guest until it ends or `stop` is asked, and return what was measured of it.
 
@@ -96,16 +67,13 @@ async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate:
     """
     async with AsyncExitStack() as stack:
         guest = await _unless(stop, prepare(config, watcher, stack))
-        evidence = None
-        async with _last_words(guest.qemu):
+        async with _last_words(guest.qemu), control.serve(guest.folder, GuestInterface(guest.examine, guest.frames)):
             await guest.monitor.cont()
-            if validate and await _booted(guest, stop):
-                evidence = await _measure(guest)
-            if evidence:
-                watcher.validated(make_report(guest, evidence, None))
-            await _supervise(guest, evidence, watcher, stop)
-        freed = await in_thread(lambda: _observe_freed_frames(guest, evidence)) if evidence else None
-        return make_report(guest, evidence, freed)
+            if validate and await _booted(guest, stop) and (found := await _examined(guest)):
+                watcher.validated(found)
+            async with _watched(guest):
+                await _supervise(guest, watcher, stop)
+        return guest.report(await in_thread(guest.observe_freed_frames))
 
 
 async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) -> Guest:
@@ -142,10 +110,10 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
         qemu_monitor = await stack.enter_async_context(monitor.connect(qmp, _GREETING_TIMEOUT_S))
         host = report.Host(kernel=kernel_release(), qemu=await qemu_monitor.version(), accel=accel)
         timings["qmp_ready"] = time.perf_counter() - started
-        target = Target(qemu.pid, guest_ram.inode, guest_ram.size)
+        target = Target(qemu.pid, guest_ram.inode, guest_ram.size, os.getpid())
         proof = await qmp_proof.observe(target, qemu_monitor.hmp)
         confirm(guest_ram, proof)
-    return Guest(config, guest_ram, qemu, qemu_monitor, guest_console, host, proof, timings)
+    return Guest(config, folder, guest_ram, qemu, qemu_monitor, guest_console, host, proof, timings, watcher)
 
 
 def confirm(guest_ram: ram.Ram, proof: qmp_proof.Proof) -> None:
@@ -165,37 +133,6 @@ def confirm(guest_ram: ram.Ram, proof: qmp_proof.Proof) -> None:
     raise HandoffFailed(f"QEMU's RAM is not where it must be: {problem}", "the guest was not started; report this")
 
 
-def make_report(guest: Guest, evidence: Evidence | None, freed: Observation | None) -> IsolationReport:
-    """Judge what was seen so far. `freed` is what became of the guest's frames, None while it runs."""
-    proof = evidence.proof if evidence else guest.proof
-    memory = report.Memory(
-        size=guest.ram.size,
-        secret=proof.secret,
-        present_pages=evidence.pages.present if evidence else 0,
-        checked_pages=evidence.pages.checked if evidence else 0,
-        readable_pages=evidence.pages.readable if evidence else 0,
-    )
-    observations = [*(evidence.observations if evidence else ()), *([freed] if freed else ())]
-    probes = tuple(report.judge_probe(observation) for observation in observations)
-    required = REQUIRED | {FreedFramesProbe.name} if guest.qemu.status is not None else REQUIRED
-    verdict, reasons = report.judge_guest(memory, proof.ram_blocks, probes, required)
-    return IsolationReport(
-        guest=guest.config.name,
-        verdict=verdict,
-        validated_after=guest.validated_after if evidence else "",
-        reasons=reasons,
-        memory=memory,
-        ram_blocks=proof.ram_blocks,
-        probes=probes,
-        exposures=(
-            *(evidence.exposures if evidence else ()),
-            exposures.console_exposure(guest.console.bytes_seen),
-        ),
-        host=guest.host,
-        timings={name: round(seconds, 6) for name, seconds in guest.timings.items()},
-    )
-
-
 async def _booted(guest: Guest, stop: Stop) -> bool:
     """Wait until the guest is as far as it is to be validated; False if it ended or was stopped before."""
     wanted = guest.config.isolation.ready
@@ -207,11 +144,10 @@ async def _booted(guest: Guest, stop: Stop) -> bool:
     return first in (0, None)
 
 
-async def _measure(guest: Guest) -> Evidence | None:
-    """Audit the guest; None if it ended by itself before that was done. Raises QemuFailed."""
+async def _examined(guest: Guest) -> IsolationReport | None:
+    """Examine the guest; None if it ended by itself before that was done. Raises QemuFailed."""
     try:
-        with _timed(guest.timings, "validate"):
-            return await audit(guest.target, guest.monitor.hmp, guest.ram.frames)
+        return await guest.examine()
     except QemuFailed:
         with suppress(TimeoutError):
             await guest.qemu.ended(timeout_s=1.0)
@@ -220,16 +156,44 @@ async def _measure(guest: Guest) -> Evidence | None:
         return None
 
 
-async def _supervise(guest: Guest, evidence: Evidence | None, watcher: Watcher, stop: Stop) -> None:
+@asynccontextmanager
+async def _watched(guest: Guest) -> AsyncIterator[None]:
+    """Examine the guest again and again while the block runs, where its file says how often."""
+    every_s = guest.config.isolation.every
+    task = asyncio.create_task(_watch(guest, every_s)) if every_s and guest.evidence else None
+    try:
+        yield
+    finally:
+        if task:
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _watch(guest: Guest, every_s: float) -> None:
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            await guest.examine()
+        except QemuFailed as error:  # of its end, others tell
+            if guest.qemu.status is None:
+                guest.watcher.note(f"the guest could not be examined: {error.message}")
+
+
+async def _supervise(guest: Guest, watcher: Watcher, stop: Stop) -> None:
     """Wait for the guest's end, or bring it about."""
     isolation = guest.config.isolation
-    exposed = evidence and make_report(guest, evidence, None).verdict is GuestVerdict.EXPOSED
-    if exposed and isolation.on_exposed == "kill":
-        watcher.note("the guest is exposed and is ended (on-exposed is kill)")
-        await guest.qemu.kill()
-        return
-    if not (evidence and isolation.after_validation == "powerdown"):
-        await _first(guest.qemu.ended(), stop.asked(1))
+    if not (guest.evidence and isolation.after_validation == "powerdown"):
+        await _first(guest.exposed.wait(), guest.qemu.ended(), stop.asked(1))
+    if guest.exposed.is_set() and guest.qemu.status is None:
+        if isolation.on_exposed == "kill":
+            watcher.note("the guest is exposed and is ended (on-exposed is kill)")
+            await guest.qemu.kill()
+            return
+        if isolation.on_exposed == "pause":
+            watcher.note("the guest is exposed and stands still (on-exposed is pause)")
+            await guest.monitor.stop()
+        if isolation.on_exposed == "pause" or isolation.after_validation == "run":
+            await _first(guest.qemu.ended(), stop.asked(1))
     await _shut_down(guest, watcher, stop)
 
 
@@ -258,11 +222,6 @@ async def _ended_by(qemu: handoff.Qemu, ask: Callable[[], Awaitable[None]]) -> N
         with suppress(QemuFailed):  # it ended meanwhile, or does not answer: its end is the answer
             await ask()
         await _first(qemu.ended(), timeout_s=_ASK_AGAIN_S)
-
-
-def _observe_freed_frames(guest: Guest, evidence: Evidence) -> Observation:
-    # QEMU is gone, so ours is the last descriptor: with its close the frames are the kernel's again.
-    return FreedFramesProbe(guest.ram, evidence.frames, guest.console.canary_fingerprint).observe(guest.target)
 
 
 @asynccontextmanager

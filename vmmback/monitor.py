@@ -33,6 +33,10 @@ class Monitor:
         """Let the guest run."""
         await self._execute("cont")
 
+    async def stop(self) -> None:
+        """Let the guest stand still."""
+        await self._execute("stop")
+
     async def powerdown(self) -> None:
         """Press the guest's power button."""
         await self._execute("system_powerdown")

@@ -101,6 +101,14 @@ class Exposure(_Model):
     detail: str
 
 
+class Drift(_Model):
+    """A guest became exposed while it ran: when (ISO 8601, UTC), which probe saw it, and what."""
+
+    at: str
+    probe: str
+    detail: str
+
+
 class Host(_Model):
     """What the guest ran on."""
 
@@ -123,6 +131,7 @@ class IsolationReport(_Model):
     ram_blocks: tuple[RamBlock, ...]
     probes: tuple[ProbeResult, ...]
     exposures: tuple[Exposure, ...]
+    drifts: tuple[Drift, ...] = ()
     host: Host
     timings: dict[str, float]
 

@@ -64,9 +64,9 @@ def filled_ranges(ram_bytes: int) -> list[tuple[int, int]]:
 # is x's offset in the ROM, lin32:x its linear address, imm32:n a number of 32 bits, and bytes:x a value given to
 # _assemble. The CPU is in 16-bit mode: prefix 66 makes an operand 32 bits wide, 67 an address, 2e reads from the code
 # segment, f3 repeats ECX times.
-_Row = tuple[str, str, str]
+Row = tuple[str, str, str]
 
-_ENTER: list[_Row] = [
+ENTER: list[Row] = [
     ("start", "fa", "cli                   ; there is no interrupt table: RAM is to hold the canary alone"),
     ("", "fc", "cld                   ; string instructions count upwards"),
     # "Unreal mode": a segment register loaded in protected mode keeps its limit of 4 GiB after the return to real mode.
@@ -81,7 +81,7 @@ _ENTER: list[_Row] = [
     ("", "0f 22 c0", "mov cr0, eax          ; real mode again, DS and ES still reach 4 GiB"),
 ]
 
-_FILL_LOW: list[_Row] = [
+_FILL_LOW: list[Row] = [
     ("", "66 31 ff", "xor edi, edi          ; from 0 ..."),
     ("", "66 b9 bytes:low_dwords", "mov ecx, dwords       ; ... to 640 KiB"),
     ("", "bd abs16:high", "mov bp, high          ; where to go on: there is no stack, for it would lie in RAM"),
@@ -90,7 +90,7 @@ _FILL_LOW: list[_Row] = [
 
 # The firmware's old way to learn how much RAM there is: CMOS bytes 0x34 and 0x35 count 64 KiB units above 16 MiB
 # (QEMU: hw/i386/pc.c, pc_cmos_init; RAM below 4 GiB only).
-_SIZE_FROM_CMOS: list[_Row] = [
+_SIZE_FROM_CMOS: list[Row] = [
     ("high", "b0 35", "mov al, 0x35          ; the high byte"),
     ("", "e6 70", "out 0x70, al"),
     ("", "e4 71", "in al, 0x71"),
@@ -103,18 +103,18 @@ _SIZE_FROM_CMOS: list[_Row] = [
     ("", "66 81 c1 imm32:0x3c0000", "add ecx, 0x3c0000     ; and the 15 MiB from 1 MiB to 16 MiB"),
 ]
 
-_SIZE_GIVEN: list[_Row] = [
+_SIZE_GIVEN: list[Row] = [
     ("high", "66 b9 bytes:high_dwords", "mov ecx, dwords       ; from 1 MiB to where the caller of rom() said"),
 ]
 
-_FILL_HIGH: list[_Row] = [
+_FILL_HIGH: list[Row] = [
     ("", "66 bf imm32:0x100000", "mov edi, 0x100000     ; from 1 MiB on"),
     ("", "bd abs16:ready", "mov bp, ready"),
     ("", "eb rel8:fill", "jmp fill"),
 ]
 
 # Fills ECX dwords from EDI on, then goes where BP says. Clobbers EAX, EBX, DL, ESI.
-_FILL: list[_Row] = [
+_FILL: list[Row] = [
     ("fill", "66 89 fb", "mov ebx, edi          ; remember the start"),
     ("", "be abs16:half_a", "mov si, half_a"),
     ("", "b2 10", "mov dl, 16            ; 16 dwords are one canary"),
@@ -131,7 +131,7 @@ _FILL: list[_Row] = [
     ("", "ff e5", "jmp bp"),
 ]
 
-_SAY_READY: list[_Row] = [
+_SAY_READY: list[Row] = [
     ("ready", "ba f8 03", "mov dx, 0x3f8         ; COM1, data register; QEMU needs no baud rate"),
     ("", "be abs16:message", "mov si, message"),
     ("char", "2e ac", "lodsb cs:[si]"),
@@ -143,17 +143,20 @@ _SAY_READY: list[_Row] = [
     ("", "eb rel8:halt", "jmp halt"),
 ]
 
-_DATA: list[_Row] = [
+DESCRIPTORS: list[Row] = [
     # The table of segment descriptors (GDT). Each is 8 bytes: limit, base, access, flags, base.
     ("gdt", "00 00 00 00 00 00 00 00", "the null descriptor, which the CPU demands"),
     ("", "ff ff 00 00 00 92 cf 00", "data, writable, base 0, limit 0xfffff units of 4 KiB"),
     ("gdtr", "0f 00 lin32:gdt", "for lgdt: the table's size less 1, and its linear address"),
+]
+
+_DATA: list[Row] = [
     ("message", "bytes:message 00", "what READY says, up to a zero byte"),
     ("half_a", "bytes:half_a", ""),
     ("half_b", "bytes:half_b", ""),
 ]
 
-_RESET: list[_Row] = [("", "e9 rel16:start", "jmp start             ; the first instruction that the CPU runs")]
+_RESET: list[Row] = [("", "e9 rel16:start", "jmp start             ; the first instruction that the CPU runs")]
 
 
 def rom(canary_halves: Halves | None = None, fill_bytes: int | None = None, *, fill: bool = True) -> bytes:
@@ -167,7 +170,7 @@ def rom(canary_halves: Halves | None = None, fill_bytes: int | None = None, *, f
     if [len(half) for half in halves] != [CANARY_BYTES, CANARY_BYTES]:
         raise ValueError(f"each half of the canary must be {CANARY_BYTES} bytes long")
     values = {"message": READY, "half_a": halves[0], "half_b": halves[1], "low_dwords": _dwords(LOW_END)}
-    rows = [*_ENTER]
+    rows = [*ENTER]
     if fill:
         rows += _FILL_LOW
         if fill_bytes is None:
@@ -178,8 +181,11 @@ def rom(canary_halves: Halves | None = None, fill_bytes: int | None = None, *, f
             rows += _SIZE_GIVEN
             values["high_dwords"] = _dwords(fill_bytes - HIGH_START)
         rows += _FILL_HIGH + _FILL
-    rows += _SAY_READY + _DATA
+    return image(rows + _SAY_READY + DESCRIPTORS + _DATA, values)
 
+
+def image(rows: list[Row], values: dict[str, bytes]) -> bytes:
+    """Return a ROM of 65,536 bytes with this code, which begins at the label `start` (see Row and ENTER)."""
     image = bytearray(ROM_BYTES)
     labels = _labels(rows, values)
     code = _assemble(rows, _ORIGIN, labels, values)
@@ -201,7 +207,7 @@ def _size(token: str, values: dict[str, bytes]) -> int:
     return {"rel8": 1, "rel16": 2, "abs16": 2, "lin32": 4, "imm32": 4}.get(kind, 1)
 
 
-def _labels(rows: list[_Row], values: dict[str, bytes]) -> dict[str, int]:
+def _labels(rows: list[Row], values: dict[str, bytes]) -> dict[str, int]:
     """Each label's offset in the ROM."""
     labels = {}
     offset = _ORIGIN
@@ -212,7 +218,7 @@ def _labels(rows: list[_Row], values: dict[str, bytes]) -> dict[str, int]:
     return labels
 
 
-def _assemble(rows: list[_Row], origin: int, labels: dict[str, int], values: dict[str, bytes]) -> bytes:
+def _assemble(rows: list[Row], origin: int, labels: dict[str, int], values: dict[str, bytes]) -> bytes:
     out = bytearray()
     for _label, code, _comment in rows:
         tokens = code.split()

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
-import os
-import select
 import signal
 import sys
-from contextlib import suppress
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import click
 
+from vmmback.cli.output import write
+from vmmback.cli.screen import Screen
 from vmmback.errors import HostUnfit, QemuFailed, UsageError, VmmbackError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.progress import Progress, TaskID
-    from rich.text import Text
-
-    from vmmback.report import IsolationReport
+    from vmmback.report import GuestVerdict, IsolationReport
 
 EXIT_EXPOSED, EXIT_INCONCLUSIVE = 5, 8
-
-_CHUNK = 1024  # characters: at most 4 bytes each
-
-_COLOURS = {
-    "blocked": "green",
-    "isolated": "bold green",
-    "readable": "red",
-    "exposed": "bold red",
-    "inconclusive": "yellow",
-}
 
 
 def main() -> None:
@@ -45,7 +28,7 @@ def main() -> None:
         if error is None:
             raise
         hint = f"vmmback: hint: {error.hint}\n" if error.hint else ""
-        _write(sys.stderr, f"vmmback: error: {error.message}\n{hint}")
+        write(sys.stderr, f"vmmback: error: {error.message}\n{hint}")
         sys.exit(error.exit_code)
 
 
@@ -98,7 +81,7 @@ def launch(file: Path, as_json: bool, validate: bool) -> None:
     guest = config.load(file)
     check_descriptors()
     validate = validate and guest.isolation.validate_at == "boot"
-    screen = _Screen(as_json=as_json)
+    screen = Screen(as_json=as_json)
 
     async def supervise() -> IsolationReport:
         stop = Stop()
@@ -123,9 +106,53 @@ def launch(file: Path, as_json: bool, validate: bool) -> None:
         if report.verdict != "exposed":  # which says more than that the report could not be written
             raise
         screen.note(error.message)
-    if report.verdict == "exposed":
+    if validate or report.verdict == "exposed":
+        _exit_with(report.verdict)
+
+
+@commands.command(
+    epilog="Exit codes: 0 isolated, 2 wrong argument, 5 exposed, 6 QEMU failed, 7 no such guest, 8 inconclusive."
+)
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
+def audit(name: str, as_json: bool) -> None:
+    """Try every vector that is safe on a live guest on the guest NAME, and report what was measured.
+
+    Nothing is stopped or written. A guest that turns out to be exposed gets what on-exposed of its file says.
+
+    \b
+    Example:
+      vmmback audit demo --json | jq .verdict
+    """
+    import asyncio
+
+    from vmmback import control
+    from vmmback.cli.tables import rendered, while_it_runs
+    from vmmback.config import check_name
+    from vmmback.runtime import runtime_folder
+
+    folder = runtime_folder() / check_name(name)
+
+    async def ask() -> IsolationReport:
+        async with control.connect(folder) as supervisor:
+            return await supervisor.audit()
+
+    report = asyncio.run(ask())
+    text = report.model_dump_json(indent=2) + "\n" if as_json else rendered(*while_it_runs(report))
+    _print(text)
+    _exit_with(report.verdict)
+
+
+def _print(text: str) -> None:
+    if problem := write(sys.stdout, text):
+        raise UsageError(f"the report could not be written to standard output: {problem}", "give it a place to go to")
+
+
+def _exit_with(verdict: GuestVerdict) -> None:
+    """End with the exit code of a verdict, unless that is 0."""
+    if verdict == "exposed":
         sys.exit(EXIT_EXPOSED)
-    if report.verdict == "inconclusive" and validate:
+    if verdict == "inconclusive":
         sys.exit(EXIT_INCONCLUSIVE)
 
 
@@ -142,209 +169,3 @@ def schema() -> None:
     from vmmback import config
 
     click.echo(json.dumps(config.json_schema(), indent=2))
-
-
-class _Screen:
-    """What a launch shows: the guest's console and the report on standard output, progress and notes on standard error.
-
-    With `as_json` standard output carries the report's JSON alone.
-    """
-
-    def __init__(self, *, as_json: bool) -> None:
-        self._as_json = as_json
-        self._console_out = sys.stderr if as_json else sys.stdout
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_line_start = True
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._validated_rows = 0
-        self._left_out = 0
-        self.exposed: IsolationReport | None = None
-        """The report of a guest that was found exposed while it ran."""
-
-    def prefaulted(self, done: int, size: int) -> None:
-        if _is_terminal(sys.stderr):
-            with suppress(OSError):  # the terminal is gone meanwhile
-                self._show_progress(done, size)
-        elif done == size:
-            self.note(f"{size >> 20} MiB of RAM are prefaulted")
-
-    def _show_progress(self, done: int, size: int) -> None:
-        if self._progress is None:
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-            columns = (TextColumn("prefault"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-            self._progress = Progress(*columns, console=_rich(sys.stderr, is_terminal=True))
-            self._task = self._progress.add_task("prefault", total=size)
-            self._progress.start()
-        assert self._task is not None
-        self._progress.update(self._task, completed=done)
-        if done == size:
-            self.close()
-
-    def console(self, data: bytes) -> None:
-        # A guest must not command the operator's terminal: what is not text is left out. The log has it all.
-        text = "".join(c for c in self._decoder.decode(data) if c.isprintable() or c in "\n\t")
-        if text:
-            self._at_line_start = text.endswith("\n")
-            self._left_out += _show(self._console_out, text)
-
-    def note(self, message: str) -> None:
-        self._fresh_line()
-        _show(sys.stderr, f"vmmback: {message}\n")
-
-    def validated(self, report: IsolationReport) -> None:
-        if report.verdict == "exposed":
-            self.exposed = report
-        if self._as_json:
-            self.note(f"guest {report.guest} is {report.verdict.value} while it runs")
-            return
-        self._fresh_line()
-        if not _show(sys.stdout, _rendered(*_tables(report))):
-            self._validated_rows = len(report.probes)
-
-    def finished(self, report: IsolationReport) -> None:
-        if self._left_out:
-            self.note(f"{self._left_out} characters of the console are not shown: the output took them too slowly")
-        self._fresh_line()
-        if self._as_json:
-            problem = _write(sys.stdout, report.model_dump_json(indent=2) + "\n")
-            if problem:
-                raise UsageError(
-                    f"the report could not be written to standard output: {problem}", "give it a place to go to"
-                )
-        else:
-            _write(sys.stdout, _rendered(*_end(report, self._validated_rows)))
-
-    def close(self) -> None:
-        if self._progress is not None:
-            with suppress(OSError):
-                self._progress.stop()
-            self._progress = None
-
-    def _fresh_line(self) -> None:
-        if not self._at_line_start:
-            _show(self._console_out, "\n")
-            self._at_line_start = True
-
-
-def _show(stream: TextIO | None, text: str) -> int:
-    """Write as much as can be had without waiting; return how many characters were left out.
-
-    A reader that stands still (Ctrl-S, a full pipe) must not keep a launch from its deadlines and its signals. What is
-    ready to be written to takes PIPE_BUF bytes, 4 KiB, at once (pipe(7)).
-    """
-    for start in range(0, len(text), _CHUNK):
-        if not _is_ready(stream):
-            return len(text) - start
-        _write(stream, text[start : start + _CHUNK])
-    return 0
-
-
-def _is_ready(stream: TextIO | None) -> bool:
-    try:
-        return stream is None or bool(select.select([], [stream.fileno()], [], 0)[1])
-    except (OSError, ValueError):  # it has no descriptor, or a bad one: writing will tell
-        return True
-
-
-def _write(stream: TextIO | None, text: str) -> str:
-    """Write and flush; return what went wrong, "" if nothing did. `stream` is None where it was closed at the start.
-
-    A terminal, a pipe or a disk that is gone or full does not end a guest. From then on nothing is written to it.
-    """
-    if stream is None:
-        return "it is closed"
-    encoding = stream.encoding or "utf-8"
-    try:
-        stream.write(text.encode(encoding, "replace").decode(encoding))
-        stream.flush()
-    except OSError as error:
-        with suppress(OSError):  # what is buffered would be tried again when Python ends, and fail again
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
-        return error.strerror or str(error)
-    return ""
-
-
-def _rendered(*parts: RenderableType) -> str:
-    """Return what standard output is to show; rich's own way of writing raises where a stream is gone."""
-    from rich.text import Text
-
-    text = StringIO()
-    console = _rich(text, is_terminal=_is_terminal(sys.stdout))
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, (str, Text)))  # a table fits the width, a line need not
-    return text.getvalue()
-
-
-def _is_terminal(stream: TextIO | None) -> bool:
-    return stream is not None and stream.isatty()
-
-
-def _rich(stream: TextIO, *, is_terminal: bool) -> Console:
-    """Return rich's console without its markup: what was measured is shown as it is."""
-    from rich.console import Console
-
-    return Console(file=stream, force_terminal=is_terminal, highlight=False, markup=False, emoji=False)
-
-
-def _tables(report: IsolationReport) -> list[RenderableType]:
-    """Return what was found while the guest runs."""
-    from rich.table import Table
-    from rich.text import Text
-
-    blocks = Table("RAM block", "size", "backing", "guest can write", title_justify="left")
-    for block in report.ram_blocks:
-        blocks.add_row(block.name, _size(block.size), block.backing, "yes" if block.guest_writable else "no")
-    exposures = Table("exposure", "who holds the key", "what was measured")
-    for exposure in report.exposures:
-        exposures.add_row(exposure.name, exposure.holders, exposure.detail)
-    return [blocks, exposures, _probe_table(report, 0), *_verdict(report), Text()]
-
-
-def _end(report: IsolationReport, shown: int) -> list[RenderableType]:
-    """Return what the guest's end added to the `shown` rows, and the last word."""
-    return [*([_probe_table(report, shown)] if report.probes[shown:] else []), *_verdict(report)]
-
-
-def _probe_table(report: IsolationReport, start: int) -> RenderableType:
-    from rich.table import Table
-
-    table = Table("probe", "guest RAM", "control", "what was seen", "ms")
-    table.columns[4].justify = "right"
-    for probe in report.probes[start:]:
-        table.add_row(
-            probe.name,
-            _coloured(probe.verdict.value),
-            probe.control.value,
-            probe.detail,
-            f"{probe.seconds * 1000:.1f}",
-        )
-    return table
-
-
-def _verdict(report: IsolationReport) -> list[RenderableType]:
-    from rich.text import Text
-
-    memory = report.memory
-    summary = (
-        f"guest {report.guest}: {_size(memory.secret)} of {_size(memory.size)} secret, "
-        f"{memory.checked_pages} of {memory.size // 4096} pages checked, {memory.readable_pages} readable: "
-    )
-    lines: list[RenderableType] = [Text.assemble(summary, _coloured(report.verdict.value))]
-    lines += [f"  {reason}" for reason in report.reasons]
-    if report.validated_after:
-        lines.append(f"  validated after {report.validated_after}")
-    return lines
-
-
-def _coloured(verdict: str) -> Text:
-    from rich.text import Text
-
-    return Text(verdict, style=_COLOURS[verdict])
-
-
-def _size(size: int) -> str:
-    return f"{size >> 20} MiB" if size % (1 << 20) == 0 and size else f"{size >> 10} KiB"

@@ -152,17 +152,12 @@ class VmaFlagsProbe(Probe[Sequence[procfs.DetailedMapping]]):
 
 def descriptors_of(target: Target) -> list[int]:
     """Return the numbers of QEMU's descriptors of the guest's RAM. Raises OSError."""
-    folder = Path(f"/proc/{target.pid}/fd")
-    found = []
-    for link in folder.iterdir():
-        try:
-            status = link.stat()
-        except FileNotFoundError:  # closed meanwhile
-            continue
-        # Inode numbers are only unique within a file system: the link's text tells which one it is.
-        if status.st_ino == target.inode and procfs.is_memory_file(str(link.readlink())):
-            found.append(int(link.name))
-    return sorted(found)
+    # Inode numbers are only unique within a file system: the link's text tells which one it is.
+    return sorted(
+        descriptor.number
+        for descriptor in procfs.descriptors(target.pid)
+        if descriptor.inode == target.inode and procfs.is_memory_file(descriptor.path)
+    )
 
 
 def _guest_ram(mappings: Sequence[AnyMapping], target: Target) -> list[AnyMapping]:

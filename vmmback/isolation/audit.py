@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from vmmback.isolation import exposures, qmp_proof
-from vmmback.isolation.catalogue import ACCESS_PROBES
+from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBES
 from vmmback.isolation.direct_map import DirectMapProbe, PageCount
-from vmmback.isolation.probe import Probe, Target
-from vmmback.report import Exposure, Observation
+from vmmback.isolation.probe import Target
+from vmmback.report import Exposure, Observation, Verdict
 
 T = TypeVar("T")
 
-REQUIRED = frozenset({DirectMapProbe.name, qmp_proof.NAME, *(probe.name for probe in ACCESS_PROBES)})
+REQUIRED = frozenset({DirectMapProbe.name, qmp_proof.NAME, *(probe.name for probe in (*ACCESS_PROBES, *HOLDER_PROBES))})
 """The names of the probes that must be blocked before a guest may be called isolated."""
+
+
+_NICE = 19  # setpriority(2): it is a thread's own in Linux, and what the thread starts inherits it
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,15 @@ class Evidence:
     frames: array[int]
     exposures: tuple[Exposure, ...]
 
+    def after(self, earlier: Evidence) -> Evidence:
+        """Return this evidence with what `earlier` saw readable kept: what was out once stays known."""
+        readable = {seen.probe: seen for seen in earlier.observations if seen.target is Verdict.READABLE}
+        observations = tuple(
+            seen if seen.target is Verdict.READABLE else readable.get(seen.probe, seen) for seen in self.observations
+        )
+        pages = self.pages if self.pages.readable >= earlier.pages.readable else earlier.pages
+        return replace(self, observations=observations, pages=pages)
+
 
 async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: array[int]) -> Evidence:
     """Take the QMP proof and run every probe that is safe on a live guest. Raises QemuFailed if QEMU is silent.
@@ -38,8 +52,10 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: array[int]) -> E
     """
     proof = await qmp_proof.observe(target, hmp)
     direct_map = DirectMapProbe(prefaulted)
-    observations = await in_thread(lambda: [probe.observe(target) for probe in (direct_map, *_access_probes())])
-    found = [await in_thread(lambda: exposures.pidfd_getfd_exposure(target))]
+    probes = [direct_map, *(probe() for probe in (*ACCESS_PROBES, *HOLDER_PROBES, *LIVE_PROBES))]
+    observations, found = await _behind_others(
+        lambda: ([probe.observe(target) for probe in probes], [exposures.pidfd_getfd_exposure(target)])
+    )
     if blocks := exposures.ordinary_blocks_exposure(proof.ram_blocks):
         found.append(blocks)
     return Evidence(
@@ -51,16 +67,22 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: array[int]) -> E
     )
 
 
-def _access_probes() -> Sequence[Probe[Any]]:
-    return [probe() for probe in ACCESS_PROBES]
+async def _behind_others(function: Callable[[], T]) -> T:
+    """Run `function` in a thread of its own that has the processor when no other wants it much.
+
+    A guest whose virtual processors have all of the host's would stand still while probes run: see
+    integration/test_audit_stall.py. Only the superuser may take a nice value back, so the thread ends with it.
+    """
+    with ThreadPoolExecutor(1, "audit", lambda: os.setpriority(os.PRIO_PROCESS, 0, _NICE)) as executor:
+        return await in_thread(function, executor)
 
 
-async def in_thread(function: Callable[[], T]) -> T:
+async def in_thread(function: Callable[[], T], executor: Executor | None = None) -> T:
     """Run `function` in a thread. Unlike asyncio.to_thread, cancelling it waits for the thread's end.
 
     So no probe ever looks at a process that has ended, or at another one under its pid.
     """
-    future = asyncio.get_running_loop().run_in_executor(None, function)
+    future = asyncio.get_running_loop().run_in_executor(executor, function)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

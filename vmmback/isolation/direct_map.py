@@ -85,11 +85,7 @@ class DirectMapProbe(FrameProbe[Pages]):
 
     def target(self, target: Target) -> Pages:
         """Return all pages of the RAM: where QEMU has touched them yet, else where they were prefaulted."""
-        entries = pagemap_entries(target.pid, target.inode)
-        if len(self._prefaulted) == len(entries):
-            pairs = zip(entries, self._prefaulted, strict=True)
-            entries = array("Q", [mapped if mapped & _PRESENT else earlier for mapped, earlier in pairs])
-        self._target = Pages(entries)
+        self._target = Pages(guest_frames(target, self._prefaulted))
         return self._target
 
     def control(self, target: Target) -> Pages:  # noqa: ARG002 - any ordinary memory will do
@@ -115,6 +111,18 @@ class DirectMapProbe(FrameProbe[Pages]):
         if count.checked != count.present:
             return Reading(Verdict.INCONCLUSIVE, f"{detail}, but only {count.checked} could be tried")
         return Reading(Verdict.BLOCKED, f"{detail} (EFAULT)", "EFAULT")
+
+
+def guest_frames(target: Target, prefaulted: array[int]) -> array[int]:
+    """Return the raw pagemap entry of each page of a guest's RAM: of QEMU's where it has touched it, else `prefaulted`.
+
+    Raises OSError as pagemap_entries does.
+    """
+    entries = pagemap_entries(target.pid, target.inode)
+    if len(prefaulted) != len(entries):
+        return entries
+    pairs = zip(entries, prefaulted, strict=True)
+    return array("Q", [mapped if mapped & _PRESENT else earlier for mapped, earlier in pairs])
 
 
 def pagemap_entries(pid: int, inode: int) -> array[int]:

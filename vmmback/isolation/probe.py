@@ -20,11 +20,15 @@ Place = TypeVar("Place")
 
 @dataclass(frozen=True)
 class Target:
-    """A guest's RAM as the host sees it: QEMU's pid, the inode of the RAM's descriptor, its size in bytes."""
+    """A guest's RAM as the host sees it: QEMU's pid, the inode of the RAM's descriptor, its size in bytes.
+
+    `supervisor` is the pid of the process that holds the descriptor besides QEMU, 0 if none does.
+    """
 
     pid: int
     inode: int
     size: int
+    supervisor: int = 0
 
 
 @dataclass(frozen=True)

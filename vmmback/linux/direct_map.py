@@ -101,7 +101,8 @@ class DirectMap:
         """
         with ExitStack() as stack:
             limit = _ram_end() >> _PAGE_SHIFT
-            count = min(len(os.sched_getaffinity(0)), _MAX_LANES)
+            # One processor is left to the guest that is looked at.
+            count = max(1, min(len(os.sched_getaffinity(0)) - 1, _MAX_LANES))
             value = stack.enter_context(SharedValue(count * _LANE_BYTES, "vmmback_frames"))
             # Leave no copies of what was read in memory that the kernel frees without clearing it.
             stack.callback(_scrub, value.memory)

@@ -16,7 +16,7 @@ def ensure(size: int) -> None:
     CAP_IPC_LOCK frees from the limit. Without it the soft limit is raised as far as `size` where the hard one allows;
     where it does not, raises HostUnfit.
     """
-    if int(procfs.status("self")["CapEff"], 16) >> _CAP_IPC_LOCK & 1:
+    if procfs.has_capability(_CAP_IPC_LOCK):
         return
     soft, hard = resource.prlimit(0, resource.RLIMIT_MEMLOCK)
     if _covers(soft, size):

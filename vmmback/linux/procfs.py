@@ -111,6 +111,47 @@ def vmstat(root: Path = PROC) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in (root / "vmstat").read_text().splitlines())}
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    """One open descriptor of a process: its number, its file's inode, the text of its link."""
+
+    number: int
+    inode: int
+    path: str
+
+
+def processes(root: Path = PROC) -> list[int]:
+    """Return the pids of all processes that this one can see."""
+    return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal())
+
+
+def threads(pid: int, root: Path = PROC) -> list[int]:
+    """Return the ids of a process's threads. Raises OSError when it is gone."""
+    return sorted(int(entry.name) for entry in (root / str(pid) / "task").iterdir())
+
+
+def descriptors(pid: int, root: Path = PROC) -> Iterator[Descriptor]:
+    """Yield the open descriptors of a process that stay open meanwhile. Raises OSError when it is gone."""
+    for link in (root / str(pid) / "fd").iterdir():
+        try:
+            yield Descriptor(int(link.name), link.stat().st_ino, str(link.readlink()))
+        except FileNotFoundError:  # closed meanwhile
+            continue
+
+
+def command_name(pid: int, root: Path = PROC) -> str:
+    """Return the name of a process (15 bytes at most), "?" when it is gone. A process gives itself any name."""
+    try:
+        return (root / str(pid) / "comm").read_text(errors="replace").rstrip("\n")
+    except OSError:
+        return "?"
+
+
+def has_capability(number: int, root: Path = PROC) -> bool:
+    """Tell whether this process has a capability in effect, by its number in include/uapi/linux/capability.h."""
+    return bool(int(status("self", root)["CapEff"], 16) >> number & 1)
+
+
 def thread_group(tid: int, root: Path = PROC) -> int:
     """Return the pid of the process that the thread `tid` belongs to. Raises OSError when it is gone."""
     return int(status(tid, root)["Tgid"])

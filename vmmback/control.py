@@ -1,0 +1,156 @@
+"""The supervisor's own socket: Varlink (varlink.org) in the guest's folder, for `vmmback audit` and other tools.
+
+varlinkctl call /run/vmmback/demo/control org.vmmback.Guest.Audit {}
+"""
+
+# The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
+import fcntl
+import os
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from asyncvarlink import (
+    FileDescriptor,
+    TypedVarlinkErrorReply,
+    VarlinkClientProtocol,
+    VarlinkErrorReply,
+    VarlinkInterface,
+    VarlinkInterfaceRegistry,
+    connect_unix_varlink,
+    create_unix_server,
+    varlinkmethod,
+)
+from asyncvarlink.serviceinterface import VarlinkServiceInterface
+
+from vmmback.errors import NoSuchGuest, QemuFailed
+from vmmback.report import IsolationReport
+
+SOCKET = "control"
+
+
+class Failed(TypedVarlinkErrorReply, interface="org.vmmback.Guest", paramprefix=""):
+    """It could not be done: what was wrong, and what to do."""
+
+    class Parameters:  # noqa: D106
+        message: str
+        hint: str
+
+
+class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
+    """One live guest."""
+
+    errors = (Failed,)
+
+    def __init__(
+        self, examine: Callable[[], Awaitable[IsolationReport]], frames: "Callable[[], Awaitable[array[int]]]"
+    ) -> None:
+        self._examine = examine
+        self._frames = frames
+
+    @varlinkmethod(return_parameter="report", allow_foreign=True)
+    async def Audit(self) -> Any:  # noqa: N802 (Varlink's spelling; an object)
+        """Run every probe that is safe on a live guest, and return the report."""
+        try:
+            report = await self._examine()
+        except QemuFailed as error:
+            raise Failed(message=error.message, hint=error.hint) from error
+        return report.model_dump(mode="json")
+
+    @varlinkmethod(return_parameter="frames")
+    async def Frames(self) -> FileDescriptor:  # noqa: N802
+        """Return a file of one native 64-bit word a page of the RAM: its entry in /proc/PID/pagemap."""
+        try:
+            entries = await self._frames()
+        except OSError as error:
+            raise Failed(message=f"the guest's page tables cannot be read: {error.strerror}", hint="") from error
+        return FileDescriptor(_file_of(entries), should_close=True)
+
+
+@asynccontextmanager
+async def serve(folder: Path, interface: GuestInterface) -> AsyncIterator[None]:
+    """Answer on the socket in a guest's folder until the exit."""
+    registry = VarlinkInterfaceRegistry()
+    registry.register_interface(interface)
+    registry.register_interface(
+        VarlinkServiceInterface("vmmback", "vmmback supervisor", version("vmmback"), "", registry)
+    )
+    server = await create_unix_server(registry.protocol_factory, folder / SOCKET)
+    try:
+        yield
+    finally:
+        server.close()
+        server.abort_clients()
+        await server.wait_closed()
+
+
+class Supervisor:
+    """The supervisor of a live guest, as another process sees it. Made by `connect`."""
+
+    def __init__(self, protocol: VarlinkClientProtocol) -> None:
+        self._guest = protocol.make_proxy(GuestInterface)
+
+    async def audit(self) -> IsolationReport:
+        """Have the guest audited. Raises QemuFailed, also when the guest ends meanwhile."""
+        with _refusals():
+            answer = await self._guest.Audit()
+        return IsolationReport.model_validate(answer["report"])
+
+    async def frames(self) -> "array[int]":
+        """Return the pagemap entry of each page of the guest's RAM. Raises QemuFailed as above."""
+        with _refusals(), await self._guest.Frames() as answer:
+            return _entries_in(answer["frames"].fileno())
+
+
+@asynccontextmanager
+async def connect(folder: Path) -> AsyncIterator[Supervisor]:
+    """Reach the supervisor of the guest with this folder. Raises NoSuchGuest when there is none."""
+    try:
+        transport, protocol = await connect_unix_varlink(VarlinkClientProtocol, folder / SOCKET)
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
+        live = ", ".join(_live_guests(folder.parent)) or "none"
+        raise NoSuchGuest(f"no guest named {folder.name} is running", f"running in {folder.parent}: {live}") from error
+    try:
+        yield Supervisor(protocol)
+    finally:
+        transport.close()
+        await transport.closed_future
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what a supervisor answers, or its end, into an error for the user."""
+    try:
+        yield
+    except Failed as failed:
+        raise QemuFailed(failed.message, failed.hint) from failed
+    except VarlinkErrorReply as reply:
+        raise QemuFailed(f"the guest's supervisor refused: {reply}", "it may be another version of vmmback") from reply
+    except ConnectionError as error:
+        raise QemuFailed("the guest ended meanwhile") from error
+
+
+def _live_guests(runtime: Path) -> list[str]:
+    try:
+        return sorted(entry.parent.name for entry in runtime.glob(f"*/{SOCKET}"))
+    except OSError:
+        return []
+
+
+def _file_of(entries: "array[int]") -> int:
+    """Return the descriptor of a new memfd with these words, which nobody can change any more."""
+    descriptor = os.memfd_create("vmmback-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with os.fdopen(os.dup(descriptor), "wb") as file:
+        file.write(entries)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return descriptor
+
+
+def _entries_in(descriptor: int) -> "array[int]":
+    entries = array("Q")
+    with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # its own position, at the beginning
+        entries.frombytes(file.read())
+    return entries

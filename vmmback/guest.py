@@ -1,0 +1,132 @@
+"""A guest whose QEMU is up: what is known of it, and what is found whenever it is examined."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from array import array
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from vmmback import console, handoff, monitor, ram, report
+from vmmback.config import GuestConfig
+from vmmback.isolation import exposures, qmp_proof
+from vmmback.isolation.audit import REQUIRED, Evidence, audit, in_thread
+from vmmback.isolation.direct_map import guest_frames
+from vmmback.isolation.probe import Target
+from vmmback.isolation.residue import FreedFramesProbe
+from vmmback.report import Drift, GuestVerdict, IsolationReport, Observation, Verdict
+
+
+class Watcher(console.Watcher, Protocol):
+    """Who watches a guest."""
+
+    def prefaulted(self, done: int, size: int) -> None:
+        """Show that `done` of `size` bytes of RAM are present."""
+
+    def validated(self, report: IsolationReport) -> None:
+        """Show what was found while the guest runs; the check of its former frames comes after its end."""
+
+    def drifted(self, drift: Drift, report: IsolationReport) -> None:
+        """Show that the guest, validated before, became exposed."""
+
+
+@dataclass
+class Guest:
+    """A guest whose QEMU is up, paused or running."""
+
+    config: GuestConfig
+    folder: Path
+    ram: ram.Ram
+    qemu: handoff.Qemu
+    monitor: monitor.Monitor
+    console: console.Console
+    host: report.Host
+    proof: qmp_proof.Proof
+    timings: dict[str, float]
+    watcher: Watcher
+    validated_after: str = ""
+    evidence: Evidence | None = None
+    drifts: list[Drift] = field(default_factory=list)
+    exposed: asyncio.Event = field(default_factory=asyncio.Event)
+    _examining: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def target(self) -> Target:
+        """The guest's RAM in the terms of a probe."""
+        return Target(self.qemu.pid, self.ram.inode, self.ram.size, os.getpid())
+
+    async def examine(self) -> IsolationReport:
+        """Audit the running guest and report it; what is exposed now and was not before is a drift.
+
+        What was found exposed once stays so in every later report. Raises QemuFailed when QEMU does not answer.
+        """
+        async with self._examining:
+            self.validated_after = self.validated_after or "a request while it ran"
+            started = time.perf_counter()
+            evidence = await audit(self.target, self.monitor.hmp, self.ram.frames)
+            self.timings["audit" if self.evidence else "validate"] = time.perf_counter() - started
+            new = _newly_readable(self.evidence, evidence) if self.evidence else []
+            self.evidence = evidence.after(self.evidence) if self.evidence else evidence
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            drifts = [Drift(at=now, probe=seen.probe, detail=seen.detail) for seen in new]
+            self.drifts += drifts
+            found = self.report()
+            for drift in drifts:
+                self.watcher.drifted(drift, found)
+            if found.verdict is GuestVerdict.EXPOSED:
+                self.exposed.set()
+            return found
+
+    async def frames(self) -> array[int]:
+        """Return the pagemap entry of each page of the RAM (procfs.pagemap). Raises OSError when QEMU is gone."""
+        return await in_thread(lambda: guest_frames(self.target, self.ram.frames))
+
+    def observe_freed_frames(self) -> Observation | None:
+        """Look at the former frames of a guest that has ended; None for one that was never examined.
+
+        This closes the RAM: with the last descriptor its frames are the kernel's again.
+        """
+        if self.evidence is None:
+            return None
+        return FreedFramesProbe(self.ram, self.evidence.frames, self.console.canary_fingerprint).observe(self.target)
+
+    def report(self, freed: Observation | None = None) -> IsolationReport:
+        """Judge what was seen so far. `freed` is what became of the guest's frames, None while it runs."""
+        evidence = self.evidence
+        proof = evidence.proof if evidence else self.proof
+        memory = report.Memory(
+            size=self.ram.size,
+            secret=proof.secret,
+            present_pages=evidence.pages.present if evidence else 0,
+            checked_pages=evidence.pages.checked if evidence else 0,
+            readable_pages=evidence.pages.readable if evidence else 0,
+        )
+        observations = [*(evidence.observations if evidence else ()), *([freed] if freed else ())]
+        probes = tuple(report.judge_probe(observation) for observation in observations)
+        required = REQUIRED | {FreedFramesProbe.name} if self.qemu.status is not None else REQUIRED
+        verdict, reasons = report.judge_guest(memory, proof.ram_blocks, probes, required)
+        return IsolationReport(
+            guest=self.config.name,
+            verdict=verdict,
+            validated_after=self.validated_after if evidence else "",
+            reasons=reasons,
+            memory=memory,
+            ram_blocks=proof.ram_blocks,
+            probes=probes,
+            exposures=(
+                *(evidence.exposures if evidence else ()),
+                exposures.console_exposure(self.console.bytes_seen),
+            ),
+            drifts=tuple(self.drifts),
+            host=self.host,
+            timings={name: round(seconds, 6) for name, seconds in self.timings.items()},
+        )
+
+
+def _newly_readable(earlier: Evidence, evidence: Evidence) -> list[Observation]:
+    known = {seen.probe for seen in earlier.observations if seen.target is Verdict.READABLE}
+    return [seen for seen in evidence.observations if seen.target is Verdict.READABLE and seen.probe not in known]
