@@ -117,6 +117,20 @@ class Host(_Model):
     accel: str
 
 
+class HostSetting(_Model):
+    """A fact of the host that bears on secrets, as it is now; it is not tried, and no verdict comes of it.
+
+    `risk` is `note` where it reaches other memory than secret RAM, or protects less than it could; it is `risk` where
+    what is in secret RAM can come out by it. `source` is the documentation of the setting.
+    """
+
+    name: str
+    value: str
+    risk: Literal["ok", "note", "risk"]
+    detail: str
+    source: str
+
+
 class IsolationReport(_Model):
     """Everything that was measured of one guest, and the verdict that follows.
 
