@@ -95,7 +95,7 @@ class TracerProbe(_ResourceProbe[int]):
             subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
         )
         self._resources.callback(child.kill)
-        self._resources.enter_context(ptrace.traced(child.pid))
+        self._resources.enter_context(ptrace.stopped(child.pid))
         return child.pid
 
     def attempt(self, place: int) -> Reading:

@@ -25,16 +25,39 @@ class Architecture:
     pidfd_open: int
     pidfd_getfd: int
     memfd_secret: int
+    perf_event_open: int
+    process_madvise: int
+    write: int
 
 
 KNOWN = {
     arch.name: arch
     for arch in (
         Architecture(
-            "x86_64", 0xC000003E, openat=257, bpf=321, seccomp=317, pidfd_open=434, pidfd_getfd=438, memfd_secret=447
+            "x86_64",
+            0xC000003E,
+            openat=257,
+            bpf=321,
+            seccomp=317,
+            pidfd_open=434,
+            pidfd_getfd=438,
+            memfd_secret=447,
+            perf_event_open=298,
+            process_madvise=440,
+            write=1,
         ),
         Architecture(
-            "aarch64", 0xC00000B7, openat=56, bpf=280, seccomp=277, pidfd_open=434, pidfd_getfd=438, memfd_secret=447
+            "aarch64",
+            0xC00000B7,
+            openat=56,
+            bpf=280,
+            seccomp=277,
+            pidfd_open=434,
+            pidfd_getfd=438,
+            memfd_secret=447,
+            perf_event_open=241,
+            process_madvise=440,
+            write=64,
         ),
     )
 }

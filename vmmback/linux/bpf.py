@@ -25,7 +25,6 @@ from vmmback.linux.syscall import syscall
 _MAP_CREATE, _PROG_LOAD, _PROG_TEST_RUN = 0, 5, 10
 _MAP_TYPE_ARRAY = 2
 _F_MMAPABLE = 1 << 10
-_PROG_TYPE_SYSCALL = 31
 _F_SLEEPABLE = 1 << 4
 
 # The helpers that read kernel memory want a licence that license_is_gpl_compatible() knows (include/linux/license.h).
@@ -59,8 +58,12 @@ Operand = Register | int
 class Helper(IntEnum):
     """Kernel functions that a program calls: ___BPF_FUNC_MAPPER of include/uapi/linux/bpf.h."""
 
+    GET_CURRENT_PID_TGID = 14
     GET_CURRENT_TASK = 35
+    PROBE_READ_USER = 112
     PROBE_READ_KERNEL = 113
+    COPY_FROM_USER = 148
+    COPY_FROM_USER_TASK = 191
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,16 @@ class _ProgLoad(ctypes.Structure):
         ("kern_version", ctypes.c_uint32),
         ("prog_flags", ctypes.c_uint32),
         ("prog_name", ctypes.c_char * 16),
+        ("prog_ifindex", ctypes.c_uint32),
+        ("expected_attach_type", ctypes.c_uint32),
+        ("prog_btf_fd", ctypes.c_uint32),
+        ("func_info_rec_size", ctypes.c_uint32),
+        ("func_info", ctypes.c_uint64),
+        ("func_info_cnt", ctypes.c_uint32),
+        ("line_info_rec_size", ctypes.c_uint32),
+        ("line_info", ctypes.c_uint64),
+        ("line_info_cnt", ctypes.c_uint32),
+        ("attach_btf_id", ctypes.c_uint32),
     )
 
 
@@ -244,10 +257,10 @@ class _TestRun(ctypes.Structure):
     )
 
 
-def _bpf(command: int, attributes: _MapCreate | _ProgLoad | _TestRun) -> int:
+def command(number: int, attributes: ctypes.Structure) -> int:
     """Call bpf(2). Raises HostUnfit where it is missing or not allowed, OSError otherwise."""
     try:
-        return syscall(arch.current().bpf, command, attributes, ctypes.sizeof(attributes))
+        return syscall(arch.current().bpf, number, attributes, ctypes.sizeof(attributes))
     except OSError as error:
         if error.errno == errno.EPERM:
             raise HostUnfit(
@@ -278,7 +291,7 @@ class SharedValue:
             map_flags=_F_MMAPABLE,
             map_name=name.encode(),
         )
-        self.descriptor = _bpf(_MAP_CREATE, attributes)  # bpf(2) sets close-on-exec on what it returns
+        self.descriptor = command(_MAP_CREATE, attributes)  # bpf(2) sets close-on-exec on what it returns
         try:
             self.memory = mmap.mmap(self.descriptor, size)
         except BaseException:
@@ -295,23 +308,38 @@ class SharedValue:
         os.close(self.descriptor)
 
 
+@dataclass(frozen=True)
+class ProgramKind:
+    """Where a program may run: enum bpf_prog_type, whether it may sleep, enum bpf_attach_type, BTF id of its target."""
+
+    type: int
+    sleepable: bool = False
+    attach_type: int = 0
+    attach_btf_id: int = 0
+
+
+# Linux 5.14; check_attach_btf_id() of the verifier wants it to be sleepable.
+_RUN_ON_REQUEST = ProgramKind(31, sleepable=True)  # BPF_PROG_TYPE_SYSCALL
+
+
 class Program:
-    """A verified program of type BPF_PROG_TYPE_SYSCALL (Linux 5.14), run in the caller's context; owns its descriptor.
+    """A verified program, of type BPF_PROG_TYPE_SYSCALL unless `kind` says otherwise; owns its descriptor.
 
     Raises HostUnfit with the end of the verifier's log where it is rejected, and without the right to load programs.
     """
 
-    def __init__(self, program: Sequence[Instruction | Label], name: str) -> None:
-        self.descriptor = _load(assemble(program), name)
+    def __init__(self, program: Sequence[Instruction | Label], name: str, kind: ProgramKind = _RUN_ON_REQUEST) -> None:
+        self.descriptor = _load(assemble(program), name, kind)
 
     def run(self, context: bytes) -> bytes:
         """Run it once on the caller's processor; return the context, which R1 pointed to, as the program left it.
 
-        The context must not be empty. Other threads of Python run meanwhile, as ctypes lets them. Raises OSError.
+        For the type BPF_PROG_TYPE_SYSCALL alone. The context must not be empty. Other threads of Python run meanwhile,
+        as ctypes lets them. Raises OSError.
         """
         copy = ctypes.create_string_buffer(context, len(context))
         run = _TestRun(prog_fd=self.descriptor, ctx_size_in=len(context), ctx_in=ctypes.addressof(copy))
-        _bpf(_PROG_TEST_RUN, run)
+        command(_PROG_TEST_RUN, run)
         return copy.raw
 
     def __enter__(self) -> Self:
@@ -323,19 +351,21 @@ class Program:
         os.close(self.descriptor)
 
 
-def _load(code: bytes, name: str) -> int:
+def _load(code: bytes, name: str, kind: ProgramKind) -> int:
     instructions = ctypes.create_string_buffer(code, len(code))
     licence = ctypes.create_string_buffer(_LICENCE)
     attributes = _ProgLoad(
-        prog_type=_PROG_TYPE_SYSCALL,
+        prog_type=kind.type,
         insn_cnt=len(code) // 8,
         insns=ctypes.addressof(instructions),
         license=ctypes.addressof(licence),
-        prog_flags=_F_SLEEPABLE,  # check_attach_btf_id() of the verifier wants it for this type
+        prog_flags=_F_SLEEPABLE if kind.sleepable else 0,
         prog_name=name.encode(),
+        expected_attach_type=kind.attach_type,
+        attach_btf_id=kind.attach_btf_id,
     )
     try:
-        return _bpf(_PROG_LOAD, attributes)
+        return command(_PROG_LOAD, attributes)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EINVAL, errno.E2BIG):
             raise
@@ -354,7 +384,7 @@ def _rejection(attributes: _ProgLoad) -> str:
     attributes.log_size = _LOG_BYTES
     attributes.log_buf = ctypes.addressof(log)
     try:
-        os.close(_bpf(_PROG_LOAD, attributes))
+        os.close(command(_PROG_LOAD, attributes))
     except OSError:
         lines = log.value.decode(errors="replace").splitlines()
         return " | ".join(lines[-_LOG_TAIL_LINES:]) or "no log"

@@ -1,9 +1,15 @@
-"""process_vm_readv(2): read another process's memory without stopping it."""
+"""process_vm_readv(2) and its kin: reach into another process's memory without stopping it."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+
+from vmmback.linux import arch
+from vmmback.linux.syscall import syscall
+
+MADV_COLD, MADV_PAGEOUT = 20, 21
+"""Advices of madvise(2) that Python has no name for."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -25,3 +31,27 @@ def read(pid: int, address: int, size: int) -> bytes:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
     return buffer.raw[:count]
+
+
+def write(pid: int, address: int, data: bytes) -> int:
+    """Write `data` to the process's memory at `address`; return how many bytes were. Raises OSError as `read` does."""
+    buffer = ctypes.create_string_buffer(data, len(data))
+    local = _Iovec(ctypes.addressof(buffer), len(data))
+    remote = _Iovec(address, len(data))
+    count: int = _libc.process_vm_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    if count < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return count
+
+
+def advise(pid: int, address: int, size: int, advice: int) -> int:
+    """Advise the kernel on the process's memory (process_madvise(2), Linux 5.10); return how many bytes it took.
+
+    Raises OSError: EINVAL where the advice does not fit the memory, EPERM, ESRCH.
+    """
+    pidfd = os.pidfd_open(pid)
+    try:
+        return syscall(arch.current().process_madvise, pidfd, _Iovec(address, size), 1, advice, 0)
+    finally:
+        os.close(pidfd)
