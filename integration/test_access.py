@@ -53,7 +53,7 @@ def test_a_qemu_that_is_gone_proves_nothing(probe: type[Probe[Any]], guest_runni
 
 @pytest.mark.parametrize("probe", [access.ProcMemProbe, access.ProcessVmReadvProbe])
 def test_the_first_the_middle_and_the_last_page_are_tried(
-    probe: type[access._ReadProbe], guest_running: LiveGuest, ordinary_guest_running: LiveGuest
+    probe: type[access.ReadProbe], guest_running: LiveGuest, ordinary_guest_running: LiveGuest
 ) -> None:
     refused = probe().observe(guest_running.guest.target).detail
     assert refused.startswith("3 sampled pages refused, E")

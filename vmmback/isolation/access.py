@@ -16,7 +16,7 @@ from vmmback.report import Verdict
 _READ_BYTES = 8
 
 
-class _ReadProbe(Probe[tuple[int, Sequence[int]]]):
+class ReadProbe(Probe[tuple[int, Sequence[int]]]):
     """Reads the first, the middle and the last page of each mapping. A place is a pid and addresses in it."""
 
     refusal: int
@@ -47,7 +47,7 @@ class _ReadProbe(Probe[tuple[int, Sequence[int]]]):
         return Reading(Verdict.BLOCKED, f"{len(addresses)} sampled pages refused, {refusal}", refusal)
 
 
-class ProcMemProbe(_ReadProbe):
+class ProcMemProbe(ReadProbe):
     """read(2) of /proc/PID/mem. The kernel answers EIO where get_user_pages fails (fs/proc/base.c, mem_rw)."""
 
     name = "proc-mem"
@@ -61,7 +61,7 @@ class ProcMemProbe(_ReadProbe):
             return os.pread(memory.fileno(), _READ_BYTES, address)
 
 
-class ProcessVmReadvProbe(_ReadProbe):
+class ProcessVmReadvProbe(ReadProbe):
     """process_vm_readv(2). get_user_pages refuses secretmem mappings with EFAULT (mm/gup.c, check_vma_flags)."""
 
     name = "process-vm-readv"
