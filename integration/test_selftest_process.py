@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ from vmmback.report import Observation, Verdict
 NOBODY = Target(pid=0, inode=0, size=0)  # these probes look at children of their own
 
 ERRNO = {
-    "proc-mem-write": "EIO",
-    "process-vm-writev": "EFAULT",
-    "ptrace-peek": "EIO",
-    "ptrace-poke": "EIO",
-    "gcore": "EIO",
-    "process-madvise-pageout": "EINVAL",
+    "proc-mem-write": ("EIO",),
+    "process-vm-writev": ("EFAULT",),
+    "ptrace-peek": ("EIO",),
+    "ptrace-poke": ("EIO",),
+    "gcore": ("EIO",),
+    "process-madvise-pageout": ("EINVAL", ""),  # by Linux 6.1 it is accepted, in vain: its frames are unevictable
 }
 """What refuses a vector; the others that are blocked are not refused, but no data comes out."""
 
@@ -87,7 +88,7 @@ def test_secret_memory(probe: type[Probe[Any]]) -> None:
     # A known hole is expected to be one: the day it is closed, what the documents say of it must change.
     expected = Verdict.READABLE if probe.holders else Verdict.BLOCKED
     assert (seen.target, seen.control) == (expected, Verdict.READABLE), seen
-    assert seen.errno == ERRNO.get(probe.name, "")
+    assert seen.errno in ERRNO.get(probe.name, ("",))
     assert not probe.live_safe
 
 
@@ -199,6 +200,15 @@ def ended(pid: int) -> bool:
         return procfs.status(pid)["State"].startswith("Z")
     except OSError:
         return True
+
+
+def test_a_stopped_child_is_killed_at_once() -> None:
+    """It reads no end of its standard input."""
+    started = time.monotonic()
+    with throwaway("secret") as child:
+        stop(child.pid)
+    assert gone(child.pid)
+    assert time.monotonic() - started < throwaway_module._DEADLINE_S / 2
 
 
 def stop(pid: int) -> None:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-from vmmback.isolation.probe import Reading
+from vmmback.isolation.probe import Missing, Reading
 from vmmback.isolation.throwaway import ChildProbe, Throwaway
 from vmmback.linux import process_vm, procfs, ptrace
 from vmmback.linux.ptrace import Tracee
 from vmmback.report import Verdict
 
 _WORD_BYTES = 8
+_PRESENT, _PFN_MASK = 1 << 63, (1 << 55) - 1
+_KPF_UNEVICTABLE = 1 << 18  # include/uapi/linux/kernel-page-flags.h
 
 
 class _RefusedProbe(ChildProbe):
@@ -149,13 +152,28 @@ class GcoreProbe(_RefusedProbe):
 
 
 class ProcessMadvisePageoutProbe(_RefusedProbe):
-    """process_madvise(2) with MADV_PAGEOUT: takes pages out of the process's tables, into swap where there is some."""
+    """process_madvise(2) with MADV_PAGEOUT: writes pages to swap, where there is some.
+
+    A kernel may accept it for secret memory (Linux 6.1 does: the mapping lacks VM_LOCKED there), but not write the
+    frames, as they are unevictable.
+    """
 
     name = "process-madvise-pageout"
-    vector = "process_madvise(2), MADV_PAGEOUT: does the kernel accept to put the memory into swap?"
-    source = "mm/madvise.c, can_madv_lru_vma: EINVAL for locked memory; process_madvise(2)"
+    vector = "process_madvise(2), MADV_PAGEOUT: would the kernel write the memory to swap?"
+    source = "mm/madvise.c, can_madv_lru_vma: EINVAL if locked; mm/secretmem.c: mapping_set_unevictable()"
     refusal = errno.EINVAL
 
     def reach(self, child: Throwaway) -> str:
-        size = process_vm.advise(child.pid, child.address, procfs.PAGE_SIZE, process_vm.MADV_PAGEOUT)
-        return f"accepted for {size} bytes: where there is swap, they are written to it"
+        size = process_vm.advise(child.pid, child.address, child.specimen.ram.size, process_vm.MADV_PAGEOUT)
+        (entry,) = procfs.pagemap(child.pid, child.address, procfs.PAGE_SIZE)
+        if entry & _PRESENT and _frame_flags(entry & _PFN_MASK) & _KPF_UNEVICTABLE:
+            return ""
+        return f"accepted for {size} bytes, and their first frame can be written to swap"
+
+
+def _frame_flags(pfn: int) -> int:
+    """Return the flags of a frame (proc_kpageflags(5)). Raises Missing where frame numbers are hidden, OSError."""
+    if not pfn:
+        raise Missing("/proc/PID/pagemap that shows frame numbers (CAP_SYS_ADMIN)")
+    with Path("/proc/kpageflags").open("rb", buffering=0) as file:
+        return int.from_bytes(os.pread(file.fileno(), 8, pfn * 8), sys.byteorder)

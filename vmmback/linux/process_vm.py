@@ -8,8 +8,8 @@ import os
 from vmmback.linux import arch
 from vmmback.linux.syscall import syscall
 
-MADV_COLD, MADV_PAGEOUT = 20, 21
-"""Advices of madvise(2) that Python has no name for."""
+MADV_PAGEOUT = 21
+"""An advice of madvise(2) that Python 3.11 has no name for."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
