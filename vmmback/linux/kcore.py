@@ -46,9 +46,10 @@ def segments(headers: bytes) -> list[Segment]:
     return found
 
 
-def offset_of(physical: int, ranges: Sequence[Segment]) -> int | None:
-    """Return where in the file a physical address is, None if it is nowhere."""
-    for segment in ranges:
-        if segment.physical <= physical < segment.physical + segment.size:
-            return segment.offset + physical - segment.physical
-    return None
+def offsets_of(physical: int, ranges: Sequence[Segment]) -> list[int]:
+    """Return where in the file a physical address is: in the direct map, and in the kernel's image if it lies there."""
+    return [
+        segment.offset + physical - segment.physical
+        for segment in ranges
+        if segment.physical <= physical < segment.physical + segment.size
+    ]
