@@ -1,9 +1,10 @@
 """Files through which root reads physical memory: frames, whose numbers pagemap tells, are read from them.
 
-All frames of a specimen are tried, as not all are alike: the kernel maps its own image a second time, and what it frees
-of that (such as its init code) stays mapped there on x86-64 unless page table isolation is on (arch/x86/mm/init.c,
-free_kernel_image_pages). Secret memory is taken out of the direct map alone. A frame of it that was part of the image
-stays readable there, and /proc/kcore shows it (seen on Linux 6.1).
+All frames of a specimen are tried, as not all are alike. On x86-64 the kernel maps its own image a second time, and
+what it frees of that can stay mapped there (arch/x86/mm/init.c, free_kernel_image_pages, unmaps it only with page table
+isolation). Secret memory is taken out of the direct map alone. So frames that were part of the image stay readable, and
+/proc/kcore shows them: seen on Linux 6.1, many without page table isolation, a few with pti=on. Whether a specimen has
+such frames is chance, and so is the verdict there.
 """
 
 from __future__ import annotations

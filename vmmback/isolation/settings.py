@@ -221,7 +221,8 @@ _PRESENCES = (
         "root may move what a frame holds and take the frame away; secret RAM refuses to be moved",
     ),
     _Presence(
-        "proc-kcore", "proc/kcore", "proc_kcore(5)", "shows root the kernel's memory; secret RAM is not in it"
+        "proc-kcore", "proc/kcore", "proc_kcore(5)",
+        "shows root the kernel's memory; of secret RAM only frames that were once part of the kernel's image",
     ),
 )  # fmt: skip
 
