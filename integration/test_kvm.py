@@ -132,7 +132,7 @@ def test_a_hanging_kvm_run_meets_its_deadline(working_kvm: int, ordinary: int, m
 def test_a_hanging_child_without_its_parent_ends_by_itself(working_kvm: int, ordinary: int) -> None:
     """Called as the parent would, but by one that sets no deadline of its own."""
     ended = subprocess.run(
-        child_argv(working_kvm, ordinary, ordinary, timeout_s=0.1, code=SPIN),
+        child_argv(working_kvm, (ordinary, ordinary), timeout_s=0.1, code=SPIN),
         pass_fds=(working_kvm, ordinary),
         timeout=10,
         check=False,

@@ -28,6 +28,17 @@ class Architecture:
     perf_event_open: int
     process_madvise: int
     write: int
+    mmap: int
+    io_setup: int
+    io_destroy: int
+    io_submit: int
+    io_getevents: int
+    io_uring_setup: int
+    io_uring_enter: int
+    io_uring_register: int
+    userfaultfd: int
+    move_pages: int
+    cachestat: int
 
 
 KNOWN = {
@@ -45,6 +56,17 @@ KNOWN = {
             perf_event_open=298,
             process_madvise=440,
             write=1,
+            mmap=9,
+            io_setup=206,
+            io_destroy=207,
+            io_submit=209,
+            io_getevents=208,
+            io_uring_setup=425,
+            io_uring_enter=426,
+            io_uring_register=427,
+            userfaultfd=323,
+            move_pages=279,
+            cachestat=451,
         ),
         Architecture(
             "aarch64",
@@ -58,6 +80,17 @@ KNOWN = {
             perf_event_open=241,
             process_madvise=440,
             write=64,
+            mmap=222,
+            io_setup=0,
+            io_destroy=1,
+            io_submit=2,
+            io_getevents=4,
+            io_uring_setup=425,
+            io_uring_enter=426,
+            io_uring_register=427,
+            userfaultfd=282,
+            move_pages=239,
+            cachestat=451,
         ),
     )
 }

@@ -32,7 +32,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,12 @@ class SlotRun:
     @property
     def passed(self) -> bool:
         """The guest ran to HLT on memory that KVM had really mapped."""
-        return not self.failed and self.exit_reason == _EXIT_HLT and self.marker and self.clock_version != 0
+        return self.halted and self.marker and self.clock_version != 0
+
+    @property
+    def halted(self) -> bool:
+        """The guest ran to HLT, be it on memory that KVM had mapped, or emulated by copies."""
+        return not self.failed and self.exit_reason == _EXIT_HLT
 
     def describe(self) -> str:
         """Return the first thing that went wrong, or the success, in words."""
@@ -133,10 +138,19 @@ def experiment(kvm: int, control: int, secret: int, timeout_s: float, code: byte
 
     The child has ended and is reaped on return, whatever happened, unless not even SIGKILL ends it: the reason says so.
     """
-    argv = child_argv(kvm, control, secret, timeout_s, code)
-    output, ending = _run_child(argv, (kvm, control, secret), timeout_s)
+    return judge(*run_in_child(kvm, (control, secret), timeout_s, code))
+
+
+def run_in_child(
+    kvm: int, memories: Sequence[int], timeout_s: float, code: bytes = GUEST_CODE
+) -> tuple[list[SlotRun], str]:
+    """Run the guest on each descriptor (SLOT_BYTES each) up to the first that fails; return the runs that there were.
+
+    The text says why one of them is missing. As experiment(), it leaves no child.
+    """
+    output, ending = _run_child(child_argv(kvm, memories, timeout_s, code), (kvm, *memories), timeout_s)
     runs = [SlotRun(**json.loads(line)) for line in output.splitlines(keepends=True) if line.endswith("\n")]
-    return judge(runs, ending)
+    return runs, ending
 
 
 def judge(runs: list[SlotRun], ending: str = "") -> KvmAnswer:
@@ -152,12 +166,12 @@ def judge(runs: list[SlotRun], ending: str = "") -> KvmAnswer:
     return KvmAnswer(usable=True, reason=f"KVM maps secret RAM: {secret.describe()}")
 
 
-def child_argv(kvm: int, control: int, secret: int, timeout_s: float, code: bytes) -> list[str]:
-    """Return the command line whose process calls child(); it must inherit the three descriptors."""
+def child_argv(kvm: int, memories: Sequence[int], timeout_s: float, code: bytes) -> list[str]:
+    """Return the command line whose process calls child(); it must inherit the descriptors."""
     # -I: no user's setting may change what is run. -S: site costs as much as all the rest of the start, some 15 ms.
     program = "import sys; sys.path.insert(0, sys.argv[1]); from vmmback.linux import kvm; kvm.child(sys.argv[2:])"
     root = str(Path(__file__).parents[2])
-    arguments = [str(kvm), str(control), str(secret), str(timeout_s), code.hex()]
+    arguments = [str(kvm), str(timeout_s), code.hex(), *map(str, memories)]
     return [sys.executable, "-I", "-S", "-c", program, root, *arguments]
 
 
@@ -206,16 +220,16 @@ def _last_line(text: str) -> str:
 
 
 def child(arguments: list[str]) -> None:
-    """Be the child: run the guest on both descriptors, and write one JSON line a run to standard output.
+    """Be the child: run the guest on each memory, and write one JSON line a run to standard output.
 
-    Arguments: descriptors of /dev/kvm, of the control and of the secret memory, the deadline in seconds, the code as
-    hexadecimal digits. Where the control fails, the second run is left out, since it would prove nothing.
+    Arguments: the descriptor of /dev/kvm, the deadline in seconds, the code as hexadecimal digits, the memories'
+    descriptors, first the control. Where one fails, the rest is left out, since it would prove nothing.
     """
-    kvm, control, secret = map(int, arguments[:3])
+    kvm, timeout_s, code, *memories = arguments
     # If the parent is gone, SIGALRM ends a hanging KVM_RUN; a second late, so that a living parent comes first.
-    signal.setitimer(signal.ITIMER_REAL, float(arguments[3]) + 1)
-    for memory in (control, secret):
-        run = run_guest(kvm, memory, bytes.fromhex(arguments[4]))
+    signal.setitimer(signal.ITIMER_REAL, float(timeout_s) + 1)
+    for memory in memories:
+        run = run_guest(int(kvm), int(memory), bytes.fromhex(code))
         os.write(sys.stdout.fileno(), (json.dumps(vars(run)) + "\n").encode())
         if not run.passed:
             break
