@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmmback.isolation import access, core_dump, holders, holes, outside, physical
+from vmmback.isolation import (
+    access,
+    core_dump,
+    file_calls,
+    holders,
+    holes,
+    memory_calls,
+    metadata,
+    outside,
+    owner_copies,
+    physical,
+    pinning,
+)
 from vmmback.isolation.direct_map import DirectMapProbe
 from vmmback.isolation.probe import Probe
 from vmmback.isolation.task_memory import BpfCopyFromUserTaskProbe
@@ -47,7 +59,72 @@ PROCESS_PROBES: tuple[type[Probe[Any]], ...] = (
 )
 """What another process, root above all, does to a process that maps the memory."""
 
-DISTURBING_PROBES: tuple[type[Probe[Any]], ...] = (*PROCESS_PROBES,)
+PINNING_PROBES: tuple[type[Probe[Any]], ...] = (
+    pinning.DirectWriteProbe,
+    pinning.DirectReadProbe,
+    pinning.AioDirectProbe,
+    pinning.VmspliceProbe,
+    pinning.VmspliceGiftProbe,
+    pinning.IoUringFixedProbe,
+    pinning.IoUringRingProbe,
+    pinning.ZerocopySendProbe,
+    pinning.XdpMemoryProbe,
+    pinning.KvmSlotProbe,
+)
+"""What the kernel does with pages that it has pinned for their owner."""
+
+FILE_PROBES: tuple[type[Probe[Any]], ...] = (
+    file_calls.FileReadProbe,
+    file_calls.FileWriteProbe,
+    file_calls.SendfileProbe,
+    file_calls.SpliceProbe,
+    file_calls.CopyFileRangeProbe,
+    file_calls.PrivateMappingProbe,
+    file_calls.PunchHoleProbe,
+    file_calls.TruncateProbe,
+    file_calls.FileHandleProbe,
+    file_calls.SeekHoleProbe,
+)
+"""What can be done with the memory's descriptor as a file."""
+
+PAGE_PROBES: tuple[type[Probe[Any]], ...] = (
+    memory_calls.PageoutProbe,
+    metadata.EvictableProbe,
+    memory_calls.MunlockProbe,
+    memory_calls.DodumpProbe,
+    memory_calls.RemoveProbe,
+    memory_calls.UserFaultMissingProbe,
+    memory_calls.UserFaultWriteProbe,
+    memory_calls.UserFaultMinorProbe,
+    memory_calls.KsmProbe,
+    memory_calls.HugePageProbe,
+    memory_calls.MigrationProbe,
+)
+"""What the kernel does to the pages on its owner's advice or by itself: swap, share, copy or empty them."""
+
+OWNER_PROBES: tuple[type[Probe[Any]], ...] = (
+    owner_copies.OwnerWriteProbe,
+    owner_copies.OwnerSendProbe,
+    owner_copies.ForkProbe,
+)
+"""What the owner gives away itself."""
+
+METADATA_PROBES: tuple[type[Probe[Any]], ...] = (
+    metadata.MincoreProbe,
+    metadata.CachestatProbe,
+    metadata.PagemapProbe,
+    metadata.NodeProbe,
+    metadata.SoftDirtyProbe,
+    metadata.PageFlagsProbe,
+    metadata.PageCountProbe,
+    metadata.PageCgroupProbe,
+)
+"""What the kernel tells of the pages, without their contents."""
+
+MEMORY_PROBES = (*PINNING_PROBES, *FILE_PROBES, *PAGE_PROBES, *OWNER_PROBES, *METADATA_PROBES)
+"""What the kernel does, or refuses, for the process that maps the memory."""
+
+DISTURBING_PROBES: tuple[type[Probe[Any]], ...] = (*MEMORY_PROBES, *PROCESS_PROBES)
 """What would disturb a guest: `vmmback selftest` tries it on throwaway memory and children."""
 
 CATALOGUE: tuple[type[Probe[Any]], ...] = (
