@@ -20,6 +20,7 @@ from vmmback.isolation.specimen import CallProbe, Specimen, SpecimenProbe, requi
 from vmmback.linux import aio, kvm, memory, xdp
 from vmmback.linux.io_uring import Ring, rings_in
 from vmmback.linux.memory import PAGE_SIZE
+from vmmback.linux.network import LOOPBACK, in_new_network
 from vmmback.report import Verdict
 
 _GUP = "mm/gup.c, check_vma_flags: EFAULT for secretmem"
@@ -30,7 +31,6 @@ _SO_ZEROCOPY, _MSG_ZEROCOPY = 60, 0x4000000
 _TIMEOUT_S = 2.0
 
 _ETHERTYPE = 0x88B5  # IEEE 802: for local experiments
-_LOOPBACK = "lo"
 
 
 class _PinProbe(CallProbe):
@@ -226,7 +226,10 @@ def _zerocopy_connection() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 class XdpMemoryProbe(_PinProbe):
-    """AF_XDP: the network card's driver takes packets from the memory. One frame goes out, to loopback."""
+    """AF_XDP: the network card's driver takes packets from the memory. One frame goes out, to loopback.
+
+    A queue of an interface serves one such socket, so the loopback is one of its own, in a new network namespace.
+    """
 
     name = "af-xdp-umem"
     vector = "AF_XDP: the memory is registered (XDP_UMEM_REG), and a frame sent from it over loopback"
@@ -235,23 +238,27 @@ class XdpMemoryProbe(_PinProbe):
 
     def require(self) -> None:
         require(xdp.open_socket, "AF_XDP (CONFIG_XDP_SOCKETS, CAP_NET_RAW)")
-        require(_loopback_listener, "AF_PACKET on an interface lo")
+        require(
+            lambda: in_new_network(_loopback_listener), "network namespace with AF_PACKET (CAP_SYS_ADMIN, CAP_NET_RAW)"
+        )
 
     def reach(self, place: Specimen) -> str:
+        return in_new_network(lambda: self._reach(place))
+
+    def _reach(self, place: Specimen) -> str:
         header = bytes(12) + _ETHERTYPE.to_bytes(2, "big")
         place.memory[: len(header)] = header
         with xdp.open_socket() as sender, _loopback_listener() as listener:
             xdp.register_memory(sender, place.address, place.ram.size)
-            xdp.send(sender, _LOOPBACK, self._FRAME_BYTES)
+            xdp.send(sender, LOOPBACK, self._FRAME_BYTES)
             frame = listener.recv(self._FRAME_BYTES)
-            # The listener gets any frame of this type, from whoever else experiments.
             return _CAME_THROUGH if frame[len(header) :] == place.canary_at(len(header), self._FRAME_BYTES) else ""
 
 
 def _loopback_listener() -> socket.socket:
     listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETHERTYPE))
     try:
-        listener.bind((_LOOPBACK, _ETHERTYPE))
+        listener.bind((LOOPBACK, _ETHERTYPE))
         listener.settimeout(_TIMEOUT_S)
     except BaseException:
         listener.close()
