@@ -309,15 +309,17 @@ class LiveGuest:
 
 
 def tiny_rom(*, fingerprint: bool = True) -> bytes:
-    """Return a tiny guest's ROM with a canary of its own; it prints the canary's fingerprint (console.py), then READY.
+    """Return a tiny guest's ROM with a canary of its own; it prints the fingerprint and the halves, then READY.
 
-    With the fingerprint the guest's former frames can be told from those that others have filled meanwhile.
+    With the fingerprint (console.py) the guest's former frames can be told from those that others have filled
+    meanwhile, with the halves all memory can be searched.
     """
     halves = tiny_guest.new_halves()
     if not fingerprint:
         return tiny_guest.rom(halves)
     digest = hashlib.sha256(tiny_guest.canary(halves)).hexdigest()
-    with mock.patch.object(tiny_guest, "READY", f"vmmback-canary sha256:{digest}\n".encode() + READY):
+    lines = f"vmmback-canary sha256:{digest}\nvmmback-canary halves:{halves[0].hex()}:{halves[1].hex()}\n"
+    with mock.patch.object(tiny_guest, "READY", lines.encode() + READY):
         return tiny_guest.rom(halves)
 
 

@@ -44,6 +44,7 @@ def test_most_of_ram_consists_of_a_canary_that_only_its_fingerprint_tells(tmp_pa
         output = qemu.read_until(b"GUEST READY\r\n", BOOT_DEADLINE_S)
         memory = qemu.dump(tmp_path / "memory", 0, RAM_BYTES)
     fingerprint = find(r"\nvmmback-canary sha256:([0-9a-f]{64})\r\n", output)
+    halves = find(r"\nvmmback-canary halves:([0-9a-f]{128}:[0-9a-f]{128})\r\n", output).split(":")
     filled_mib = int(find(r"\nfilled ([0-9]+) of [0-9]+ MiB of free RAM with the canary\r\n", output))
     assert filled_mib > RAM_BYTES / MIB * 0.6
 
@@ -53,6 +54,7 @@ def test_most_of_ram_consists_of_a_canary_that_only_its_fingerprint_tells(tmp_pa
     assert len(mine) == 1
     assert re.fullmatch(rb"[0-9a-f]{64}", mine[0])
     assert mine[0] not in output
+    assert bytes(a ^ b for a, b in zip(*map(bytes.fromhex, halves), strict=True)) == mine[0]
     assert pages.count(mine[0] * 64) >= filled_mib * MIB / 4096
 
 

@@ -21,6 +21,8 @@ from vmmback.errors import UsageError
 
 READY = b"GUEST READY"
 FINGERPRINT = hashlib.sha256(b"canary").hexdigest()
+HALVES = bytes(range(64)), bytes(range(64, 128))
+HALVES_LINE = f"vmmback-canary halves:{HALVES[0].hex()}:{HALVES[1].hex()}\r\n".encode()
 CANARY_LINE = f"vmmback-canary sha256:{FINGERPRINT}\r\n".encode()
 
 
@@ -63,6 +65,32 @@ def test_the_ready_text_is_found_in_whatever_pieces_it_comes(chunks: list[bytes]
 @given(pieces(b"\0" * 5000 + CANARY_LINE + b"\xff" * 5000))
 def test_the_fingerprint_is_found_in_whatever_pieces_it_comes(chunks: list[bytes]) -> None:
     assert fed(*chunks).canary_fingerprint == FINGERPRINT
+
+
+@given(pieces(b"\0" * 5000 + CANARY_LINE + HALVES_LINE + b"\xff" * 5000))
+def test_the_halves_are_found_in_whatever_pieces_they_come(chunks: list[bytes]) -> None:
+    assert fed(*chunks).canary_halves == HALVES
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        HALVES_LINE.replace(b"3f:", b":"),
+        HALVES_LINE.replace(b"3f:", b"3f3f:"),
+        HALVES_LINE.replace(b"7f\r", b"\r"),
+        HALVES_LINE.replace(b"7f\r", b"7f7\r"),
+        HALVES_LINE.replace(b"3f:", b"3f"),
+        HALVES_LINE.replace(b"3f:", b"3F:"),
+        HALVES_LINE.replace(b"halves", b"sha256"),
+    ],
+)
+def test_what_is_no_pair_of_halves_is_not_taken_for_one(line: bytes) -> None:
+    assert fed(line).canary_halves is None
+
+
+def test_of_two_pairs_of_halves_the_last_one_counts() -> None:
+    assert fed(HALVES_LINE.replace(b"00", b"01"), HALVES_LINE).canary_halves == HALVES
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_new_halves_are_new_each_time_and_the_default_is_fixed() -> None:
 
 def test_all_but_code_and_data_is_zero_and_ready_is_said_once() -> None:
     for image in (rom(), rom(fill_bytes=64 << 20), rom(fill=False)):
-        assert not any(image[:0xFE00])
+        assert not any(image[:0xFC00])
         assert not any(image[0xFFF3:])
         assert image.count(READY + b"\0") == 1
 

@@ -23,6 +23,11 @@ _TAIL_BYTES = 4096
 _CANARY = re.compile(rb"vmmback-canary sha256:([0-9a-f]{64})\b")
 
 
+# With two halves, whose XOR the canary is, all of the host's memory can be searched for it (isolation/hunt.py), and no
+# memory of the host's holds the canary for that.
+_HALVES = re.compile(rb"vmmback-canary halves:([0-9a-f]{128}):([0-9a-f]{128})\b")
+
+
 class Watcher(Protocol):
     """Who is shown the console."""
 
@@ -39,6 +44,7 @@ class Console:
     def __init__(self, logs: Sequence[BinaryIO], watcher: Watcher, ready: bytes) -> None:
         self.bytes_seen = 0
         self.canary_fingerprint: str | None = None
+        self.canary_halves: tuple[bytes, bytes] | None = None
         self.ready = asyncio.Event()
         self._ready_text = ready
         self._logs = list(logs)
@@ -53,6 +59,8 @@ class Console:
             self.ready.set()
         if found := _CANARY.findall(self._tail):
             self.canary_fingerprint = found[-1].decode()
+        for half_a, half_b in _HALVES.findall(self._tail)[-1:]:
+            self.canary_halves = bytes.fromhex(half_a.decode()), bytes.fromhex(half_b.decode())
         self._tail = self._tail[-(_TAIL_BYTES + len(self._ready_text)) :]
         for log in list(self._logs):
             try:

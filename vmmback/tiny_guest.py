@@ -31,7 +31,7 @@ Halves = tuple[bytes, bytes]
 # below 4 GiB, so that an offset in the ROM is also the value of IP for as long as nothing loads CS. Nothing does here.
 _ROM_BASE = 0xFFFF0000
 _RESET_VECTOR = 0xFFF0
-_ORIGIN = 0xFE00
+_ORIGIN = 0xFC00
 
 _MIN_RAM_BYTES = 16 << 20
 _MAX_FILL_BYTES = 2 << 30
