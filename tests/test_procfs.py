@@ -61,6 +61,18 @@ Hugepagesize:       2048 kB
 DirectMap1G:    23068672 kB
 """
 
+IOMEM = """\
+00000000-00000fff : Reserved
+00001000-0009fbff : System RAM
+00100000-bfffffff : System RAM
+  01000000-02209987 : Kernel code
+c0001000-eebfffff : PCI Bus 0000:00
+100000000-63fffffff : System RAM
+1000000000-10ffffffff : Persistent Memory
+  1000000000-103fffffff : System RAM (kmem)
+1100000000-1100000fff : System RAMDISK
+"""
+
 VMSTAT = """\
 nr_free_pages 5982828
 direct_map_level2_splits 539
@@ -221,6 +233,20 @@ def test_meminfo_is_in_bytes_and_counters_stay_as_they_are(tmp_path: Path) -> No
         "Hugepagesize": 2 << 20,
         "DirectMap1G": 23068672 << 10,
     }
+
+
+def test_ram_ranges_are_whole_pages_of_all_ram(tmp_path: Path) -> None:
+    assert procfs.ram_ranges(proc(tmp_path, "iomem", IOMEM)) == [
+        (0x1000, 0x9F000),
+        (0x100000, 0xC0000000),
+        (0x100000000, 0x640000000),
+        (0x1000000000, 0x1040000000),
+    ]
+
+
+def test_ram_ranges_are_none_where_the_kernel_hides_addresses(tmp_path: Path) -> None:
+    hidden = "00000000-00000000 : Reserved\n00000000-00000000 : System RAM\n"
+    assert procfs.ram_ranges(proc(tmp_path, "iomem", hidden)) == []
 
 
 def test_vmstat_counts(tmp_path: Path) -> None:

@@ -150,6 +150,34 @@ class IsolationReport(_Model):
     timings: dict[str, float]
 
 
+class HuntPlace(_Model):
+    """Frames in which a hunt's needle begins, by what they are used for and by whom; the first few frame numbers.
+
+    `owner` is a guest's name, `PID (name): mapping`, a file, a slab cache, or "" where there is none.
+    """
+
+    place: Literal["guest", "process", "page cache", "shared memory", "slab", "free", "kernel", "gone"]
+    owner: str
+    hits: int
+    examples: tuple[int, ...]
+
+
+class Hunt(_Model):
+    """What a search through all of the host's RAM found; a hit is a frame (a page of RAM) in which the needle begins.
+
+    `unreadable_bytes` the direct map lacks: secret RAM. `guest_hits` of the `hits` are in frames of guest RAM.
+    """
+
+    needle_bytes: int
+    scanned_bytes: int
+    unreadable_bytes: int
+    seconds: float
+    gib_per_s: float
+    hits: int
+    guest_hits: int
+    places: tuple[HuntPlace, ...]
+
+
 def judge_probe(observation: Observation) -> ProbeResult:
     """Return the verdict on one probe (rules 1 to 3)."""
     if observation.target is Verdict.READABLE or observation.control is Verdict.READABLE:

@@ -16,14 +16,12 @@ import ctypes
 import errno
 import mmap
 import os
-import re
 import struct
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self, TypeAlias
 
 from vmmback.errors import HostUnfit
@@ -57,9 +55,6 @@ _MAX_LANES = 4
 _NO_ENTRIES = bytes(_BATCH * 8)  # absent
 _ZERO_FRAME = bytes(PAGE_SIZE)
 _ZERO_BATCH = bytes(PAGE_SIZE * _BATCH)
-
-_IOMEM = Path("/proc/iomem")
-_SYSTEM_RAM = re.compile(r"^[0-9a-f]+-([0-9a-f]+) : System RAM$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -289,8 +284,8 @@ def _read_frames(value: SharedValue, lanes: int) -> list[Instruction | Label]:
     ]
 
 
-def _current_task() -> int:
-    """Return the address of our task_struct: slab memory, hence in the direct map."""
+def current_task() -> int:
+    """Return the address of the calling thread's task_struct: slab memory, hence in the direct map."""
     program = [
         bpf.move(R6, R1),
         bpf.call(Helper.GET_CURRENT_TASK),
@@ -308,7 +303,7 @@ def _find_base(lane: _Lane, limit: int) -> int:
     Tries each multiple of 1 GiB from RAM's size below our task_struct up to it. It goes up, because a base that is too
     low only reaches below the direct map, where nothing has side effects; one too high could reach vmalloc.
     """
-    task = _current_task()
+    task = current_task()
     lowest = (task - (limit << _PAGE_SHIFT)) & -_GIB
     candidates = range(lowest, task, _GIB)
     canaries = os.urandom(PAGE_SIZE), os.urandom(PAGE_SIZE)
@@ -346,11 +341,10 @@ def own_pages(contents: bytes) -> Iterator[array[int]]:
 
 def _ram_end() -> int:
     """Return the first physical address past RAM, in bytes."""
-    # Without CAP_SYS_ADMIN the kernel shows every address as 0 (r_show() of kernel/resource.c).
-    end = max((int(last, 16) for last in _SYSTEM_RAM.findall(_IOMEM.read_text())), default=0) + 1
-    if end == 1:
-        raise HostUnfit(f"{_IOMEM} hides where RAM ends: CAP_SYS_ADMIN is missing", "run as root")
-    return end
+    ranges = procfs.ram_ranges()
+    if not ranges:
+        raise HostUnfit("/proc/iomem hides where RAM ends: CAP_SYS_ADMIN is missing", "run as root")
+    return ranges[-1][1]
 
 
 def _batches(entries: Entries) -> Iterator[tuple[int, memoryview]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import arch
@@ -26,6 +30,35 @@ def memfd_secret(enable_parameter: Path = ENABLE) -> int:
         if error.errno != errno.ENOSYS:
             raise
         raise _missing(enable_parameter) from error
+
+
+class SecretBuffer:
+    """Secret memory of our own, whole pages, zero at first: mapped here as `memory`, at `address`.
+
+    It counts as locked memory. Raises as memfd_secret() does; OSError: EAGAIN where RLIMIT_MEMLOCK is too low.
+    """
+
+    def __init__(self, size: int) -> None:
+        descriptor = memfd_secret()
+        try:
+            os.ftruncate(descriptor, size)
+            self.memory = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        self.address = address_of(self.memory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.memory.close()
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Return where a mapping starts."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _missing(enable_parameter: Path) -> HostUnfit:

@@ -26,6 +26,9 @@ _MAPS_LINE = re.compile(
     re.DOTALL,
 )
 
+# r_show() of kernel/resource.c. Memory that drivers/dax/kmem.c adds has its driver's name behind it.
+_SYSTEM_RAM = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM(?: \(kmem\))?$", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Mapping:
@@ -104,6 +107,16 @@ def meminfo(root: Path = PROC) -> dict[str, int]:
         number, _, unit = rest.strip().partition(" ")
         values[name] = int(number) * (1024 if unit == "kB" else 1)
     return values
+
+
+def ram_ranges(root: Path = PROC) -> list[tuple[int, int]]:
+    """Return where RAM is, as physical addresses [start, end) in bytes, whole pages only, in their order.
+
+    Empty without CAP_SYS_ADMIN: the kernel then shows every address as 0.
+    """
+    found = _SYSTEM_RAM.findall((root / "iomem").read_text())
+    pages = ((-(-int(first, 16) // PAGE_SIZE), (int(last, 16) + 1) // PAGE_SIZE) for first, last in found)
+    return sorted((start * PAGE_SIZE, end * PAGE_SIZE) for start, end in pages if start < end)
 
 
 def vmstat(root: Path = PROC) -> dict[str, int]:

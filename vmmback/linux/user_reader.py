@@ -117,7 +117,7 @@ class TaskReader(UserReader):
         """Load the program, an iterator over tasks. Raises HostUnfit where the kernel lacks it or forbids it."""
         kind = ProgramKind(
             _TRACING, sleepable=True, attach_type=_TRACE_ITER,
-            attach_btf_id=btf.kernel_type_id("bpf_iter_task", btf.Kind.FUNC),
+            attach_btf_id=btf.kernel_function_id("bpf_iter_task"),
         )  # fmt: skip
         with (
             SharedValue(4096, "vmmback_task") as value,
