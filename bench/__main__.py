@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import json
 import mmap
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ from rich.table import Table
 from vmmback import command, config, ram, tiny_guest
 from vmmback.host import find_qemu
 from vmmback.isolation.direct_map import pagemap_entries
+from vmmback.isolation.hunt import hunt
+from vmmback.isolation.needle import Needle
 from vmmback.launch import prepare
 from vmmback.linux import procfs
 from vmmback.linux.direct_map import DirectMap
@@ -96,6 +100,7 @@ def measure(folder: Path, rounds: int) -> Iterator[Figure]:
         yield ready(folder, rounds, fill=fill)
     for size in (256 * MIB, 1024 * MIB):
         yield direct_map(size, rounds)
+    yield hunt_all(rounds)
     yield start_up(rounds)
     yield resident(folder)
 
@@ -205,6 +210,42 @@ def direct_map(size: int, rounds: int) -> Figure:
     return Figure(
         f"direct-map check of {size // MIB} MiB, all unreadable",
         result.checked / statistics.median(seconds) / 1e6, None, "million pages/s", None, ">= 2", rounds,
+    )  # fmt: skip
+
+
+def hunt_all(rounds: int) -> Figure:
+    """Hunt a needle that is nowhere through all RAM, against memmem() over ordinary memory on as many threads."""
+    size = min(4096 * MIB, procfs.meminfo()["MemAvailable"] // 4 // MIB * MIB)
+    threads = min(THREADS, 2)
+    say(f"hunt through all RAM, memmem over {size // MIB} MiB")
+    libc = ctypes.CDLL(None)
+    libc.memmem.restype = ctypes.c_void_p
+    libc.memmem.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t)
+    plain = os.urandom(64)
+    total = sum(end - start for start, end in procfs.ram_ranges())
+    hits = []
+
+    def ours() -> float:
+        with Needle.xor(os.urandom(64), os.urandom(64)) as needle:
+            found = hunt(needle, {}, lambda *_: None)
+        hits.append(found.hits)
+        return found.seconds
+
+    # Zeroes, as most of a host's free memory is. MAP_POPULATE: all of it is backed.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    with mmap.mmap(-1, size, flags) as memory, ThreadPoolExecutor(threads) as pool:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        share = size // threads
+
+        def rival() -> float:
+            parts = [(start + number * share, share, plain, len(plain)) for number in range(threads)]
+            return timed(lambda: list(pool.map(lambda part: libc.memmem(*part), parts)))
+
+        mine, theirs = in_turn(rounds, ours, rival)
+    return Figure(
+        f"hunt through all {total // MIB} MiB of RAM, {threads} threads, against memmem over {size // MIB} MiB",
+        total / mine / (1 << 30), size / theirs / (1 << 30), "GiB/s", (total / mine) / (size / theirs),
+        ">= 5 GiB/s", rounds, f"{sum(hits)} hits",
     )  # fmt: skip
 
 
