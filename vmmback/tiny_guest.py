@@ -132,11 +132,17 @@ _FILL: list[Row] = [
 ]
 
 _SAY_READY: list[Row] = [
-    ("ready", "ba f8 03", "mov dx, 0x3f8         ; COM1, data register; QEMU needs no baud rate"),
-    ("", "be abs16:message", "mov si, message"),
+    ("ready", "be abs16:message", "mov si, message"),
     ("char", "2e ac", "lodsb cs:[si]"),
     ("", "84 c0", "test al, al"),
     ("", "74 rel8:halt", "jz halt"),
+    ("", "88 c4", "mov ah, al"),
+    ("", "ba fd 03", "mov dx, 0x3fd         ; COM1, line status"),
+    ("full", "ec", "in al, dx"),
+    ("", "a8 20", "test al, 0x20         ; is the last byte gone? A socket that nobody reads takes some 280 ..."),
+    ("", "74 rel8:full", "jz full               ; ... and QEMU drops the rest (hw/char/serial.c, serial_xmit)"),
+    ("", "b2 f8", "mov dl, 0xf8          ; COM1, data; QEMU needs no baud rate"),
+    ("", "88 e0", "mov al, ah"),
     ("", "ee", "out dx, al"),
     ("", "eb rel8:char", "jmp char"),
     ("halt", "f4", "hlt                   ; for good: interrupts are off"),
