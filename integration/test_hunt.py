@@ -1,8 +1,4 @@
-"""The hunt on the real kernel: what is planted in any ordinary memory is found, with its owner; in secret RAM, not.
-
-No test ever holds a needle in ordinary memory but where it plants it: it is a true hit anywhere. So needles are the XOR
-of two halves, which is made byte by byte.
-"""
+"""The hunt on the real kernel: what is planted in any ordinary memory is found, with its owner; in secret RAM, not."""
 
 from __future__ import annotations
 
@@ -15,80 +11,31 @@ import socket
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
-from integration.conftest import ROOT, LiveGuest, eventually
+from integration.conftest import ROOT, LiveGuest
+from integration.planting import MIB, PFN_MASK, Halves, frames_of, other_process, private_memory
 from vmmback.errors import HostUnfit
 from vmmback.isolation.direct_map import pagemap_entries
 from vmmback.isolation.frame_owners import FrameOwners
 from vmmback.isolation.hunt import hunt
 from vmmback.isolation.needle import Needle
-from vmmback.linux import procfs
-from vmmback.linux.bpf import SharedValue
-from vmmback.linux.direct_map_scan import WINDOW, Cancelled, Scan, Scanner, _Lane
+from vmmback.linux import kpage, procfs
+from vmmback.linux.direct_map_scan import WINDOW, Cancelled, Scan, Scanner
 from vmmback.linux.memfd_secret import SecretBuffer, address_of
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Hunt, HuntPlace
 
 PRESENT = 1 << 63
-PFN_MASK = (1 << 55) - 1
-MIB = 1 << 20
-
-# What another process does: it makes the needle in memory of its own, tells so, and waits. argv: the halves, MiB.
-CHILD = """
-import mmap, sys
-halves = bytes.fromhex(sys.argv[1]), bytes.fromhex(sys.argv[2])
-memory = mmap.mmap(-1, int(sys.argv[3]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-for start in range(0, len(memory), mmap.PAGESIZE):
-    for index, (a, b) in enumerate(zip(*halves)):
-        memory[start + index] = a ^ b
-    if start == 16 * mmap.PAGESIZE:
-        break
-size = min(len(memory), 16 * mmap.PAGESIZE)
-for start in range(size, len(memory), size):
-    memory[start : start + size] = memory[:size]
-print(flush=True)
-sys.stdin.read()
-"""
-
-
-@dataclass(frozen=True)
-class Halves:
-    """What a needle is the XOR of."""
-
-    a: bytes
-    b: bytes
-
-    @classmethod
-    def new(cls, size: int = 64) -> Halves:
-        return cls(secrets.token_bytes(size), secrets.token_bytes(size))
-
-    def __iter__(self) -> Iterator[int]:
-        return (a ^ b for a, b in zip(self.a, self.b, strict=True))
-
-    def needle(self) -> Needle:
-        return Needle.xor(self.a, self.b)
-
-    def put(self, memory: mmap.mmap, at: int = 0) -> None:
-        for index, value in enumerate(self, at):
-            memory[index] = value
-
-    def write(self, descriptor: int) -> None:
-        """Write it byte by byte: a buffer that has it as a whole would be found."""
-        for value in self:
-            os.write(descriptor, bytes([value]))
 
 
 @pytest.fixture
@@ -104,29 +51,6 @@ def needs(needs_direct_map: None, needs_secretmem: None) -> None:
 def search(halves: Halves, **guests: array[int]) -> Hunt:
     with halves.needle() as needle:
         return hunt(needle, guests, lambda *_: None)
-
-
-def frames_of(memory: mmap.mmap) -> list[int]:
-    return [entry & PFN_MASK for entry in procfs.pagemap("self", address_of(memory), len(memory))]
-
-
-@contextmanager
-def private_memory(size: int) -> Iterator[mmap.mmap]:
-    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory[:] = bytes(size)
-        yield memory
-
-
-@contextmanager
-def other_process(halves: Halves, size: int) -> Iterator[subprocess.Popen[bytes]]:
-    argv = [sys.executable, "-c", CHILD, halves.a.hex(), halves.b.hex(), str(size)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"\n"
-            yield process
-        finally:
-            process.kill()
 
 
 Only: TypeAlias = Callable[[Iterable[int]], None]
@@ -217,7 +141,8 @@ def test_what_a_process_leaves_in_the_frames_it_frees_is_found(only: Only) -> No
         if free := places(found, "free"):
             break
     assert free, found.places
-    assert not places(found, "process")
+    # Some wait for a while in lists of each processor (mm/swap.c).
+    assert {entry.owner for entry in places(found, "process")} <= {"no process maps it any more"}
 
 
 @pytest.mark.parametrize("size", [16, 100, 4096])
@@ -267,109 +192,6 @@ def test_the_canary_of_a_guest_on_ordinary_memory_is_found_in_its_frames(ordinar
 def test_the_canary_of_a_guest_on_secret_ram_is_not_found_in_its_frames(guest_running: LiveGuest) -> None:
     found = hunt_for_canary_of(guest_running)
     assert (found.guest_hits, places(found, "guest")) == (0, [])
-
-
-# --- Edges ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TwoFrames:
-    """Two pages of ours whose frames follow each other: where they are in `memory`, and the first frame."""
-
-    memory: mmap.mmap
-    pages: tuple[int, int]
-    frame: int
-
-    def put(self, halves: Halves, at: int) -> None:
-        for index, value in enumerate(halves, at):
-            self.memory[self.pages[index // PAGE_SIZE] * PAGE_SIZE + index % PAGE_SIZE] = value
-
-
-@contextmanager
-def two_frames(*, at_a_window: bool) -> Iterator[TwoFrames]:
-    """Look for them in 64 MiB, and in more where there are none."""
-    with ExitStack() as stack:
-        for _ in range(16):
-            memory = stack.enter_context(private_memory(64 * MIB))
-            pages = {frame: page for page, frame in enumerate(frames_of(memory))}
-            for frame, page in pages.items():
-                if frame + 1 in pages and ((frame + 1) % (WINDOW // PAGE_SIZE) == 0) == at_a_window:
-                    yield TwoFrames(memory, (page, pages[frame + 1]), frame)
-                    return
-    pytest.fail("no two frames of 1 GiB lie so")
-
-
-@pytest.mark.parametrize("at_a_window", [False, True])
-@pytest.mark.parametrize("size", [16, 64, 4096])
-def test_a_needle_across_two_frames_that_follow_each_other_is_found(at_a_window: bool, size: int) -> None:
-    with two_frames(at_a_window=at_a_window) as two, Scanner.open() as scanner:
-        start = two.frame * PAGE_SIZE // WINDOW * WINDOW
-        scanner.ranges = [(start, start + 2 * WINDOW)]
-        for in_the_first in (1, size // 2, size - 1):
-            halves = Halves.new(size)
-            two.put(halves, PAGE_SIZE - in_the_first)
-            with halves.needle() as needle, needle.anchored():
-                scan = scanner.scan(needle, lambda *_: None, threading.Event())
-            assert list(scan.frames) == [two.frame]
-    assert scan.scanned + scan.unreadable == 2 * WINDOW
-
-
-def test_nothing_is_found_across_the_end_of_ram_nor_in_the_second_frame(halves: Halves) -> None:
-    with two_frames(at_a_window=False) as two, halves.needle() as needle, Scanner.open() as scanner:
-        two.put(halves, PAGE_SIZE - 10)
-        with needle.anchored():
-            assert scanner.holds(needle, two.frame)
-            assert not scanner.holds(needle, two.frame + 1)
-            scanner.ranges = [(0, (two.frame + 1) * PAGE_SIZE)]  # as if RAM ended between the two
-            assert not scanner.holds(needle, two.frame)
-            assert not scanner.holds(needle, two.frame + 1)
-
-
-def test_only_the_whole_needle_is_a_hit() -> None:
-    """The anchor alone is not: each byte beside it counts."""
-    halves = Halves.new(100)
-    with private_memory(PAGE_SIZE) as memory, halves.needle() as needle, Scanner.open() as scanner, needle.anchored():
-        (frame,) = frames_of(memory)
-        halves.put(memory, 7)
-        assert scanner.holds(needle, frame)
-        for index in range(100):
-            memory[7 + index] ^= 0x20
-            assert not scanner.holds(needle, frame), index
-            memory[7 + index] ^= 0x20
-        assert scanner.holds(needle, frame)
-
-
-def test_unreadable_pages_are_counted(halves: Halves) -> None:
-    with SecretBuffer(64 * PAGE_SIZE) as buffer, halves.needle() as needle, Scanner.open() as scanner:
-        buffer.memory[:] = b"x" * len(buffer.memory)
-        frames = [entry & PFN_MASK for entry in procfs.pagemap("self", buffer.address, len(buffer.memory))]
-        start = frames[0] * PAGE_SIZE // WINDOW * WINDOW
-        with needle.anchored():
-            scanner.ranges = [(frame * PAGE_SIZE, (frame + 1) * PAGE_SIZE) for frame in frames]
-            alone = scanner.scan(needle, lambda *_: None, threading.Event())
-            scanner.ranges = [(start, start + WINDOW)]
-            among_others = scanner.scan(needle, lambda *_: None, threading.Event())
-    assert (alone.scanned, alone.unreadable) == (0, 64 * PAGE_SIZE)
-    inside = sum(start <= frame * PAGE_SIZE < start + WINDOW for frame in frames)
-    assert inside * PAGE_SIZE <= among_others.unreadable < WINDOW
-    assert among_others.scanned + among_others.unreadable == WINDOW
-
-
-def test_what_reaches_into_an_unreadable_page_is_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That page is zero in our copy: a needle that ends in zeroes would be found at its edge."""
-    half = secrets.token_bytes(40)
-    halves = Halves(half, bytes(20) + half[20:])
-    load = _Lane._load
-
-    def second_fails(lane: _Lane, start: int, size: int, ahead: int) -> set[int]:
-        return load(lane, start, size, ahead) | {1}
-
-    with two_frames(at_a_window=False) as two, halves.needle() as needle, Scanner.open() as scanner:
-        two.put(halves, PAGE_SIZE - 20)
-        with needle.anchored():
-            assert scanner.holds(needle, two.frame)
-            monkeypatch.setattr(_Lane, "_load", second_fails)
-            assert not scanner.holds(needle, two.frame)
 
 
 # --- Conduct ----------------------------------------------------------------------------------------------------------
@@ -423,21 +245,6 @@ def test_it_runs_beside_an_event_loop(halves: Halves) -> None:
     assert asyncio.run(run()) > 10
 
 
-def test_the_copies_are_scrubbed(halves: Halves, monkeypatch: pytest.MonkeyPatch) -> None:
-    left: list[int] = []
-
-    class Watched(SharedValue):
-        def __exit__(self, *arguments: Any) -> None:
-            left.append(len(self.memory) - self.memory[:].count(0))
-            super().__exit__(*arguments)
-
-    monkeypatch.setattr("vmmback.linux.direct_map_scan.SharedValue", Watched)
-    with halves.needle() as needle, needle.anchored(), Scanner.open() as scanner:
-        scanner.ranges = [(1 * MIB, 65 * MIB)]
-        scanner.scan(needle, lambda *_: None, threading.Event())
-    assert left == [0]
-
-
 def test_a_search_that_finds_nothing_of_ours_proves_nothing(monkeypatch: pytest.MonkeyPatch, halves: Halves) -> None:
     monkeypatch.setattr(Scanner, "holds", lambda *_: False)
     with pytest.raises(HostUnfit, match="canary of our own"):
@@ -479,49 +286,20 @@ def test_without_capabilities_it_says_which(dropped: str) -> None:
     assert "CAP_SYS_ADMIN is missing" in said
 
 
-# --- Needles and what the kernel keeps of them ------------------------------------------------------------------------
+# --- Who maps a frame -------------------------------------------------------------------------------------------------
 
 
-def test_the_kernel_keeps_nothing_of_a_needle_from_a_pipe_or_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin is a pipe that is not wiped: its page still has the needle."""
-    letters = Halves(bytes(secrets.randbelow(16) for _ in range(64)), bytes(0x40 | n % 16 for n in range(64)))
-    with needle_from_a_pipe(letters) as wiped, needle_from_a_terminal(letters) as typed:
-        monkeypatch.setattr("vmmback.isolation.needle._wipe_pipe", lambda _: None)
-        with needle_from_a_pipe(letters) as left:
-            found = hunt(typed, {}, lambda *_: None)
-    assert wiped.size == typed.size == left.size == 64
-    assert [(entry.place, entry.hits) for entry in found.places] == [("kernel", 1)], found.places
-
-
-@contextmanager
-def needle_from_a_pipe(halves: Halves) -> Iterator[Needle]:
-    reader, writer = os.pipe()
-    try:
-        halves.write(writer)
-        os.write(writer, b"\n")
-        os.close(writer)
-        with Needle.read(reader) as needle:
-            yield needle
-    finally:
-        os.close(reader)
-
-
-@contextmanager
-def needle_from_a_terminal(halves: Halves) -> Iterator[Needle]:
-    master, slave = os.openpty()
-    with ExitStack() as stack:
-        stack.callback(os.close, master)
-        stack.callback(os.close, slave)
-        with ThreadPoolExecutor(1) as pool:
-            reading = pool.submit(Needle.from_terminal, Path(os.ttyname(slave)))
-            eventually(lambda: not echoes(slave), "the terminal does not echo")
-            halves.write(master)
-            os.write(master, b"\n")
-            needle = stack.enter_context(reading.result(10))
-        assert echoes(slave)
-        assert os.read(master, 100) == b"\r\n"  # nothing else was shown
-        yield needle
-
-
-def echoes(terminal: int) -> bool:
-    return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
+def test_users_are_found_in_a_mapping_of_a_terabyte_with_many_holes() -> None:
+    reserve = 0x4000  # MAP_NORESERVE of mman.h
+    with mmap.mmap(-1, 1 << 40, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve) as memory:
+        pages = [*range(0, 2000, 2), (1 << 28) - 1]
+        for page in pages:
+            memory[page * PAGE_SIZE] = 1
+        address = address_of(memory)
+        frames = {procfs.pagemap("self", address + page * PAGE_SIZE, PAGE_SIZE)[0] & PFN_MASK for page in pages}
+        started = time.monotonic()
+        found = kpage.users(frames, lambda: True)
+        seconds = time.monotonic() - started
+    assert found.keys() == frames
+    assert {user.pid for users in found.values() for user in users} == {os.getpid()}
+    assert seconds < 5

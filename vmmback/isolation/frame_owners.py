@@ -53,7 +53,11 @@ class FrameOwners:
     def of(self, frame: int) -> Owner:
         """Return whose memory a frame is now."""
         flags = self._pages.flags(frame)
-        record = self._records.of(frame, slab=bool(flags & Flag.SLAB)) if self._records else None
+        slab = bool(flags & Flag.SLAB)
+        record = None
+        # Those two say enough; but slab memory shows as ANON by chance (stable_page_flags() of fs/proc/page.c).
+        if self._records and (slab or not flags & (Flag.ANON | Flag.BUDDY)):
+            record = self._records.of(frame, slab=slab)
         return judge(flags, record, self._users.get(frame, []), self._mounts, self._no_records)
 
     def __enter__(self) -> Self:
@@ -74,7 +78,7 @@ def judge(
     if flags & Flag.BUDDY:
         return Owner("free", "")
     if flags & Flag.ANON or (users and not users[0].path.startswith("/")):
-        return Owner("process", _who(users) or "memory of a process that ended meanwhile, or is in swap")
+        return Owner("process", _who(users) or "no process maps it any more")
     if users or flags & Flag.LRU or (record and record.file):
         file = _file(record.file if record else None, users, mounts)
         return Owner("shared memory" if flags & Flag.SWAPBACKED else "page cache", file)

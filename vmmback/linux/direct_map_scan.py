@@ -216,7 +216,7 @@ class _Lane:
         address = self._base + start
         pieces, rest = divmod(size, _PIECE)
         missing: set[int] = set()
-        faults, ahead_status = self._run(address, 0, _PIECE, pieces, 0 if rest else ahead)
+        faults, ahead_status = self._run(address, 0, _PIECE, pieces, 0 if rest else ahead) if pieces else (0, 0)
         for piece in self._failed(pieces) if faults else ():
             at = piece * _PIECE
             self._run(address + at, at, PAGE_SIZE, _PIECE // PAGE_SIZE, 0)

@@ -142,8 +142,15 @@ class PageRecords:
         return _number(raw, 0) if raw else 0
 
     def _text(self, address: int, length: int) -> str:
-        raw = self._reader.read(address, length) if address and length else None
-        return (raw or b"").split(b"\0")[0].decode(errors="backslashreplace")
+        """Return a string of at most `length` bytes; the page behind the one it ends in may be secret RAM."""
+        raw = b""
+        while address and len(raw) < length and b"\0" not in raw:
+            part = self._reader.read(address, min(length - len(raw), PAGE_SIZE - address % PAGE_SIZE))
+            if part is None:
+                break
+            raw += part
+            address += len(part)
+        return raw.split(b"\0")[0].decode(errors="backslashreplace")
 
 
 def _number(raw: bytes, offset: int, size: int = _WORD) -> int:
