@@ -143,3 +143,22 @@ def test_the_copies_are_scrubbed(halves: Halves, monkeypatch: pytest.MonkeyPatch
         scanner.ranges = [(1 * MIB, 65 * MIB)]
         scanner.scan(needle, lambda *_: None, threading.Event())
     assert left == [0]
+
+
+def test_the_copy_of_a_hit_is_no_hit_itself(halves: Halves) -> None:
+    with private_memory(PAGE_SIZE) as memory, halves.needle() as needle, Scanner.open() as scanner, needle.anchored():
+        halves.put(memory)
+        lane = scanner._lanes[0]
+        copy = procfs.pagemap("self", lane._address + lane._copy, PAGE_SIZE)[0] & PFN_MASK
+        scanner.ranges = procfs.ram_ranges()
+
+        def look_at_the_copy() -> list[int]:
+            assert scanner.holds(needle, frames_of(memory)[0])
+            scanner.ranges = [(copy * PAGE_SIZE, (copy + 1) * PAGE_SIZE)]
+            found = scanner.scan(needle, lambda *_: None, threading.Event())
+            scanner.ranges = procfs.ram_ranges()
+            return list(found.frames)
+
+        assert look_at_the_copy() == []
+        scanner._own = frozenset()
+        assert look_at_the_copy() == [copy]

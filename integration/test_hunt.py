@@ -32,6 +32,7 @@ from vmmback.isolation.needle import Needle
 from vmmback.linux import kpage, procfs
 from vmmback.linux.direct_map_scan import WINDOW, Cancelled, Scan, Scanner
 from vmmback.linux.memfd_secret import SecretBuffer, address_of
+from vmmback.linux.page_records import PageRecords
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Hunt, HuntPlace
 
@@ -286,7 +287,30 @@ def test_without_capabilities_it_says_which(dropped: str) -> None:
     assert "CAP_SYS_ADMIN is missing" in said
 
 
-# --- Who maps a frame -------------------------------------------------------------------------------------------------
+# --- Who uses a frame -------------------------------------------------------------------------------------------------
+
+
+def test_without_the_kernels_records_files_are_not_known_but_found(
+    halves: Halves, only: Only, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfit(_: object) -> PageRecords:
+        raise HostUnfit("this kernel has no BTF")
+
+    descriptor = os.memfd_create("unmapped", os.MFD_CLOEXEC)
+    try:
+        halves.write(descriptor)
+        with mmap.mmap(descriptor, len(halves.a)) as memory:
+            memory[0] = memory[0]
+            only(procfs.pagemap("self", address_of(memory), PAGE_SIZE))
+        known = search(halves)
+        monkeypatch.setattr("vmmback.isolation.frame_owners.PageRecords", unfit)
+        unknown = search(halves)
+    finally:
+        os.close(descriptor)
+    assert [(entry.place, entry.owner.split(" (")[0]) for entry in known.places] == [
+        ("shared memory", "memfd:unmapped")
+    ]
+    assert [(entry.place, entry.owner) for entry in unknown.places] == [("shared memory", "file not known")]
 
 
 def test_users_are_found_in_a_mapping_of_a_terabyte_with_many_holes() -> None:
