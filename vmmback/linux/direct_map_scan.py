@@ -11,6 +11,7 @@ there are left out. What is searched for is never whole anywhere but in secret R
 from __future__ import annotations
 
 import ctypes
+import heapq
 import mmap
 import os
 import struct
@@ -154,7 +155,7 @@ class Scanner:
         if stop.is_set():
             raise Cancelled
         unreadable = sum(part.result()[0] for part in parts)
-        frames = array("Q", sorted(frame for part in parts for frame in part.result()[1]))
+        frames = array("Q", heapq.merge(*(part.result()[1] for part in parts)))  # windows are taken in their order
         return Scan(sum(done) - unreadable, unreadable, frames, seconds)
 
     def _watch(
