@@ -49,7 +49,7 @@ def _seccomp_notification() -> None:
 
     def install() -> None:
         try:
-            os.close(seccomp.install_open_listener())
+            os.close(seccomp.install_listener())
         except OSError as error:
             failures.append(error)
 

@@ -30,6 +30,7 @@ from integration.conftest import (
     children,
     eventually,
     guest_file,
+    open_descriptors,
     prepared,
     processes_of,
     qemu_of,
@@ -44,10 +45,11 @@ pytestmark = pytest.mark.usefixtures("needs_secretmem", "needs_seccomp")
 
 T = TypeVar("T")
 
-# Each argument is a step: `open PATH`, `fork PATH` (a child opens), `thread PATH`, `say WORDS`,
-# `exit STATUS`, `kill`, or `stay`, which waits for ever.
+# Each argument is a step: `open PATH`, `fork PATH` (a child opens), `thread PATH`, `memfd NAME` (and what QEMU does to
+# one), `fork-memfd NAME`, `huge-memfd NAME`, `long-memfd NAME`, `say WORDS`, `exit STATUS`, `kill`, or `stay`, which
+# waits for ever.
 STAND_IN = """
-import ctypes, fcntl, json, os, signal, sys, threading
+import ctypes, fcntl, json, mmap, os, signal, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
 signal.signal(signal.SIGUSR1, lambda *_: None)
 signal.siginterrupt(signal.SIGUSR1, False)  # SA_RESTART
@@ -60,9 +62,36 @@ def attempt(who, path):
         result["inode"] = os.fstat(descriptor).st_ino
         result["cloexec"] = fcntl.fcntl(descriptor, fcntl.F_GETFD) == fcntl.FD_CLOEXEC
     print(json.dumps(result), flush=True)
+def make_memfd(who, name, size=8192, flags=os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING):
+    result = {"who": who, "path": name}
+    try:
+        memfd = os.memfd_create(name, flags)
+        os.ftruncate(memfd, 0)
+        os.ftruncate(memfd, size)
+        result["size"] = os.fstat(memfd).st_size
+        fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        with mmap.mmap(memfd, 8192) as memory:
+            memory[4096] = 1
+        result["inode"] = os.fstat(memfd).st_ino
+        result["link"] = os.readlink(f"/proc/self/fd/{memfd}")
+        result["cloexec"] = fcntl.fcntl(memfd, fcntl.F_GETFD) == fcntl.FD_CLOEXEC
+    except OSError as error:
+        result["errno"] = error.errno
+    print(json.dumps(result), flush=True)
 for step in sys.argv[1:]:
     verb, _, argument = step.partition(" ")
-    if verb == "open":
+    if verb == "memfd":
+        make_memfd("program", argument)
+    elif verb == "huge-memfd":
+        make_memfd("program", argument, flags=os.MFD_CLOEXEC | os.MFD_HUGETLB)
+    elif verb == "long-memfd":
+        make_memfd("program", argument, size=(4 << 30) + 1)
+    elif verb == "fork-memfd":
+        if (child := os.fork()) == 0:
+            make_memfd("child", argument)
+            os._exit(0)
+        os.waitpid(child, 0)
+    elif verb == "open":
         attempt("program", argument)
     elif verb == "thread":
         thread = threading.Thread(target=attempt, args=("thread", argument))
@@ -95,24 +124,35 @@ class Place:
         self.folder = folder / "ram"
         self.folder.mkdir()
         self.mem_path = self.folder / "ram0"
+        self.auxiliary: frozenset[int] = frozenset()
 
-    def run(self, memory: ram.Ram, steps: Sequence[str], body: Body[T], descriptors: Sequence[int] = ()) -> T:
+    def run(
+        self,
+        memory: ram.Ram,
+        steps: Sequence[str],
+        body: Body[T],
+        descriptors: Sequence[int] = (),
+        *,
+        secret_memfds: bool = False,
+    ) -> T:
         """Start the program in QEMU's place with `memory` on offer, and await `body` while it runs."""
 
         async def go() -> T:
             argv = [sys.executable, "-I", "-S", "-c", STAND_IN, *steps]
-            async with handoff.start(argv, {self.mem_path: memory.fileno()}, descriptors, self.log) as qemu:
+            offers = {self.mem_path: memory.fileno()}
+            async with handoff.start(argv, offers, descriptors, self.log, secret_memfds=secret_memfds) as qemu:
                 return await body(qemu)
 
         return asyncio.run(go())
 
-    def results(self, memory: ram.Ram, *steps: str) -> list[dict[str, Any]]:
+    def results(self, memory: ram.Ram, *steps: str, secret_memfds: bool = False) -> list[dict[str, Any]]:
         """Let the program take these steps and end; return what its attempts came to."""
 
         async def end(qemu: Qemu) -> None:
             assert await qemu.ended(20) == 0, handoff.last_words(self.log)
+            self.auxiliary = qemu.auxiliary_inodes
 
-        self.run(memory, [*steps, "exit 0"], end)
+        self.run(memory, [*steps, "exit 0"], end, secret_memfds=secret_memfds)
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
 
@@ -331,6 +371,84 @@ def test_it_does_not_see_the_users_environment(
     assert b"LD_PRELOAD_OF_THE_USER" not in place.run(secret_ram, ["stay"], body)
 
 
+# --- memfds -----------------------------------------------------------------------------------------------------------
+
+
+def test_its_memfds_are_secret(place: Place, secret_ram: ram.Ram) -> None:
+    """It truncates, seals, maps and touches them, as QEMU does, and none of this fails."""
+    first, second = place.results(secret_ram, "memfd pc.bios", "memfd 0000:00:01.0/vga.vram", secret_memfds=True)
+    for made in (first, second):
+        assert "errno" not in made, made
+        assert (made["link"], made["cloexec"]) == (procfs.SECRETMEM, True)
+    assert place.auxiliary == {first["inode"], second["inode"]}
+    assert len(place.auxiliary | {secret_ram.inode}) == 3
+
+
+def test_no_copy_of_its_memfds_stays_here(place: Place, secret_ram: ram.Ram) -> None:
+    async def body(qemu: Qemu) -> tuple[int, list[str]]:
+        await qemu.handed_over(20)
+        links = list(open_descriptors().values())
+        return len(qemu.auxiliary_inodes), [link for link in links if link == procfs.SECRETMEM]
+
+    steps = ["memfd pc.bios", "memfd pc.rom", f"open {place.mem_path}", "stay"]
+    assert place.run(secret_ram, steps, body, secret_memfds=True) == (2, [procfs.SECRETMEM])  # that of the RAM
+
+
+def test_its_memfds_are_the_kernels_own_where_that_is_not_asked_for(place: Place, secret_ram: ram.Ram) -> None:
+    (made,) = place.results(secret_ram, "memfd pc.bios")
+    assert made["link"] == "/memfd:pc.bios (deleted)"
+    assert place.auxiliary == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("step", "who"), [("memfd test", "program"), ("huge-memfd pc.bios", "program"), ("fork-memfd pc.bios", "child")]
+)
+def test_a_probe_a_kind_that_secret_memory_cannot_be_and_a_childs_memfd_are_the_kernels_own(
+    place: Place, secret_ram: ram.Ram, step: str, who: str
+) -> None:
+    made, secret = place.results(secret_ram, step, "memfd pc.rom", secret_memfds=True)
+    assert made["who"] == who
+    assert made.get("link", "").startswith("/memfd:") or "huge" in step, made  # a host may have no huge pages
+    assert secret["link"] == procfs.SECRETMEM
+    assert place.auxiliary == {secret["inode"]}
+
+
+def test_a_memfd_that_must_be_longer_than_its_secret_stand_in_is_refused(place: Place, secret_ram: ram.Ram) -> None:
+    (refused,) = place.results(secret_ram, "long-memfd pc.bios", secret_memfds=True)
+    assert refused["errno"] == errno.EFBIG
+
+
+def test_without_secret_memory_a_memfd_fails_and_is_not_ordinary(
+    place: Place, secret_ram: ram.Ram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(handoff, "memfd_secret", refuse)
+    (refused,) = place.results(secret_ram, "memfd pc.bios", secret_memfds=True)
+    assert refused["errno"] == errno.EMFILE
+    assert place.auxiliary == frozenset()
+
+
+def test_a_memfd_that_a_signal_interrupts_is_secret_at_the_next_try(
+    place: Place, secret_ram: ram.Ram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = seccomp.answer_descriptor
+    answers: list[bool] = []
+
+    def interrupt_first(listener: int, notification: seccomp.Notification, descriptor: int) -> bool:
+        if not answers:
+            os.kill(notification.tid, signal.SIGUSR1)
+            eventually(lambda: not seccomp.is_waiting(listener, notification), "the call is interrupted")
+        answers.append(answer(listener, notification, descriptor))
+        return answers[-1]
+
+    monkeypatch.setattr(seccomp, "answer_descriptor", interrupt_first)
+    (made,) = place.results(secret_ram, "memfd pc.bios", secret_memfds=True)
+    assert answers == [False, True]
+    assert place.auxiliary == {made["inode"]}
+
+
 # --- QEMU itself ------------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +459,8 @@ def test_qemus_descriptors(guest_running: LiveGuest) -> None:
     log = str(guest_running.guest.qemu.log)
     assert (links.pop("0"), links.pop("1"), links.pop("2")) == ("/dev/null", log, log)
     kinds = sorted(re.sub(r"\d+", "", link) for link in links.values() if not link.startswith("anon_inode:"))
-    assert kinds == ["/secretmem (deleted)", "socket:[]", "socket:[]"]
+    secret = ["/secretmem (deleted)"] * (1 + len(guest_running.guest.qemu.auxiliary_inodes))
+    assert kinds == [*secret, "socket:[]", "socket:[]"]
     own = {link for link in links.values() if link.startswith("anon_inode:")}
     assert own <= {"anon_inode:[eventfd]", "anon_inode:[eventpoll]", "anon_inode:[signalfd]"}
     for number, link in links.items():

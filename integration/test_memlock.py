@@ -103,6 +103,19 @@ def test_what_others_locked_counts_too() -> None:
     assert "RLIMIT_MEMLOCK is 8192 KiB" in message
 
 
+ALLOWS = "print(json.dumps([memlock.allows(int(sys.argv[1])), resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]]))"
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "answer"),
+    [(8 * MIB, 8 * MIB, [True, 8 * MIB]), (1 * MIB, 8 * MIB, [True, 4 * MIB]), (1 * MIB, 2 * MIB, [False, 1 * MIB])],
+    ids=["within the limit", "within the hard limit", "beyond it"],
+)
+def test_to_ask_raises_the_soft_limit_and_no_error(soft: int, hard: int, answer: list[object]) -> None:
+    result = unprivileged(ALLOWS, soft, hard, str(4 * MIB))
+    assert json.loads(result.stdout) == answer, result.stderr
+
+
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that another uid may write to; pytest's own are closed to it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import select
@@ -40,6 +41,28 @@ for line in sys.stdin:
 """
 
 
+# Makes a memfd and deals with it as QEMU does, or makes it a file of its own first.
+MEMFD_CALLER = """
+import fcntl, json, os, sys
+memfd = -1
+for line in sys.stdin:
+    verb, _, argument = line.rstrip("\\n").partition(" ")
+    try:
+        if verb == "create":
+            memfd = os.memfd_create(argument)
+        elif verb == "truncate":
+            os.ftruncate(memfd, int(argument))
+        elif verb == "seal":
+            fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        elif verb == "flags":
+            fcntl.fcntl(memfd, fcntl.F_GETFL)
+        status = os.fstat(memfd)
+        print(json.dumps({"inode": status.st_ino, "size": status.st_size}), flush=True)
+    except OSError as error:
+        print(json.dumps({"errno": error.errno}), flush=True)
+"""
+
+
 class Caller:
     """A program under the filter, and the listener that answers it."""
 
@@ -48,8 +71,11 @@ class Caller:
         self.listener = listener
 
     def ask(self, path: Path | str, flags: int = os.O_RDWR) -> None:
+        self.tell(f"{flags} {path}")
+
+    def tell(self, line: str) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{flags} {path}\n")
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
 
     def result(self) -> Any:
@@ -80,13 +106,13 @@ class Caller:
 
 
 @contextmanager
-def filtered() -> Iterator[Caller]:
+def filtered(program: str = CALLER, *, memfds: bool = False) -> Iterator[Caller]:
     made: list[tuple[subprocess.Popen[str], int]] = []
 
     def begin() -> None:  # in a thread of its own: the filter stays with it
-        listener = seccomp.install_open_listener()
+        listener = seccomp.install_listener(memfds=memfds)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", CALLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-I", "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         made.append((process, listener))
 
@@ -224,3 +250,85 @@ def test_the_caller_does_not_hold_the_listener(caller: Caller, file: Path) -> No
     links = [str(link.readlink()) for link in Path(f"/proc/{caller.process.pid}/fd").iterdir()]
     assert not [link for link in links if "seccomp" in link]
     assert not os.get_inheritable(caller.listener)
+
+
+# --- memfds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memfd_caller() -> Iterator[Caller]:
+    with filtered(MEMFD_CALLER, memfds=True) as caller:
+        yield caller
+
+
+def test_a_memfd_is_what_we_give_and_what_follows_seems_to_succeed(memfd_caller: Caller, needs_secretmem: None) -> None:
+    numbers = arch.current()
+    descriptor = memfd_secret()
+    os.ftruncate(descriptor, 1 << 32)
+    inode = os.fstat(descriptor).st_ino
+    memfd_caller.tell("create pc.bios")
+    notification = memfd_caller.notification()
+    assert notification.number == numbers.memfd_create
+    assert seccomp.answer_descriptor(memfd_caller.listener, notification, descriptor)
+    os.close(descriptor)
+    assert memfd_caller.result() == {"inode": inode, "size": 1 << 32}
+
+    for step, number, argument in (
+        ("truncate 0", numbers.ftruncate, 0),
+        ("truncate 4096", numbers.ftruncate, 4096),
+        ("seal", numbers.fcntl, fcntl.F_ADD_SEALS),
+    ):
+        memfd_caller.tell(step)
+        notification = memfd_caller.notification()
+        assert (notification.number, notification.arguments[1]) == (number, argument)
+        assert seccomp.answer_success(memfd_caller.listener, notification)
+        assert memfd_caller.result() == {"inode": inode, "size": 1 << 32}  # nothing was done
+
+
+@pytest.mark.parametrize("step", ["truncate 0", "truncate 4096", "seal"])
+def test_the_kernel_refuses_what_qemu_does_to_a_memfd_on_secret_memory(
+    memfd_caller: Caller, needs_secretmem: None, step: str
+) -> None:
+    """The twin, and the reason why these calls are answered: a size that is set stays, and there are no seals."""
+    descriptor = memfd_secret()
+    os.ftruncate(descriptor, 1 << 32)
+    memfd_caller.tell("create pc.bios")
+    seccomp.answer_descriptor(memfd_caller.listener, memfd_caller.notification(), descriptor)
+    os.close(descriptor)
+    memfd_caller.result()
+    memfd_caller.tell(step)
+    assert seccomp.answer_continue(memfd_caller.listener, memfd_caller.notification())
+    assert memfd_caller.result() == {"errno": errno.EINVAL}
+
+
+def test_a_continued_memfd_is_the_kernels_own(memfd_caller: Caller) -> None:
+    for step, size in (("create test", 0), ("truncate 5000", 5000)):
+        memfd_caller.tell(step)
+        assert seccomp.answer_continue(memfd_caller.listener, memfd_caller.notification())
+        assert memfd_caller.result()["size"] == size
+
+
+def test_other_commands_of_fcntl_are_not_caught(memfd_caller: Caller) -> None:
+    memfd_caller.tell("create test")
+    seccomp.answer_continue(memfd_caller.listener, memfd_caller.notification())
+    memfd_caller.result()
+    memfd_caller.tell("flags")
+    assert "inode" in memfd_caller.result()  # nobody answered
+    assert seccomp.receive(memfd_caller.listener) is None
+
+
+def test_where_memfds_are_not_asked_for_none_of_it_is_caught() -> None:
+    with filtered(MEMFD_CALLER) as caller:
+        for step in ("create pc.bios", "truncate 4096", "seal", "flags"):
+            caller.tell(step)
+            caller.result()
+        assert seccomp.receive(caller.listener) is None
+
+
+def test_opens_are_caught_beside_memfds(file: Path) -> None:
+    with filtered(memfds=True) as caller:
+        caller.ask(file, os.O_RDONLY)
+        assert caller.result()["inode"] == file.stat().st_ino
+        caller.ask(file)
+        assert seccomp.answer_error(caller.listener, caller.notification(), errno.EACCES)
+        assert caller.result() == {"errno": errno.EACCES}

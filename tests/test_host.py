@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmmback import host
 from vmmback.errors import AdmissionRefused, HostUnfit
 from vmmback.host import HostMemory, choose_accel, find_qemu
-from vmmback.linux import arch, kvm
+from vmmback.linux import arch, kvm, memlock
 from vmmback.linux.kvm import KvmAnswer
 
 MIB = 1 << 20
@@ -109,3 +110,54 @@ def test_qemu_is_the_one_of_this_architecture_and_if_missing_its_package_is_name
     program = tmp_path / f"qemu-system-{machine}"
     program.touch(mode=0o755)
     assert find_qemu() == program
+
+
+def fake_qemu(folder: Path, script: str) -> Path:
+    path = folder / "qemu-system-fake"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("script", "answer"),
+    [
+        ('[ "$*" = "-machine q35,help" ] && echo "  aux-ram-share=<bool>   - Use anonymous shared memory"', True),
+        ('echo "  append=<string>  - Linux kernel command line, not aux-ram-share"', False),
+        ('echo "  aux-ram-share=<bool>"; exit 1', False),
+        ("echo '  aux-ram-share=<bool>' >&2", False),
+        ("exit 0", False),
+    ],
+    ids=["it can", "it lacks it", "it fails", "it complains", "it is silent"],
+)
+def test_whether_other_ram_blocks_can_be_secret_is_asked_of_qemu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, answer: bool
+) -> None:
+    monkeypatch.setattr(memlock, "allows", lambda size: size == (16 << 20) + host.AUX_RAM_BYTES)
+    assert host.can_share_aux_ram(fake_qemu(tmp_path, script), "q35", 16 << 20) is answer
+
+
+def test_qemu_is_asked_without_the_users_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memlock, "allows", lambda _: True)
+    monkeypatch.setenv("OF_THE_USER", "1")
+    qemu = fake_qemu(tmp_path, '[ -z "$OF_THE_USER" ] && echo " aux-ram-share=<bool>"')
+    assert host.can_share_aux_ram(qemu, "q35", 0)
+
+
+def test_where_other_ram_blocks_may_not_be_locked_qemu_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memlock, "allows", lambda _: False)
+    qemu = fake_qemu(tmp_path, f"echo ' aux-ram-share=<bool>'; touch {tmp_path}/asked")
+    assert not host.can_share_aux_ram(qemu, "q35", 0)
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_qemu_that_does_not_answer_is_ended_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memlock, "allows", lambda _: True)
+    monkeypatch.setattr(host, "_QEMU_ANSWERS_S", 0.3)
+    qemu = fake_qemu(tmp_path, f"echo ' aux-ram-share=<bool>'; echo $$ >{tmp_path}/pid; exec sleep 60")
+    assert not host.can_share_aux_ram(qemu, "q35", 0)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()

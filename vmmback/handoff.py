@@ -2,6 +2,9 @@
 
 A memfd_secret descriptor cannot be opened again by any path, and memory-backend-file knows only paths. So QEMU runs
 under a seccomp filter that stops its open of the mem-path until we answer it with a copy of the descriptor.
+
+Where QEMU puts its other RAM blocks on memfds (aux-ram-share=on), its memfd_create(2) is answered with secret
+descriptors as well: docs/RAM-BLOCKS.md.
 """
 
 from __future__ import annotations
@@ -17,22 +20,33 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from vmmback.errors import HandoffFailed, HostUnfit, QemuFailed
-from vmmback.linux import procfs, seccomp
-
-# QEMU never sees the user's environment: only what programs need to run at all.
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+from vmmback.host import QEMU_ENVIRONMENT as _ENVIRONMENT
+from vmmback.linux import arch, procfs, seccomp
+from vmmback.linux.memfd_secret import memfd_secret
 
 _LAST_WORDS_BYTES = 2000
 _PATH_MAX = 4096  # with the NUL; limits.h
+
+# Secretmem takes a size once, and lseek(2) tells none (mm/secretmem.c). QEMU truncates a new memfd to 0, asks lseek for
+# its size to see whether it must grow, and maps it (system/physmem.c, qemu_ram_alloc_from_fd). So it gets one that is
+# longer than any RAM block: only what is mapped counts as locked, and only what is touched takes memory.
+_AUXILIARY_BYTES = 4 << 30
+
+# How QEMU finds out what kinds of memfd there are (util/memfd.c); it maps none of these for a guest.
+_MEMFD_PROBE = b"test"
+# Other flags of memfd_create(2), such as those for huge pages, ask for what secretmem has not.
+_MEMFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 
 
 class Qemu:
     """A running QEMU and the handoff to it. Made by `start`."""
 
-    def __init__(self, argv: Sequence[str], offers: Mapping[Path, int], log: Path) -> None:
+    def __init__(self, argv: Sequence[str], offers: Mapping[Path, int], log: Path, *, secret_memfds: bool) -> None:
         self.argv = list(argv)
         self.log = log
         self.pid = 0
+        self._secret_memfds = secret_memfds
+        self._auxiliary: set[int] = set()
         self._offers = {os.fsencode(path): descriptor for path, descriptor in offers.items()}
         self._folders = {os.path.dirname(path) + b"/" for path in self._offers}  # noqa: PTH120
         self._listener = self._pidfd = -1
@@ -45,6 +59,11 @@ class Qemu:
     def status(self) -> int | None:
         """QEMU's exit status (negative: the signal that ended it), or None while it runs."""
         return self._ended.result() if self._ended.done() else None
+
+    @property
+    def auxiliary_inodes(self) -> frozenset[int]:
+        """The inodes of the secret descriptors that its memfd_create(2) was answered with so far; it alone has them."""
+        return frozenset(self._auxiliary)
 
     @property
     def command_line(self) -> str:
@@ -100,7 +119,7 @@ class Qemu:
         with it: QEMU's open then fails with ENOSYS, and QEMU gives up by itself.
         """
         try:
-            self._listener = seccomp.install_open_listener()
+            self._listener = seccomp.install_listener(memfds=self._secret_memfds)
             with self.log.open("xb") as log:
                 process = subprocess.Popen(
                     ["setpriv", "--pdeathsig", "KILL", "--", *self.argv],
@@ -130,7 +149,18 @@ class Qemu:
         notification = seccomp.receive(self._listener)
         if notification is None:
             return
-        path = self._path(notification)
+        numbers = arch.current()
+        if notification.number == numbers.openat:
+            self._answer_open(notification)
+        elif notification.number == numbers.memfd_create:
+            self._answer_memfd_create(notification)
+        elif self._is_auxiliary(notification):
+            self._answer_change(notification)
+        else:
+            seccomp.answer_continue(self._listener, notification)
+
+    def _answer_open(self, notification: seccomp.Notification) -> None:
+        path = self._string(notification, 1)
         if not seccomp.is_waiting(self._listener, notification):
             return
         if path in self._offers and self._is_qemu(notification):
@@ -145,6 +175,50 @@ class Qemu:
         else:
             seccomp.answer_continue(self._listener, notification)
 
+    def _answer_memfd_create(self, notification: seccomp.Notification) -> None:
+        """Give QEMU secret memory for whatever it wants a memfd for: a RAM block, a picture of the guest's screen.
+
+        What is not known here is secret too, rather than ordinary by oversight. A kind that secretmem cannot be
+        (huge pages) is left to the kernel: the proof will find it to be ordinary.
+        """
+        name = self._string(notification, 0)
+        if not seccomp.is_waiting(self._listener, notification):
+            return
+        if name == _MEMFD_PROBE or notification.arguments[1] & ~_MEMFD_FLAGS or not self._is_qemu(notification):
+            seccomp.answer_continue(self._listener, notification)
+            return
+        try:
+            descriptor = memfd_secret()
+        except OSError as error:  # no ordinary memory in its place: QEMU says what it wanted, and ends
+            seccomp.answer_error(self._listener, notification, error.errno or errno.ENOMEM)
+            return
+        try:
+            os.ftruncate(descriptor, _AUXILIARY_BYTES)
+            inode = os.fstat(descriptor).st_ino
+            if seccomp.answer_descriptor(self._listener, notification, descriptor):
+                self._auxiliary.add(inode)
+        finally:
+            os.close(descriptor)
+
+    def _answer_change(self, notification: seccomp.Notification) -> None:
+        """Let ftruncate(2) and fcntl(2) with F_ADD_SEALS of a secret descriptor seem to succeed: it cannot do either.
+
+        Nothing is lost: it is long enough already, and its size can never change. QEMU could point the descriptor's
+        number elsewhere before the answer, and would deceive but itself.
+        """
+        if notification.number == arch.current().ftruncate and notification.arguments[1] > _AUXILIARY_BYTES:
+            seccomp.answer_error(self._listener, notification, errno.EFBIG)
+        else:
+            seccomp.answer_success(self._listener, notification)
+
+    def _is_auxiliary(self, notification: seccomp.Notification) -> bool:
+        """Tell whether the call's first argument is one of the descriptors that memfd_create(2) was answered with."""
+        link = Path(f"/proc/{notification.tid}/fd/{notification.arguments[0]}")
+        try:
+            return link.stat().st_ino in self._auxiliary and str(link.readlink()) == procfs.SECRETMEM
+        except OSError:
+            return False
+
     def _is_qemu(self, notification: seccomp.Notification) -> bool:
         try:
             return procfs.thread_group(notification.tid) == self.pid
@@ -152,11 +226,11 @@ class Qemu:
             return False
 
     @staticmethod
-    def _path(notification: seccomp.Notification) -> bytes:
-        """Read the path that openat(2) was called with: b"" if the caller is gone or gave a bad address."""
+    def _string(notification: seccomp.Notification, argument: int) -> bytes:
+        """Read the string that an argument points to: b"" if the caller is gone or gave a bad address."""
         try:
             with Path(f"/proc/{notification.tid}/mem").open("rb", buffering=0) as memory:
-                return os.pread(memory.fileno(), _PATH_MAX, notification.arguments[1]).partition(b"\0")[0]
+                return os.pread(memory.fileno(), _PATH_MAX, notification.arguments[argument]).partition(b"\0")[0]
         except (OSError, OverflowError):
             return b""
 
@@ -186,15 +260,20 @@ class Qemu:
 
 @asynccontextmanager
 async def start(
-    argv: Sequence[str], offers: Mapping[Path, int], descriptors: Sequence[int], log: Path
+    argv: Sequence[str],
+    offers: Mapping[Path, int],
+    descriptors: Sequence[int],
+    log: Path,
+    *,
+    secret_memfds: bool = False,
 ) -> AsyncIterator[Qemu]:
     """Start QEMU with `descriptors` inherited, its output in `log`; kill it on exit if it still runs.
 
     Each path of `offers` is answered once, with a copy of its descriptor, to this QEMU alone; any other path in the
-    same folder is denied, and all else is left to the kernel. Raises OSError when it cannot be started,
-    HostUnfit without setpriv.
+    same folder is denied, and all else is left to the kernel. With `secret_memfds` each memfd that it makes is one of
+    memfd_secret(2), of which no copy stays here. Raises OSError when it cannot be started, HostUnfit without setpriv.
     """
-    qemu = Qemu(argv, offers, log)
+    qemu = Qemu(argv, offers, log, secret_memfds=secret_memfds)
     try:
         try:
             await qemu._start(descriptors)

@@ -6,15 +6,25 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from vmmback.errors import AdmissionRefused, HostUnfit
-from vmmback.linux import arch, kvm, procfs
+from vmmback.linux import arch, kvm, memlock, procfs
 
 # About 30 are open at a time: Python's own, sockets and pipes of QEMU and helpers, BPF objects, RAM and logs.
 _DESCRIPTORS, _SPARE_DESCRIPTORS = 64, 40
+
+# What QEMU may map of RAM blocks beside the guest's RAM: 2.5 MiB of firmware and tables on q35, more with a larger
+# firmware. Only what is touched takes memory, and QEMU needs as much for them where they are ordinary.
+AUX_RAM_BYTES = 32 << 20
+
+QEMU_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+"""QEMU never sees the user's environment: only what programs need to run at all."""
+
+_QEMU_ANSWERS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,30 @@ def find_qemu() -> Path:
         package = "qemu-system-arm" if arch.current().name == "aarch64" else "qemu-system-x86"
         raise HostUnfit(f"{name} was not found on PATH", f"install it: apt-get install {package}")
     return Path(found)
+
+
+def can_share_aux_ram(qemu: Path, machine: str, ram_size: int) -> bool:
+    """Tell whether QEMU's RAM blocks beside the `ram_size` bytes of RAM can be secret, too.
+
+    QEMU must be able to put them on memfds (machine property aux-ram-share, since QEMU 10.0), and the limit on locked
+    memory must have room for them. Where not, they are ordinary memory. Call it in a thread that outlives the call:
+    QEMU ends with it. Raises OSError when QEMU cannot be started.
+    """
+    if not memlock.allows(ram_size + AUX_RAM_BYTES):
+        return False
+    try:
+        answer = subprocess.run(
+            ["setpriv", "--pdeathsig", "KILL", "--", qemu, "-machine", f"{machine},help"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=QEMU_ENVIRONMENT,
+            start_new_session=True,  # a Ctrl-C on the terminal is for the supervisor to handle
+            check=False,
+            timeout=_QEMU_ANSWERS_S,
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):  # the launch will say what is wrong
+        return False
+    return answer.returncode == 0 and b" aux-ram-share=" in answer.stdout
 
 
 def check_descriptors() -> None:

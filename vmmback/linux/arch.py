@@ -20,6 +20,9 @@ class Architecture:
     name: str
     audit_arch: int
     openat: int
+    fcntl: int
+    ftruncate: int
+    memfd_create: int
     bpf: int
     seccomp: int
     pidfd_open: int
@@ -48,6 +51,9 @@ KNOWN = {
             "x86_64",
             0xC000003E,
             openat=257,
+            fcntl=72,
+            ftruncate=77,
+            memfd_create=319,
             bpf=321,
             seccomp=317,
             pidfd_open=434,
@@ -72,6 +78,9 @@ KNOWN = {
             "aarch64",
             0xC00000B7,
             openat=56,
+            fcntl=25,
+            ftruncate=46,
+            memfd_create=279,
             bpf=280,
             seccomp=277,
             pidfd_open=434,

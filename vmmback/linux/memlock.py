@@ -13,17 +13,23 @@ _CAP_IPC_LOCK = 14  # include/uapi/linux/capability.h
 def ensure(size: int) -> None:
     """Make sure that this process, and a program that it starts, may map `size` bytes of secret RAM.
 
-    CAP_IPC_LOCK frees from the limit. Without it the soft limit is raised as far as `size` where the hard one allows;
-    where it does not, raises HostUnfit.
+    Raises HostUnfit where they may not.
+    """
+    if not allows(size):
+        raise too_small(size)
+
+
+def allows(size: int) -> bool:
+    """Tell whether this process, and a program that it starts, may map `size` bytes of secret RAM.
+
+    CAP_IPC_LOCK frees from the limit. Without it the soft limit is raised as far as `size` where the hard one allows.
     """
     if procfs.has_capability(_CAP_IPC_LOCK):
-        return
+        return True
     soft, hard = resource.prlimit(0, resource.RLIMIT_MEMLOCK)
-    if _covers(soft, size):
-        return
-    if not _covers(hard, size):
-        raise too_small(size)
-    resource.prlimit(0, resource.RLIMIT_MEMLOCK, (size, hard))
+    if not _covers(soft, size) and _covers(hard, size):
+        resource.prlimit(0, resource.RLIMIT_MEMLOCK, (size, hard))
+    return _covers(hard, size)
 
 
 def too_small(size: int) -> HostUnfit:

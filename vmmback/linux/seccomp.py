@@ -1,4 +1,4 @@
-"""Seccomp user notification: a program's open(2) is answered by another process, with a descriptor of its choice.
+"""Seccomp user notification: a program's system calls are answered by another process, with a descriptor of its choice.
 
 Sources: seccomp(2), seccomp_unotify(2), include/uapi/linux/seccomp.h. The structures are the same on x86-64 and
 aarch64.
@@ -88,34 +88,30 @@ _NOTIF_ADDFD = 1 << 30 | ctypes.sizeof(_NotifAddfd) << 16 | ord("!") << 8 | 3  #
 
 @dataclass(frozen=True)
 class Notification:
-    """A system call of the thread `tid` that waits for an answer; `arguments` are its six words."""
+    """System call `number` of the thread `tid`, which waits for an answer; `arguments` are its six words."""
 
     id: int
     tid: int
+    number: int
     arguments: tuple[int, ...]
 
 
-def install_open_listener() -> int:
+def install_listener(*, memfds: bool = False) -> int:
     """Put the calling *thread*, and what it will execute, under a filter; return the listener's descriptor.
 
     The filter stops each openat(2) whose flags are exactly O_RDWR, as QEMU's memory-backend-file makes it
-    (system/physmem.c, file_ram_open), until the holder of the listener answers. It is no sandbox: system calls of
-    another ABI (x32, i386) pass it. Sets no_new_privs on the thread. The descriptor is close-on-exec. Raises OSError.
+    (system/physmem.c, file_ram_open), until the holder of the listener answers. With `memfds` it also stops
+    memfd_create(2), and what QEMU does next to such a descriptor: ftruncate(2) and fcntl(2) with F_ADD_SEALS
+    (util/memfd.c, qemu_memfd_create). It is no sandbox: system calls of another ABI (x32, i386) pass it. Sets
+    no_new_privs on the thread. The descriptor is close-on-exec. Raises OSError.
     """
-    openat = arch.current().openat
-    return _install(
-        [
-            _load(_ARCH),
-            _skip_unless_equal(arch.current().audit_arch, 5),
-            _load(_NR),
-            _skip_unless_equal(openat, 3),
-            _load(_ARGS + 2 * 8),
-            _skip_unless_equal(os.O_RDWR, 1),
-            _return(_SECCOMP_RET_USER_NOTIF),
-            _return(_SECCOMP_RET_ALLOW),
-        ],
-        _SECCOMP_FILTER_FLAG_NEW_LISTENER,
-    )
+    numbers = arch.current()
+    stopped = _stop(numbers.openat, (2, os.O_RDWR))
+    if memfds:
+        stopped += _stop(numbers.memfd_create) + _stop(numbers.ftruncate) + _stop(numbers.fcntl, (1, fcntl.F_ADD_SEALS))
+    allow = _return(_SECCOMP_RET_ALLOW)
+    checked = [_load(_ARCH), _skip_unless_equal(numbers.audit_arch, 1 + len(stopped)), _load(_NR), *stopped, allow]
+    return _install(checked, _SECCOMP_FILTER_FLAG_NEW_LISTENER)
 
 
 def receive(listener: int) -> Notification | None:
@@ -132,7 +128,7 @@ def receive(listener: int) -> Notification | None:
         if error.errno == errno.ENOENT:
             return None
         raise
-    return Notification(notif.id, notif.pid, tuple(notif.args))
+    return Notification(notif.id, notif.pid, notif.nr, tuple(notif.args))
 
 
 def is_waiting(listener: int, notification: Notification) -> bool:
@@ -165,6 +161,11 @@ def answer_error(listener: int, notification: Notification, error: int) -> bool:
     return _answer(listener, _NOTIF_SEND, _NotifResp(notification.id, 0, -error, 0))
 
 
+def answer_success(listener: int, notification: Notification) -> bool:
+    """Let the system call return 0 without being carried out. Returns False when the caller is gone."""
+    return _answer(listener, _NOTIF_SEND, _NotifResp(notification.id, 0, 0, 0))
+
+
 def _answer(listener: int, request: int, structure: _NotifResp | _NotifAddfd) -> bool:
     try:
         fcntl.ioctl(listener, request, structure)
@@ -173,6 +174,20 @@ def _answer(listener: int, request: int, structure: _NotifResp | _NotifAddfd) ->
             return False
         raise
     return True
+
+
+def _stop(number: int, argument: tuple[int, int] | None = None) -> list[bytes]:
+    """Return the instructions that stop system call `number`, where `argument` is given as (index, value) only with it.
+
+    They expect the number in the accumulator, and leave it there for every other call. The low half of an argument
+    decides (these are little-endian): the kernel takes flags and commands as 32 bits, too.
+    """
+    notify = _return(_SECCOMP_RET_USER_NOTIF)
+    if argument is None:
+        return [_skip_unless_equal(number, 1), notify]
+    index, value = argument
+    only_with_it = [_load(_ARGS + index * 8), _skip_unless_equal(value, 1), notify, _return(_SECCOMP_RET_ALLOW)]
+    return [_skip_unless_equal(number, len(only_with_it)), *only_with_it]
 
 
 def _install(filter_: Sequence[bytes], flags: int) -> int:
