@@ -6,6 +6,7 @@ machine that runs vmmback must have is a failure instead: a run that skips its c
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from vmmback.errors import VmmbackError
-from vmmback.host import find_qemu
+from vmmback.host import can_share_aux_ram, find_qemu
 from vmmback.linux import seccomp
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.memfd_secret import memfd_secret
@@ -69,6 +70,11 @@ def _qemu() -> None:
     subprocess.run([find_qemu(), "--version"], check=True, capture_output=True, timeout=30)
 
 
+def _aux_ram_share() -> None:
+    if not can_share_aux_ram(find_qemu(), "q35", 0):
+        raise OSError(errno.ENOTSUP, "this QEMU's machines have no aux-ram-share, or RLIMIT_MEMLOCK is too small")
+
+
 def _guest_kernel() -> None:
     for path in (KERNEL, INITRD):
         with path.open("rb") as file:
@@ -83,6 +89,7 @@ SECRETMEM = Capability("memfd_secret(2)", _secretmem)
 SECCOMP_NOTIFICATION = Capability("seccomp user notification", _seccomp_notification)
 DIRECT_MAP = Capability("BPF programs, and frame numbers in pagemap", _direct_map)
 QEMU = Capability("QEMU", _qemu)
+AUX_RAM_SHARE = Capability("a QEMU whose other RAM blocks can be secret", _aux_ram_share, required=False)
 GUEST_KERNEL = Capability("the demo guest's kernel and initrd (./dev makes them)", _guest_kernel)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
 
@@ -94,6 +101,11 @@ def require(capability: Capability) -> None:
         if capability.required and os.environ.get("CI") == "true":
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
+
+
+def has(capability: Capability) -> bool:
+    """Tell whether the machine is capable."""
+    return not _problem(capability)
 
 
 @functools.cache

@@ -186,6 +186,17 @@ def needs_qemu(needs_secretmem: None, needs_seccomp: None) -> None:
 
 
 @pytest.fixture(scope="session")
+def needs_aux_ram_share(needs_qemu: None) -> None:
+    capabilities.require(capabilities.AUX_RAM_SHARE)
+
+
+@pytest.fixture(scope="session")
+def other_blocks(needs_qemu: None) -> Literal["secretmem", "ordinary"]:
+    """What QEMU's RAM blocks beside the guest's RAM are on this machine, if that RAM is secret."""
+    return "secretmem" if capabilities.has(capabilities.AUX_RAM_SHARE) else "ordinary"
+
+
+@pytest.fixture(scope="session")
 def needs_guest_kernel() -> None:
     capabilities.require(capabilities.GUEST_KERNEL)
 

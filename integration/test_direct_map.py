@@ -173,6 +173,29 @@ def test_a_page_mapped_twice_counts_once_whichever_mapping_touched_it(kind: Kind
         expect(kind, 60, observation, probe)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_qemus_other_blocks_are_tried_but_not_counted(kind: Kind) -> None:
+    """The RAM itself is secret; of three other descriptors one is of `kind`, and one is mapped no more."""
+    with (
+        descriptor("secret", 4) as ram,
+        descriptor("secret", 5) as block,
+        descriptor(kind, 6) as other,
+        mmap.mmap(ram, 4 * PAGE_SIZE) as ram_memory,
+        mmap.mmap(block, 5 * PAGE_SIZE) as block_memory,
+        mmap.mmap(other, 6 * PAGE_SIZE) as other_memory,
+    ):
+        for memory in (ram_memory, block_memory, other_memory):
+            memory[: 3 * PAGE_SIZE] = b"x" * (3 * PAGE_SIZE)
+        auxiliary = {os.fstat(block).st_ino, os.fstat(other).st_ino, os.fstat(ram).st_ino + 1_000_000}
+        probe = DirectMapProbe(array("Q"))
+        seen = probe.observe(Target(os.getpid(), os.fstat(ram).st_ino, 4 * PAGE_SIZE, auxiliary=frozenset(auxiliary)))
+    assert (probe.pages, len(probe.frames)) == (PageCount(3, 3, 0), 4)
+    assert seen.target is (Verdict.BLOCKED if kind == "secret" else Verdict.READABLE)
+    readable = 0 if kind == "secret" else 3
+    expected = f"0 of 3 present pages readable, and {readable} of 6 of QEMU's other secret RAM blocks"
+    assert seen.detail.removesuffix(" (EFAULT)") == expected
+
+
 def test_no_present_page_is_inconclusive() -> None:
     with descriptor("secret", PAGES) as fd, mmap.mmap(fd, PAGES * PAGE_SIZE):
         observation, probe = observe(os.getpid(), os.fstat(fd).st_ino)

@@ -174,7 +174,7 @@ class Terminal:
 
 
 @pytest.mark.usefixtures("needs_guest_kernel")
-def test_the_demo_is_isolated(vmmback: Start) -> None:
+def test_the_demo_is_isolated(vmmback: Start, other_blocks: str) -> None:
     ended = vmmback("launch", ROOT / "configs/demo.toml", "--json").ended(90)
     assert ended.code == 0, ended.stderr
     report = report_of(ended)
@@ -195,11 +195,10 @@ def test_the_demo_is_isolated(vmmback: Start) -> None:
     assert "none holds the guest's canary" in probes["freed-frames"]["detail"]
     writable = [block for block in report["ram_blocks"] if block["guest_writable"]]
     assert writable == [{"name": "ram0", "size": 256 * MIB, "backing": "secretmem", "guest_writable": True}]
-    assert {exposure["name"] for exposure in report["exposures"]} == {
-        "pidfd-getfd",
-        "ordinary-ram-blocks",
-        "serial-console",
-    }
+    assert {block["backing"] for block in report["ram_blocks"] if not block["guest_writable"]} == {other_blocks}
+    named = {"ordinary-ram-blocks"} if other_blocks == "ordinary" else set()
+    assert {exposure["name"] for exposure in report["exposures"]} == {"pidfd-getfd", "serial-console"} | named
+    assert (report["memory_map"][0]["first"], report["memory_map"][0]["block"]) == (0, "ram0")
     assert report["timings"].keys() >= {"prefault", "qmp_ready", "boot", "validate"}
     assert report["host"]["accel"] in {"tcg", "kvm"}
     assert "GUEST READY" in ended.stderr

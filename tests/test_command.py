@@ -132,6 +132,13 @@ def test_the_whole_command(tables: dict[str, Any], accel: str, expected: str) ->
     assert built.descriptors == (7, 9)
 
 
+def test_where_qemu_can_share_its_other_ram_blocks_it_is_told_to() -> None:
+    built = build(GuestConfig.model_validate(KERNEL_GUEST), QEMU, "tcg", MEM_PATH, 7, 9, True)
+    machine = "q35,memory-backend=ram0,mem-merge=off,dump-guest-core=off"
+    assert "\n".join(built.argv) == KERNEL_ARGV.replace(machine, f"{machine},aux-ram-share=on")
+    assert built.descriptors == (7, 9)
+
+
 def test_what_is_not_configured_is_not_on_the_command_line() -> None:
     argv = command({**KERNEL_GUEST, "boot": {"kernel": "/g/vmlinuz"}}).argv
     assert value(argv, "-append") == ""

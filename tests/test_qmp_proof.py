@@ -1,7 +1,8 @@
 """The QMP proof, on what QEMU 7.2 really printed: q35 with 256 MiB where nothing else is said, port ranges cut short.
 
 PAUSED: no VGA, before its first instruction. BOOTED_VGA: `-vga std`, after SeaBIOS had run. SPLIT: 4 GiB, half of it
-above 4 GiB. TWO: two backends of 128 MiB, a NUMA node each.
+above 4 GiB. TWO: two backends of 128 MiB, a NUMA node each. TEN: QEMU 10.0, paused, with aux-ram-share=on and a
+firmware of 64 KiB.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import pytest
 from vmmback.errors import QemuFailed
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.probe import Target
-from vmmback.isolation.qmp_proof import Proof, Range, parse_flat_views, parse_ram_blocks
+from vmmback.isolation.qmp_proof import Proof, Range, parse_addresses, parse_flat_views, parse_ram_blocks
 from vmmback.linux import procfs
 from vmmback.linux.procfs import Mapping
-from vmmback.report import RamBlock, Verdict
+from vmmback.report import MapRange, RamBlock, Verdict
 
 PAUSED = """\
 FlatView #0
@@ -323,6 +324,45 @@ TWO_BLOCKS = """\
       /rom@etc/acpi/rsdp    4 KiB  0x00000000102c0000 0x0000000000001000 0x0000000000001000
 """
 
+TEN = """\
+FlatView #0
+ AS "memory", root: system
+ AS "cpu-memory-0", root: system
+ Root memory region: system
+  0000000000000000-00000000000bffff (prio 0, ram): ram0
+  00000000000c0000-00000000000dffff (prio 1, rom): pc.rom
+  00000000000e0000-00000000000effff (prio 0, ram): ram0 @00000000000e0000
+  00000000000f0000-00000000000fffff (prio 0, rom): pc.bios
+  0000000000100000-000000000fffffff (prio 0, ram): ram0 @0000000000100000
+  00000000fec00000-00000000fec00fff (prio 0, i/o): ioapic
+  00000000fed00000-00000000fed003ff (prio 0, i/o): hpet
+  00000000fee00000-00000000feefffff (prio 4096, i/o): apic-msi
+  00000000ffff0000-00000000ffffffff (prio 0, rom): pc.bios
+"""
+TEN_BLOCKS = """\
+              Block Name    PSize              Offset               Used              Total                HVA  RO
+                    ram0    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007fe3e7fff000  rw
+    /rom@etc/acpi/tables    4 KiB  0x0000000010080000 0x0000000000020000 0x0000000000200000 0x00007fe43d200000  ro
+                  pc.rom    4 KiB  0x0000000010040000 0x0000000000020000 0x0000000000020000 0x00007fe43d600000  ro
+                 pc.bios    4 KiB  0x0000000010000000 0x0000000000010000 0x0000000000010000 0x00007fe43d800000  ro
+   /rom@etc/table-loader    4 KiB  0x0000000010280000 0x0000000000001000 0x0000000000010000 0x00007fe43d000000  ro
+      /rom@etc/acpi/rsdp    4 KiB  0x00000000102c0000 0x0000000000001000 0x0000000000001000 0x00007fe43ce00000  ro
+"""
+TEN_ANSWERS = """\
+Host virtual address for 0x0 (ram0) is 0x7fe3e7fff000
+Host virtual address for 0xbffff (ram0) is 0x7fe3e80befff
+Host virtual address for 0xc0000 (pc.rom) is 0x7fe43d600000
+Host virtual address for 0xdffff (pc.rom) is 0x7fe43d61ffff
+Host virtual address for 0xe0000 (ram0) is 0x7fe3e80df000
+Host virtual address for 0xeffff (ram0) is 0x7fe3e80eefff
+Host virtual address for 0xf0000 (pc.bios) is 0x7fe43d800000
+Host virtual address for 0xfffff (pc.bios) is 0x7fe43d80ffff
+Host virtual address for 0x100000 (ram0) is 0x7fe3e80ff000
+Host virtual address for 0xfffffff (ram0) is 0x7fe3f7ffefff
+Host virtual address for 0xffff0000 (pc.bios) is 0x7fe43d800000
+Host virtual address for 0xffffffff (pc.bios) is 0x7fe43d80ffff
+"""
+
 INODE, PID = 64210, 4321
 MIB = 1 << 20
 ALL_BLOCKS = {
@@ -466,6 +506,11 @@ def test_ram_blocks_of_a_later_qemu_which_adds_columns() -> None:
     # system/physmem.c, ram_block_format, since QEMU 8.0: the host virtual address, and whether it is read-only.
     line = "ram0    2 MiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007f345fe00000  rw"
     assert parse_ram_blocks(line) == {"ram0": 256 * MIB}
+    assert parse_addresses(line) == {"ram0": 0x7F345FE00000}
+
+
+def test_an_earlier_qemu_tells_no_addresses_of_its_blocks() -> None:
+    assert parse_addresses(PAUSED_BLOCKS) == {}
 
 
 # ---- the proof -------------------------------------------------------------------------------------------------------
@@ -493,6 +538,7 @@ class Machine:
     blocks: str = PAUSED_BLOCKS
     answers: str = PAUSED_ANSWERS
     size: int = 256 * MIB
+    auxiliary: frozenset[int] = frozenset()
     line_end: str = "\n"
     mappings: tuple[Mapping, ...] = field(
         default=(
@@ -521,7 +567,7 @@ def prove(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Proof:
         return list(machine.mappings)
 
     monkeypatch.setattr(procfs, "maps", maps)
-    return asyncio.run(qmp_proof.observe(Target(PID, INODE, machine.size), machine.hmp))
+    return asyncio.run(qmp_proof.observe(Target(PID, INODE, machine.size, auxiliary=machine.auxiliary), machine.hmp))
 
 
 def block(proof: Proof, name: str) -> RamBlock:
@@ -651,6 +697,10 @@ def test_video_ram_that_is_secret_is_no_exposure_but_more_than_the_guest_has(mon
     assert proof.observation.target is Verdict.INCONCLUSIVE
 
 
+def without_address(blocks: str) -> str:
+    return "\n".join(line.partition(" 0x00007f")[0] for line in blocks.splitlines())
+
+
 def without(region: str, tree: str) -> str:
     return "\n".join(line for line in tree.splitlines() if not line.partition("): ")[2].startswith(region))
 
@@ -736,3 +786,147 @@ def test_a_name_that_ends_like_firmware_makes_no_block_read_only(monkeypatch: py
     proof = prove(monkeypatch, Machine(blocks=blocks))
     assert proof.observation.target is Verdict.READABLE
     assert block(proof, "0000:00:01.0/x.rom").guest_writable
+
+
+# ---- a QEMU whose other blocks are secret too ------------------------------------------------------------------------
+
+TEN_RAM, TEN_TABLES, TEN_BIOS = 0x7FE3E7FFF000, 0x7FE43D200000, 0x7FE43D800000
+TEN_OTHERS = {
+    0x7FE43CE00000: 4 << 10,
+    0x7FE43D000000: 64 << 10,
+    TEN_TABLES: 2 * MIB,
+    0x7FE43D600000: 128 << 10,
+    TEN_BIOS: 64 << 10,
+}
+HEAP = Mapping(0x55DF516C7000, 0x55DF52570000, "rw-p", 0, "00:00", 0, "[heap]")
+TEN_MACHINE = Machine(
+    TEN,
+    TEN_BLOCKS,
+    TEN_ANSWERS,
+    auxiliary=frozenset(range(1, 6)),
+    mappings=(
+        HEAP,
+        secret(TEN_RAM, 256 * MIB),
+        *(secret(start, size, inode) for inode, (start, size) in enumerate(TEN_OTHERS.items(), start=1)),
+    ),
+)
+
+
+def with_mapping(start: int, mapping: Mapping) -> Machine:
+    """TEN_MACHINE with another mapping at an address."""
+    mappings = tuple(mapping if one.start == start else one for one in TEN_MACHINE.mappings)
+    return replace(TEN_MACHINE, mappings=mappings)
+
+
+def test_all_blocks_are_secret_and_the_ram_is_counted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = prove(monkeypatch, TEN_MACHINE)
+    assert (proof.observation.target, proof.observation.control) == (Verdict.BLOCKED, Verdict.READABLE)
+    assert proof.observation.detail == (
+        "all 262144 KiB lie in secretmem inode 64210; QEMU's heap was told apart as ordinary"
+    )
+    assert {one.backing for one in proof.ram_blocks} == {"secretmem"}
+    assert proof.secret == 256 * MIB
+    assert proof.ours == {"ram0": 256 * MIB}
+    assert proof.auxiliary == {name: size for name, size in TEN_SIZES.items() if name != "ram0"}
+    assert {one.name for one in proof.ram_blocks if one.guest_writable} == {"ram0"}
+
+
+TEN_SIZES = {**ALL_BLOCKS, "pc.bios": 64 << 10}
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [
+        (with_mapping(TEN_TABLES, ordinary(TEN_TABLES, 2 * MIB)), "/rom@etc/acpi/tables"),
+        (with_mapping(TEN_TABLES, secret(TEN_TABLES, 2 * MIB - 4096, 3)), "/rom@etc/acpi/tables"),
+        (with_mapping(TEN_TABLES, secret(TEN_TABLES, 2 * MIB, 6)), "/rom@etc/acpi/tables"),
+        (with_mapping(TEN_TABLES, secret(TEN_TABLES, 2 * MIB, 3, "/memfd:x (deleted)")), "/rom@etc/acpi/tables"),
+        (with_mapping(TEN_BIOS, ordinary(TEN_BIOS, 64 << 10)), "pc.bios"),
+        (replace(TEN_MACHINE, blocks=TEN_BLOCKS.replace("3d800000  ro", "3d200000  ro")), "pc.bios"),
+        (replace(TEN_MACHINE, blocks=TEN_BLOCKS.replace("0x00007fe43d200000  ro", "")), "/rom@etc/acpi/tables"),
+    ],
+    ids=[
+        "ordinary",
+        "one page short",
+        "secret but of another",
+        "a memfd with such an inode",
+        "ordinary and in the view",
+        "the list at odds with the view",
+        "QEMU does not tell where",
+    ],
+)
+def test_a_block_that_is_not_shown_to_be_secret_is_ordinary(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, name: str
+) -> None:
+    proof = prove(monkeypatch, machine)
+    assert [one.name for one in proof.ram_blocks if one.backing == "ordinary"] == [name]
+    assert name not in proof.auxiliary
+    assert proof.observation.target is Verdict.BLOCKED  # the guest cannot write to it
+    assert proof.observation.control is Verdict.READABLE
+
+
+def test_the_guests_ram_in_an_auxiliary_descriptor_is_not_its_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secret, but not the memory that was prefaulted, counted and will be checked."""
+    proof = prove(monkeypatch, with_mapping(TEN_RAM, secret(TEN_RAM, 256 * MIB, 1)))
+    assert (proof.secret, proof.ours) == (0, {})
+    assert proof.auxiliary["ram0"] == 256 * MIB
+    assert proof.observation.target is Verdict.INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        replace(TEN_MACHINE, mappings=TEN_MACHINE.mappings[1:]),
+        replace(TEN_MACHINE, tree=without("pc.", TEN), blocks=without_address(TEN_BLOCKS)),
+    ],
+    ids=["no heap", "no firmware"],
+)
+def test_where_all_is_secret_the_control_needs_the_heap_and_firmware_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    assert prove(monkeypatch, machine).observation.control is Verdict.INCONCLUSIVE
+
+
+# ---- the memory map --------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_map_is_what_the_guest_sees_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = prove(monkeypatch, Machine()).memory_map
+    assert [(one.first, one.last, one.kind, one.region, one.backing, one.guest_writable) for one in found] == [
+        (0x0, 0xBFFFF, "ram", "ram0", "secretmem", True),
+        (0xC0000, 0xDFFFF, "rom", "pc.rom", "ordinary", False),
+        (0xE0000, 0xFFFFF, "rom", "pc.bios", "ordinary", False),
+        (0x100000, 0xFFFFFFF, "ram", "ram0", "secretmem", True),
+        (0xFEC00000, 0xFEC00FFF, "device", "ioapic", "none", False),
+        (0xFED00000, 0xFED003FF, "device", "hpet", "none", False),
+        (0xFEE00000, 0xFEEFFFFF, "device", "apic-msi", "none", False),
+        (0xFFFC0000, 0xFFFFFFFF, "rom", "pc.bios", "ordinary", False),
+    ]
+
+
+def test_the_memory_map_of_a_qemu_whose_other_blocks_are_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = prove(monkeypatch, TEN_MACHINE).memory_map
+    assert {one.backing for one in found if one.block} == {"secretmem"}
+    assert [one.block for one in found] == [
+        "ram0", "pc.rom", "ram0", "pc.bios", "ram0", "", "", "", "pc.bios",
+    ]  # fmt: skip
+
+
+def test_the_memory_map_tells_a_block_by_its_device_and_the_part_that_is_ordinary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vga = prove(monkeypatch, VGA).memory_map
+    assert [one for one in vga if one.region == "vga.vram"] == [
+        MapRange(
+            first=0xFD000000,
+            last=0xFDFFFFFF,
+            kind="ram",
+            region="vga.vram",
+            block="0000:00:01.0/vga.vram",
+            backing="ordinary",
+            guest_writable=True,
+        )
+    ]
+    half = prove(monkeypatch, EXPOSED["the second half ordinary"]).memory_map
+    ram = [one.backing for one in half if one.region == "ram0"]
+    assert ram == ["secretmem", "ordinary"]  # below 640 KiB, and the rest, half of which is not

@@ -20,8 +20,13 @@ class QemuCommand:
     descriptors: tuple[int, ...]
 
 
-def build(config: GuestConfig, qemu: Path, accel: str, mem_path: Path, qmp: int, serial: int) -> QemuCommand:
-    """Return the command for a guest that starts paused; `qmp` and `serial` are descriptors of connected sockets."""
+def build(
+    config: GuestConfig, qemu: Path, accel: str, mem_path: Path, qmp: int, serial: int, share_aux_ram: bool = False
+) -> QemuCommand:
+    """Return the command for a guest that starts paused; `qmp` and `serial` are descriptors of connected sockets.
+
+    With `share_aux_ram` QEMU puts its RAM blocks beside the guest's RAM (firmware, tables) on memfds.
+    """
     backend = {
         "qom-type": "memory-backend-file",
         "id": RAM_ID,
@@ -31,6 +36,9 @@ def build(config: GuestConfig, qemu: Path, accel: str, mem_path: Path, qmp: int,
         "merge": False,  # madvise(MADV_MERGEABLE) would split the VMA, to no use
         "dump": False,
     }
+    machine = f"{config.machine.type},memory-backend={RAM_ID},mem-merge=off,dump-guest-core=off"
+    if share_aux_ram:
+        machine += ",aux-ram-share=on"
     argv = [
         str(qemu),
         "-name", f"guest={config.name}",
@@ -39,7 +47,7 @@ def build(config: GuestConfig, qemu: Path, accel: str, mem_path: Path, qmp: int,
         "-nodefaults",
         "-no-reboot",  # a boot is what was validated: the next one is another launch
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        "-machine", f"{config.machine.type},memory-backend={RAM_ID},mem-merge=off,dump-guest-core=off",
+        "-machine", machine,
         "-accel", accel,
         "-cpu", config.cpu.model,
         "-smp", str(config.cpu.count),

@@ -57,7 +57,7 @@ class Guest:
     @property
     def target(self) -> Target:
         """The guest's RAM in the terms of a probe."""
-        return Target(self.qemu.pid, self.ram.inode, self.ram.size, os.getpid())
+        return target_of(self.qemu, self.ram)
 
     async def examine(self) -> IsolationReport:
         """Audit the running guest and report it; what is exposed now and was not before is a drift.
@@ -116,6 +116,7 @@ class Guest:
             reasons=reasons,
             memory=memory,
             ram_blocks=proof.ram_blocks,
+            memory_map=proof.memory_map,
             probes=probes,
             exposures=(
                 *(evidence.exposures if evidence else ()),
@@ -125,6 +126,11 @@ class Guest:
             host=self.host,
             timings={name: round(seconds, 6) for name, seconds in self.timings.items()},
         )
+
+
+def target_of(qemu: handoff.Qemu, guest_ram: ram.Ram) -> Target:
+    """Return a guest's RAM in the terms of a probe; this process is the supervisor."""
+    return Target(qemu.pid, guest_ram.inode, guest_ram.size, os.getpid(), qemu.auxiliary_inodes)
 
 
 def _newly_readable(earlier: Evidence, evidence: Evidence) -> list[Observation]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vmmback import command, console, control, handoff, monitor, ram, report
 from vmmback.config import GuestConfig
 from vmmback.control import GuestInterface
 from vmmback.errors import HandoffFailed, Interrupted, QemuFailed
-from vmmback.guest import Guest, Watcher
-from vmmback.host import HostMemory, choose_accel, find_qemu, kernel_release
+from vmmback.guest import Guest, Watcher, target_of
+from vmmback.host import HostMemory, can_share_aux_ram, choose_accel, find_qemu, kernel_release
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.audit import in_thread
-from vmmback.isolation.probe import Target
 from vmmback.report import IsolationReport
 from vmmback.runtime import guest_folder
 
@@ -85,9 +84,12 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     folder = stack.enter_context(guest_folder(config.name))
 
     guest_ram = stack.enter_context(ram.allocate(config.memory.backing, config.memory.size))
-    if config.memory.prefault:
-        with _timed(timings, "prefault"):
-            await guest_ram.prefault(lambda done: watcher.prefaulted(done, config.memory.size))
+    # QEMU is asked while the prefault runs: it takes its time to answer.
+    async with _meanwhile(in_thread(lambda: _shares_aux_ram(config, qemu_binary))) as share_aux_ram:
+        if config.memory.prefault:
+            with _timed(timings, "prefault"):
+                await guest_ram.prefault(lambda done: watcher.prefaulted(done, config.memory.size))
+        secret_aux = await share_aux_ram
 
     started = time.perf_counter()
     qmp, qemu_qmp = _socket_pair(stack)
@@ -98,9 +100,12 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     )
     # Nothing is ever at this path: QEMU's open of it is answered, and could make no file in a folder that is not there.
     mem_path = folder / "ram" / command.RAM_ID
-    qemu_command = command.build(config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno())
+    qemu_command = command.build(
+        config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), secret_aux
+    )
+    offers, log = {mem_path: guest_ram.fileno()}, folder / "qemu.log"
     qemu = await stack.enter_async_context(
-        handoff.start(qemu_command.argv, {mem_path: guest_ram.fileno()}, qemu_command.descriptors, folder / "qemu.log")
+        handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux)
     )
     qemu_qmp.close()
     qemu_serial.close()
@@ -110,8 +115,7 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
         qemu_monitor = await stack.enter_async_context(monitor.connect(qmp, _GREETING_TIMEOUT_S))
         host = report.Host(kernel=kernel_release(), qemu=await qemu_monitor.version(), accel=accel)
         timings["qmp_ready"] = time.perf_counter() - started
-        target = Target(qemu.pid, guest_ram.inode, guest_ram.size, os.getpid())
-        proof = await qmp_proof.observe(target, qemu_monitor.hmp)
+        proof = await qmp_proof.observe(target_of(qemu, guest_ram), qemu_monitor.hmp)
         confirm(guest_ram, proof)
     return Guest(config, folder, guest_ram, qemu, qemu_monitor, guest_console, host, proof, timings, watcher)
 
@@ -121,7 +125,8 @@ def confirm(guest_ram: ram.Ram, proof: qmp_proof.Proof) -> None:
 
     Secret RAM must, besides, lie in secretmem mappings; the control's is ordinary by intent.
     """
-    strangers = [block.name for block in proof.ram_blocks if block.guest_writable and block.name not in proof.ours]
+    ours = proof.ours.keys() | proof.auxiliary.keys()
+    strangers = [block.name for block in proof.ram_blocks if block.guest_writable and block.name not in ours]
     if strangers:
         problem = f"the guest could write to memory that is not ours: {', '.join(strangers)}"
     elif (mapped := sum(proof.ours.values())) != guest_ram.size:
@@ -131,6 +136,12 @@ def confirm(guest_ram: ram.Ram, proof: qmp_proof.Proof) -> None:
     else:
         return
     raise HandoffFailed(f"QEMU's RAM is not where it must be: {problem}", "the guest was not started; report this")
+
+
+def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
+    """Tell whether QEMU's other RAM blocks are to be secret: if the guest's RAM is, and QEMU and the limits allow."""
+    memory = config.memory
+    return memory.backing == "secret" and can_share_aux_ram(qemu, config.machine.type, memory.size)
 
 
 async def _booted(guest: Guest, stop: Stop) -> bool:
@@ -250,6 +261,17 @@ class _timed:  # noqa: N801 (a context manager, used like a function)
 
     def __exit__(self, *_: object) -> None:
         self._timings[self._name] = time.perf_counter() - self._started
+
+
+@asynccontextmanager
+async def _meanwhile(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+    """Do `work` while the block runs, which takes its result; cancel it when the block fails before."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _socket_pair(stack: AsyncExitStack) -> tuple[socket.socket, socket.socket]:

@@ -93,6 +93,22 @@ class RamBlock(_Model):
     guest_writable: bool
 
 
+class MapRange(_Model):
+    """A range of the guest's physical addresses in bytes, `last` inclusive, as its processor sees it.
+
+    `region` is QEMU's name for what lies there, `block` the RAM block behind it and `backing` the kind of host memory
+    that this is; a device has neither ("" and "none").
+    """
+
+    first: int
+    last: int
+    kind: Literal["ram", "rom", "device"]
+    region: str
+    block: str
+    backing: Literal["secretmem", "ordinary", "none"]
+    guest_writable: bool
+
+
 class Exposure(_Model):
     """A way out of the guest that secret RAM does not close, and who holds the key to it."""
 
@@ -134,7 +150,8 @@ class HostSetting(_Model):
 class IsolationReport(_Model):
     """Everything that was measured of one guest, and the verdict that follows.
 
-    `validated_after` tells what the probes waited for, "" where they did not run; `timings` are seconds.
+    `validated_after` tells what the probes waited for, "" where they did not run; `memory_map` is in the order of the
+    addresses; `timings` are seconds.
     """
 
     guest: str
@@ -143,6 +160,7 @@ class IsolationReport(_Model):
     reasons: tuple[str, ...]
     memory: Memory
     ram_blocks: tuple[RamBlock, ...]
+    memory_map: tuple[MapRange, ...] = ()
     probes: tuple[ProbeResult, ...]
     exposures: tuple[Exposure, ...]
     drifts: tuple[Drift, ...] = ()

@@ -8,8 +8,8 @@ import os
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 
 from vmmback.errors import HostUnfit, VmmbackError
 from vmmback.isolation.probe import Place, Probe, Reading, Target
@@ -33,9 +33,13 @@ class PageCount:
 
 @dataclass
 class Pages:
-    """Memory as raw pagemap entries (see procfs.pagemap), a page each, and what the attempt on it counted."""
+    """Memory as raw pagemap entries (see procfs.pagemap), a page each, and what the attempt on it counted.
+
+    `auxiliary` are those of QEMU's other secret RAM blocks; they are tried as well, but not counted.
+    """
 
     entries: array[int]
+    auxiliary: array[int] = field(default_factory=lambda: array("Q"))
     count: PageCount = PageCount(0, 0, 0)
 
 
@@ -85,7 +89,7 @@ class DirectMapProbe(FrameProbe[Pages]):
 
     def target(self, target: Target) -> Pages:
         """Return all pages of the RAM: where QEMU has touched them yet, else where they were prefaulted."""
-        self._target = Pages(guest_frames(target, self._prefaulted))
+        self._target = Pages(guest_frames(target, self._prefaulted), _auxiliary_entries(target))
         return self._target
 
     def control(self, target: Target) -> Pages:  # noqa: ARG002 - any ordinary memory will do
@@ -106,10 +110,13 @@ class DirectMapProbe(FrameProbe[Pages]):
         if not count.present:
             return Reading(Verdict.INCONCLUSIVE, f"none of {len(place.entries)} pages is present")
         detail = f"{count.readable} of {count.present} present pages readable"
-        if count.readable:
+        others = self._direct_map.check(place.auxiliary)
+        if others.present:
+            detail += f", and {others.readable} of {others.present} of QEMU's other secret RAM blocks"
+        if count.readable or others.readable:
             return Reading(Verdict.READABLE, detail)
-        if count.checked != count.present:
-            return Reading(Verdict.INCONCLUSIVE, f"{detail}, but only {count.checked} could be tried")
+        if (count.checked, others.checked) != (count.present, others.present):
+            return Reading(Verdict.INCONCLUSIVE, f"{detail}, but only {count.checked + others.checked} could be tried")
         return Reading(Verdict.BLOCKED, f"{detail} (EFAULT)", "EFAULT")
 
 
@@ -123,6 +130,15 @@ def guest_frames(target: Target, prefaulted: array[int]) -> array[int]:
         return entries
     pairs = zip(entries, prefaulted, strict=True)
     return array("Q", [mapped if mapped & _PRESENT else earlier for mapped, earlier in pairs])
+
+
+def _auxiliary_entries(target: Target) -> array[int]:
+    """Return the raw pagemap entries of QEMU's other secret RAM blocks, as far as it maps them still."""
+    entries = array("Q")
+    for inode in target.auxiliary:
+        with suppress(FileNotFoundError):
+            entries.extend(pagemap_entries(target.pid, inode))
+    return entries
 
 
 def pagemap_entries(pid: int, inode: int) -> array[int]:

@@ -23,12 +23,14 @@ class Target:
     """A guest's RAM as the host sees it: QEMU's pid, the inode of the RAM's descriptor, its size in bytes.
 
     `supervisor` is the pid of the process that holds the descriptor besides QEMU, 0 if none does.
+    `auxiliary` are the inodes of the secret descriptors that QEMU got for its other RAM blocks.
     """
 
     pid: int
     inode: int
     size: int
     supervisor: int = 0
+    auxiliary: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

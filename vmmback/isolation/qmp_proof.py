@@ -2,7 +2,8 @@
 
 query-memdev and qom-get repeat what QEMU was asked for and prove nothing. So the proof takes the flat views of the
 guest's address spaces, asks the host virtual address of the first and the last byte of each range, and looks both up in
-/proc/PID/maps: all of a RAM block must lie in mappings of the one secretmem inode that is ours.
+/proc/PID/maps: all of the guest's RAM must lie in mappings of the one secretmem inode that is ours, and a RAM block
+beside it is secret only if it lies in the secretmem inodes that QEMU got for such blocks (docs/RAM-BLOCKS.md).
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from vmmback.errors import QemuFailed
 from vmmback.isolation.probe import Target
 from vmmback.linux import procfs
-from vmmback.report import Observation, RamBlock, Verdict
+from vmmback.report import MapRange, Observation, RamBlock, Verdict
 
 # Blocks that no view shows, and that the guest cannot come to write to: files that fw_cfg lends read-only
 # (hw/core/loader.c, rom_set_mr) and the PC's firmware, which RAM may hide (hw/i386/pc.c). Any other block may be mapped
@@ -34,8 +36,11 @@ _RANGE = re.compile(
 )
 _ADDRESS = re.compile(r"\s+[0-9a-f]+-[0-9a-f]+ ")
 _ADDRESS_SPACE = re.compile(r'\s+AS "(?P<name>[^"]*)".*')
-# migration/ram-block or system/physmem.c, ram_block_format: name, page size, offset, used and total length.
-_BLOCK = re.compile(r"\s*(?P<name>\S+)\s+\d+ \S+\s+0x[0-9a-f]+ 0x[0-9a-f]+ 0x(?P<total>[0-9a-f]+).*")
+# system/physmem.c, ram_block_format: name, page size, offset, used and total length; since QEMU 8.0 the host virtual
+# address, too.
+_BLOCK = re.compile(
+    r"\s*(?P<name>\S+)\s+\d+ \S+\s+0x[0-9a-f]+ 0x[0-9a-f]+ 0x(?P<total>[0-9a-f]+)(?: 0x(?P<hva>[0-9a-f]+))?.*"
+)
 # monitor/hmp-cmds.c, hmp_gpa2hva.
 _HVA = re.compile(r"Host virtual address for 0x[0-9a-f]+ \((?P<name>.*)\) is 0x(?P<hva>[0-9a-f]+)\s*")
 
@@ -60,10 +65,15 @@ class Range:
         """Tell whether there is host memory behind it."""
         return self.guest_writable or self.type.removeprefix("nv-") in {"rom", "romd"}
 
+    @property
+    def kind(self) -> Literal["ram", "rom", "device"]:
+        """What it is to the guest."""
+        return "ram" if self.guest_writable else "rom" if self.is_memory else "device"
+
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a RAM block lies: QEMU's virtual addresses [start, end) in bytes, `start` None when no view maps it."""
+    """Where a RAM block lies: QEMU's virtual addresses [start, end) in bytes, `start` None when QEMU does not tell."""
 
     name: str
     size: int
@@ -78,51 +88,56 @@ class Placement:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found: all RAM blocks; bytes of them in our secret RAM; name and bytes of those in our descriptor."""
+    """What was found: all RAM blocks, and what the guest's processor sees at which address.
+
+    `secret` is how many bytes of blocks lie in the secret RAM of the guest. `ours` are name and bytes of the blocks in
+    its descriptor, `auxiliary` those of the blocks in the other secret descriptors that QEMU got.
+    """
 
     observation: Observation
     ram_blocks: tuple[RamBlock, ...]
+    memory_map: tuple[MapRange, ...]
     secret: int
     ours: dict[str, int]
+    auxiliary: dict[str, int]
 
 
 async def observe(target: Target, hmp: Hmp) -> Proof:
     """Take the proof of a paused or running guest. Raises QemuFailed when QEMU does not answer."""
     started = time.perf_counter()
     views = parse_flat_views(await hmp("info mtree -f"))
-    sizes = parse_ram_blocks(await hmp("info ramblock"))
-    placements = await _place(views, sizes, hmp)
+    listed = await hmp("info ramblock")
+    placements = await _place(views, parse_ram_blocks(listed), parse_addresses(listed), hmp)
     try:
         mappings = procfs.maps(target.pid)
     except OSError as error:
         raise QemuFailed("QEMU ended during the QMP proof") from error
     if not mappings:  # what a process that has dropped its memory, but was not reaped yet, shows
         raise QemuFailed("QEMU ended during the QMP proof")
-    secret = procfs.secret_mappings(mappings, target.inode)
-    ours = procfs.memory_mappings(mappings, target.inode)
+    ram = procfs.secret_mappings(mappings, target.inode)
+    auxiliary = [m for m in mappings if m.path == procfs.SECRETMEM and m.inode in target.auxiliary]
+    secret = [m for m in mappings if m in ram or m in auxiliary]
 
     blocks = tuple(
         RamBlock(
             name=placement.name,
             size=placement.size,
-            backing="secretmem" if _lies_in(placement, secret) else "ordinary",
+            backing=_backing(placement, secret),
             guest_writable=placement.guest_writable,
         )
         for placement in placements
     )
-    secret_bytes = sum(block.size for block in blocks if block.backing == "secretmem")
-    our_blocks = {placement.name: placement.size for placement in placements if _lies_in(placement, ours)}
+    secret_bytes = sum(_bytes_in(ram, placements).values())
     verdict, detail = _judge(target, blocks, secret_bytes)
-    # The control: of the memory that is not the guest's RAM (its firmware), the same look-up must say so.
-    firmware = [p for p in placements if p.start is not None and not p.guest_writable]
-    found_ordinary = [p for p in firmware if not _lies_in(p, secret) and _lies_in(p, mappings)]
-    control = Verdict.READABLE if found_ordinary else Verdict.INCONCLUSIVE
-    if control is Verdict.READABLE:
-        detail += f"; {found_ordinary[0].name} was told apart as ordinary"
-    else:
-        detail += "; the control failed: no firmware block was found in ordinary memory"
-    seconds = time.perf_counter() - started
-    return Proof(Observation(NAME, verdict, control, detail, seconds), blocks, secret_bytes, our_blocks)
+    control, told_apart = _control(placements, mappings, ram, secret)
+    return Proof(
+        observation=Observation(NAME, verdict, control, f"{detail}; {told_apart}", time.perf_counter() - started),
+        ram_blocks=blocks,
+        memory_map=_memory_map(views[0], placements, secret),
+        secret=secret_bytes,
+        ours=_bytes_in(procfs.memory_mappings(mappings, target.inode), placements),
+        auxiliary=_bytes_in(auxiliary, placements),
+    )
 
 
 def parse_flat_views(text: str) -> list[list[Range]]:
@@ -159,8 +174,19 @@ def parse_ram_blocks(text: str) -> dict[str, int]:
     return {match["name"]: int(match["total"], 16) for line in text.splitlines() if (match := _BLOCK.fullmatch(line))}
 
 
-async def _place(views: Sequence[Sequence[Range]], sizes: dict[str, int], hmp: Hmp) -> list[Placement]:
-    """Find where each RAM block lies, by the ranges of it that the guest can reach in any of its address spaces."""
+def parse_addresses(text: str) -> dict[str, int]:
+    """Return QEMU's virtual address of each RAM block of `info ramblock`; none where QEMU is too old to tell them."""
+    matches = [match for line in text.splitlines() if (match := _BLOCK.fullmatch(line))]
+    return {match["name"]: int(match["hva"], 16) for match in matches if match["hva"]}
+
+
+async def _place(
+    views: Sequence[Sequence[Range]], sizes: dict[str, int], addresses: dict[str, int], hmp: Hmp
+) -> list[Placement]:
+    """Find where each RAM block lies, by the ranges of it that the guest can reach in any of its address spaces.
+
+    `addresses` are of the list of blocks: for those that are in no view, and never at odds with one that is.
+    """
     blocks = dict(sizes)
     writable: set[str] = set()
     shown: set[str] = set()
@@ -178,6 +204,9 @@ async def _place(views: Sequence[Sequence[Range]], sizes: dict[str, int], hmp: H
     for memory, start in zip(ranges, await asyncio.gather(*(_start(memory, hmp) for memory in ranges)), strict=True):
         name = _block_of(memory.region, sizes)
         if start is None or starts.setdefault(name, start) != start:
+            contradictory.add(name)
+    for name, start in addresses.items():
+        if starts.setdefault(name, start) != start:
             contradictory.add(name)
     return [
         Placement(
@@ -215,6 +244,61 @@ def _lies_in(placement: Placement, mappings: Sequence[procfs.Mapping]) -> bool:
         if mapping.start <= position < mapping.end:
             position = mapping.end
     return position >= placement.end
+
+
+def _bytes_in(mappings: Sequence[procfs.Mapping], placements: Sequence[Placement]) -> dict[str, int]:
+    """Return name and size in bytes of the blocks that lie in the mappings."""
+    return {placement.name: placement.size for placement in placements if _lies_in(placement, mappings)}
+
+
+def _backing(placement: Placement, secret: Sequence[procfs.Mapping]) -> Literal["secretmem", "ordinary"]:
+    return "secretmem" if _lies_in(placement, secret) else "ordinary"
+
+
+def _control(
+    placements: Sequence[Placement],
+    mappings: Sequence[procfs.Mapping],
+    ram: Sequence[procfs.Mapping],
+    secret: Sequence[procfs.Mapping],
+) -> tuple[Verdict, str]:
+    """Tell whether the same look-up finds what is not the guest's RAM, its firmware, elsewhere, and ordinary memory so.
+
+    Ordinary memory is the firmware itself, or QEMU's heap where the firmware is secret as well.
+    """
+    firmware = [p for p in placements if p.start is not None and not p.guest_writable]
+    elsewhere = [p for p in firmware if not _lies_in(p, ram) and _lies_in(p, mappings)]
+    heap = [Placement("QEMU's heap", m.size, m.start, guest_writable=False) for m in mappings if m.path == "[heap]"]
+    ordinary = [p.name for p in (*elsewhere, *heap) if _backing(p, secret) == "ordinary"]
+    if elsewhere and ordinary:
+        return Verdict.READABLE, f"{ordinary[0]} was told apart as ordinary"
+    return Verdict.INCONCLUSIVE, "the control failed: no firmware block was found outside of RAM, or no ordinary memory"
+
+
+def _memory_map(
+    view: Sequence[Range], placements: Sequence[Placement], secret: Sequence[procfs.Mapping]
+) -> tuple[MapRange, ...]:
+    """Describe a flat view, whose ranges are in the order of their addresses."""
+    blocks = {placement.name: placement for placement in placements}
+    described: list[MapRange] = []
+    for memory in view:
+        block = _block_of(memory.region, blocks) if memory.is_memory else ""
+        backing: Literal["secretmem", "ordinary", "none"] = "none"
+        if block:
+            whole = blocks[block]
+            start = None if whole.start is None else whole.start + memory.offset
+            backing = _backing(replace(whole, start=start, size=memory.last - memory.first + 1), secret)
+        described.append(
+            MapRange(
+                first=memory.first,
+                last=memory.last,
+                kind=memory.kind,
+                region=memory.region,
+                block=block,
+                backing=backing,
+                guest_writable=memory.guest_writable,
+            )
+        )
+    return tuple(described)
 
 
 def _judge(target: Target, blocks: Sequence[RamBlock], secret: int) -> tuple[Verdict, str]:
