@@ -96,8 +96,8 @@ class Family:
         for pid in set(children_of(os.getpid())) - self._before:
             if described := description(pid):
                 found[pid] = described
-            else:
-                _reap(pid)
+            elif not _reaped(pid):  # its main thread is a zombie, and others of it have not ended yet
+                found[pid] = "ends"
             found |= descendants(pid)
         return found
 
@@ -107,9 +107,12 @@ def _become_subreaper(wanted: bool) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def _reap(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+def _reaped(pid: int) -> bool:
+    """Take a child's status; False if it has none to give yet."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) != (0, 0)
+    except ChildProcessError:  # whoever started it was quicker
+        return True
 
 
 # --- Descriptors ------------------------------------------------------------------------------------------------------
