@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Literal
 
@@ -142,6 +143,37 @@ def test_qemu_is_asked_without_the_users_environment(tmp_path: Path, monkeypatch
     monkeypatch.setenv("OF_THE_USER", "1")
     qemu = fake_qemu(tmp_path, '[ -z "$OF_THE_USER" ] && echo " aux-ram-share=<bool>"')
     assert host.can_share_aux_ram(qemu, "q35", 0)
+
+
+@pytest.mark.parametrize("words", [b"..-machine..append..", b"..-machine..aux-ram-share.."])
+def test_a_program_without_the_word_in_it_is_not_even_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: bytes
+) -> None:
+    asked: list[object] = []
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        asked.append(argv[-1])
+        return subprocess.CompletedProcess(argv, 0, b"  aux-ram-share=<bool>\n", b"")
+
+    monkeypatch.setattr(memlock, "allows", lambda _: True)
+    monkeypatch.setattr(subprocess, "run", run)
+    program = tmp_path / "qemu"
+    program.write_bytes(b"\x7fELF" + bytes(5000) + words + bytes(5000))
+    knows = b"aux-ram-share" in words
+    assert host.can_share_aux_ram(program, "q35", 0) is knows
+    assert asked == (["q35,help"] if knows else [])
+
+
+@pytest.mark.parametrize("contents", [b"", b"\x7fE"])
+def test_a_program_that_cannot_be_started_is_for_the_launch_to_complain_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: bytes
+) -> None:
+    monkeypatch.setattr(memlock, "allows", lambda _: True)
+    program = tmp_path / "qemu"
+    program.write_bytes(contents)
+    assert not host.can_share_aux_ram(program, "q35", 0)
+    program.unlink()
+    assert not host.can_share_aux_ram(program, "q35", 0)
 
 
 def test_where_other_ram_blocks_may_not_be_locked_qemu_is_not_asked(
