@@ -46,10 +46,10 @@ pytestmark = pytest.mark.usefixtures("needs_secretmem", "needs_seccomp")
 T = TypeVar("T")
 
 # Each argument is a step: `open PATH`, `fork PATH` (a child opens), `thread PATH`, `memfd NAME` (and what QEMU does to
-# one), `fork-memfd NAME`, `huge-memfd NAME`, `long-memfd NAME`, `say WORDS`, `exit STATUS`, `kill`, or `stay`, which
-# waits for ever.
+# one), `fork-memfd NAME`, `huge-memfd NAME`, `long-memfd NAME`, `full` (no descriptor more), `say WORDS`,
+# `exit STATUS`, `kill`, or `stay`, which waits for ever.
 STAND_IN = """
-import ctypes, fcntl, json, mmap, os, signal, sys, threading
+import ctypes, fcntl, json, mmap, os, resource, signal, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
 signal.signal(signal.SIGUSR1, lambda *_: None)
 signal.siginterrupt(signal.SIGUSR1, False)  # SA_RESTART
@@ -86,6 +86,8 @@ for step in sys.argv[1:]:
         make_memfd("program", argument, flags=os.MFD_CLOEXEC | os.MFD_HUGETLB)
     elif verb == "long-memfd":
         make_memfd("program", argument, size=(4 << 30) + 1)
+    elif verb == "full":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
     elif verb == "fork-memfd":
         if (child := os.fork()) == 0:
             make_memfd("child", argument)
@@ -416,6 +418,12 @@ def test_a_probe_a_kind_that_secret_memory_cannot_be_and_a_childs_memfd_are_the_
 def test_a_memfd_that_must_be_longer_than_its_secret_stand_in_is_refused(place: Place, secret_ram: ram.Ram) -> None:
     (refused,) = place.results(secret_ram, "long-memfd pc.bios", secret_memfds=True)
     assert refused["errno"] == errno.EFBIG
+
+
+def test_a_program_that_can_have_no_descriptor_more_is_told_so(place: Place, secret_ram: ram.Ram) -> None:
+    (refused,) = place.results(secret_ram, "full", "memfd pc.bios", secret_memfds=True)
+    assert refused["errno"] == errno.EMFILE
+    assert place.auxiliary == frozenset()
 
 
 def test_without_secret_memory_a_memfd_fails_and_is_not_ordinary(

@@ -15,8 +15,8 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from vmmback.errors import HandoffFailed, HostUnfit, QemuFailed
@@ -188,17 +188,12 @@ class Qemu:
             seccomp.answer_continue(self._listener, notification)
             return
         try:
-            descriptor = memfd_secret()
+            with _long_secret_memory() as descriptor:
+                inode = os.fstat(descriptor).st_ino
+                if seccomp.answer_descriptor(self._listener, notification, descriptor):
+                    self._auxiliary.add(inode)
         except OSError as error:  # no ordinary memory in its place: QEMU says what it wanted, and ends
             seccomp.answer_error(self._listener, notification, error.errno or errno.ENOMEM)
-            return
-        try:
-            os.ftruncate(descriptor, _AUXILIARY_BYTES)
-            inode = os.fstat(descriptor).st_ino
-            if seccomp.answer_descriptor(self._listener, notification, descriptor):
-                self._auxiliary.add(inode)
-        finally:
-            os.close(descriptor)
 
     def _answer_change(self, notification: seccomp.Notification) -> None:
         """Let ftruncate(2) and fcntl(2) with F_ADD_SEALS of a secret descriptor seem to succeed: it cannot do either.
@@ -256,6 +251,17 @@ class Qemu:
             if self._pidfd >= 0:
                 os.close(self._pidfd)
             self._listener = self._pidfd = -1
+
+
+@contextmanager
+def _long_secret_memory() -> Iterator[int]:
+    """Make secret memory for one RAM block of any size; yield its descriptor, which is closed then. Raises OSError."""
+    descriptor = memfd_secret()
+    try:
+        os.ftruncate(descriptor, _AUXILIARY_BYTES)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @asynccontextmanager
