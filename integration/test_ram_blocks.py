@@ -81,6 +81,7 @@ def test_without_sharing_they_are_named_as_ordinary(tmp_path: Path) -> None:
         live.start()
         report = live.run(live.guest.examine())
         evidence = live.guest.evidence
+        assert evidence is not None
     assert live.guest.qemu.auxiliary_inodes == frozenset()
     assert "aux-ram-share" not in " ".join(live.guest.qemu.argv)
     blocks = blocks_of(evidence.proof)
@@ -141,6 +142,7 @@ def test_all_blocks_are_secret(shared_guest: LiveGuest) -> None:
 def test_the_kernel_cannot_read_them(shared_guest: LiveGuest) -> None:
     report = shared_guest.run(shared_guest.guest.examine())
     evidence = shared_guest.guest.evidence
+    assert evidence is not None
     (direct_map,) = [seen for seen in evidence.observations if seen.probe == "direct-map"]
     assert (direct_map.target, direct_map.control) == (Verdict.BLOCKED, Verdict.READABLE)
     assert ", and 0 of " in direct_map.detail
