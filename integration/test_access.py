@@ -98,7 +98,7 @@ def test_a_dump_of_the_ram_switched_on_is_seen(guest_running: LiveGuest) -> None
     probe = access.VmaFlagsProbe()
     assert probe.observe(guest_running.guest.target).target is Verdict.BLOCKED
     change = {"path": "/objects/ram0", "property": "dump", "value": True}
-    guest_running.run(guest_running.guest.monitor._execute("qom-set", change))
+    guest_running.run(guest_running.guest.monitor.execute("qom-set", change))
     seen = probe.observe(guest_running.guest.target)
     assert (seen.target, seen.detail) == (Verdict.READABLE, "flags missing: dd")
 

@@ -17,7 +17,7 @@ import pytest
 
 from integration.conftest import LiveGuest, eventually
 from vmmback import monitor
-from vmmback.errors import QemuFailed
+from vmmback.errors import CommandRefused, QemuFailed
 from vmmback.host import find_qemu
 from vmmback.linux import procfs
 from vmmback.monitor import Monitor
@@ -52,8 +52,50 @@ def test_a_line_of_the_human_monitor(guest_paused: LiveGuest) -> None:
 
 def test_a_command_that_qemu_refuses(guest_paused: LiveGuest) -> None:
     with pytest.raises(QemuFailed, match=r"^QEMU refused no-such-command: .+"):
-        guest_paused.run(guest_paused.guest.monitor._execute("no-such-command"))
+        guest_paused.run(guest_paused.guest.monitor.execute("no-such-command"))
     assert state(guest_paused) == "VM status: paused (prelaunch)"  # and goes on
+
+
+def test_a_refusal_keeps_qemus_class_and_words(guest_paused: LiveGuest) -> None:
+    for command, error_class, desc in (
+        ("no-such-command", "CommandNotFound", "The command no-such-command has not been found"),
+        ("query-balloon", "DeviceNotActive", "No balloon device has been activated"),
+    ):
+        with pytest.raises(CommandRefused, match=desc) as caught:
+            guest_paused.run(guest_paused.guest.monitor.execute(command))
+        assert (caught.value.error_class, caught.value.desc) == (error_class, desc)
+
+
+def test_events_are_heard_in_their_order_up_to_qemus_end(guest_paused: LiveGuest) -> None:
+    heard: list[str] = []
+
+    async def lifetime() -> None:
+        qemu_monitor = guest_paused.guest.monitor
+        await qemu_monitor.cont()
+        with qemu_monitor.listen(lambda event: heard.append(str(event["event"]))):
+            await qemu_monitor.execute("stop")
+            assert heard == ["STOP"]  # before the answer
+            await qemu_monitor.cont()
+            await qemu_monitor.quit()
+            async with asyncio.timeout(10):
+                await qemu_monitor.gone()
+        assert heard == ["STOP", "RESUME", "SHUTDOWN"]
+        # Nothing is kept: a guest that runs for a year has many events.
+        assert qemu_monitor._client.events.history == ()
+
+    guest_paused.run(lifetime())
+
+
+def test_what_is_asked_first_is_done_first(guest_running: LiveGuest) -> None:
+    """A stop of the supervisor comes after the cont of a client that was sent before it."""
+
+    async def race() -> Any:
+        qemu_monitor = guest_running.guest.monitor
+        commands = ["cont", "stop"] * 20
+        await asyncio.gather(*(qemu_monitor.execute(command) for command in commands))
+        return await qemu_monitor.execute("query-status")
+
+    assert guest_running.run(race())["status"] == "paused"
 
 
 def test_powerdown_is_delivered_and_does_not_end_a_guest_that_ignores_it(guest_running: LiveGuest) -> None:

@@ -10,6 +10,7 @@ Each carries a message (what was wrong, and where), a hint (what to do) and the 
     +-- HostUnfit             3   the host cannot do it: kernel, limit or program missing
     +-- AdmissionRefused      4   the host has not enough memory
     +-- QemuFailed            6   QEMU did not start, died, or did not answer in time
+    |   +-- CommandRefused    6   QEMU answered a QMP command with an error
     |   +-- HandoffFailed     6   QEMU never took the descriptor, or the RAM is not where it must be
     +-- Interrupted     128+signal  the user stopped a launch before its guest ran
 
@@ -68,6 +69,13 @@ class QemuFailed(VmmbackError):
     """QEMU did not start, died, or missed a deadline; the message carries its own last words."""
 
     exit_code = 6
+
+
+class CommandRefused(QemuFailed):
+    """QEMU answered a QMP command with an error, whose class and description these are."""
+
+    error_class = ""
+    desc = ""
 
 
 class HandoffFailed(QemuFailed):
