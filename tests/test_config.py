@@ -53,6 +53,9 @@ after-validation = "powerdown"
 
 [console]
 log = "logs/console.log"
+
+[qmp]
+allow = ["device_del", "job-*"]
 """
 
 
@@ -103,6 +106,7 @@ def test_minimal_file_has_the_defaults(folder: Path) -> None:
     assert (guest.isolation.ready, guest.isolation.ready_timeout_s) == (None, 120.0)
     assert guest.isolation.after_validation == "run"
     assert guest.console.log is None
+    assert guest.qmp.allow == ()
 
 
 def test_full_file(folder: Path) -> None:
@@ -120,6 +124,7 @@ def test_full_file(folder: Path) -> None:
     assert (guest.isolation.ready, guest.isolation.ready_timeout_s) == ("login:", 120.0)
     assert guest.isolation.after_validation == "powerdown"
     assert guest.console.log == folder / "logs/console.log"
+    assert guest.qmp.allow == ("device_del", "job-*")
 
 
 def test_firmware_alone(folder: Path) -> None:
@@ -202,7 +207,7 @@ def test_bad_durations(text: str) -> None:
 
 BOOT = '[boot]\nkernel = "vmlinuz"\n'
 MEMORY = '[memory]\nsize = "256MiB"\n'
-TABLES = "[memory], [cpu], [machine], [boot], [isolation], [console]"
+TABLES = "[memory], [cpu], [machine], [boot], [isolation], [console], [qmp]"
 FILE_ADVICE = "write the path of a file that you may read, absolute or from the guest file's folder"
 NAME_ADVICE = (
     'write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."'  # shared by the rows
@@ -439,6 +444,32 @@ WRONG: list[tuple[str, str]] = [
         f'{MINIMAL}[console]\nlog = "logs/a\\u0000"\n',
         'guest.toml:9: console.log: "logs/a\\u0000" is not a path; write the path of a file',
     ),
+    # qmp
+    (
+        f'{MINIMAL}[qmp]\nallow = "stop"\n',
+        'guest.toml:9: qmp.allow: "stop" is a string; write a list of commands in quotes, like ["device_del", "job-*"]',
+    ),
+    (
+        f"{MINIMAL}[qmp]\nallow = [1]\n",
+        "guest.toml:9: qmp.allow: 1 is an integer; write its entries as commands in quotes",
+    ),
+    (
+        f'{MINIMAL}[qmp]\nallow = ["job-*", "memsave"]\n',
+        'guest.toml:9: qmp.allow: "memsave" is never allowed, as it copies guest memory into a file; remove it',
+    ),
+    (
+        f'{MINIMAL}[qmp]\nallow = ["devicedel"]\n',
+        'guest.toml:9: qmp.allow: "devicedel" matches no command that may be allowed; did you mean "device_del"?',
+    ),
+    (
+        f'{MINIMAL}[qmp]\nallow = ["migrate*"]\n',
+        'guest.toml:9: qmp.allow: "migrate*" matches no command that may be allowed; remove it',
+    ),
+    (
+        f'{MINIMAL}[qmp]\nallow = ["*-add"]\n',
+        'guest.toml:9: qmp.allow: "*-add" is no command; '
+        'write a name like "device_del", or the start of names and a star like "job-*"',
+    ),
     # unknown keys and tables
     (
         f'name = "a"\n{MEMORY}prefualt = true\n{BOOT}',
@@ -479,7 +510,6 @@ WRONG: list[tuple[str, str]] = [
     (f"{MINIMAL}[[disk]]\n", f"guest.toml:8: disk: [[disk]] is not built yet; the tables so far are {TABLES}"),
     (f"{MINIMAL}[[nic]]\n", f"guest.toml:8: nic: [[nic]] is not built yet; the tables so far are {TABLES}"),
     (f"{MINIMAL}[[share]]\n", f"guest.toml:8: share: [[share]] is not built yet; the tables so far are {TABLES}"),
-    (f"{MINIMAL}[qmp]\n", f"guest.toml:8: qmp: [qmp] is not built yet; the tables so far are {TABLES}"),
     (f"{MINIMAL}[process]\n", f"guest.toml:8: process: [process] is not built yet; the tables so far are {TABLES}"),
 ]
 
@@ -696,13 +726,14 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
     tables = tables_of(json_schema())
 
     assert {name: set(table["properties"]) for name, table in tables.items()} == {
-        "": {"name", "memory", "cpu", "machine", "boot", "isolation", "console"},
+        "": {"name", "memory", "cpu", "machine", "boot", "isolation", "console", "qmp"},
         "memory": {"size", "prefault", "backing"},
         "cpu": {"count", "model"},
         "machine": {"type", "accel"},
         "boot": {"kernel", "initrd", "cmdline", "firmware"},
         "isolation": {"validate", "every", "on-exposed", "ready", "ready-timeout", "after-validation"},
         "console": {"log"},
+        "qmp": {"allow"},
     }
     assert tables[""]["required"] == ["name", "memory", "boot"]
     assert tables["memory"]["required"] == ["size"]
@@ -734,7 +765,7 @@ def test_the_schema_writes_sizes_and_durations_as_text() -> None:
 
 def test_the_schema_agrees_with_the_full_file() -> None:
     tables = tables_of(json_schema())
-    types = {"string": str, "integer": int, "boolean": bool}
+    types = {"string": str, "integer": int, "boolean": bool, "array": list}
     for name, values in tomllib.loads(FULL).items():
         fields = values if isinstance(values, dict) else {name: values}
         for key, value in fields.items():

@@ -27,6 +27,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import InitErrorDetails, core_schema
 
 from vmmback.errors import ConfigError, UsageError
+from vmmback.qmp_policy import ALLOW_PATTERN, check_entry
 from vmmback.toml_errors import Grammar, ascii_path, explain, open_regular, quote, read, why, wrong_type
 
 GRAIN_BYTES = 8192  # QEMU rounds -m up to it (softmmu/vl.c, later system/vl.c: set_memory_options)
@@ -180,6 +181,21 @@ def check_name(name: str) -> str:
         raise UsageError(str(error)) from error
 
 
+def _allowed_commands(value: object) -> tuple[str, ...]:
+    wanted = 'a list of commands in quotes, like ["device_del", "job-*"]'
+    if isinstance(value, tuple):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (pydantic collects ValueError only)
+    for entry in value:
+        text = _string(entry, "its entries as commands in quotes")
+        try:
+            check_entry(text)
+        except ValueError as error:
+            raise ValueError(f"{quote(text)} {error}") from None
+    return tuple(value)
+
+
 GuestName = Annotated[
     str,
     AfterValidator(_guest_name),
@@ -197,6 +213,13 @@ Seconds = Annotated[
 _PATH_SCHEMA = WithJsonSchema({"type": "string", "minLength": 1})
 InputFile = Annotated[Path | None, BeforeValidator(_input_file), _PATH_SCHEMA]
 OutputFile = Annotated[Path | None, BeforeValidator(_output_file), _PATH_SCHEMA]
+
+
+AllowedCommands = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_allowed_commands),
+    WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": f"^{ALLOW_PATTERN}$"}}),
+]
 
 
 class _Table(BaseModel):
@@ -335,6 +358,18 @@ class Console(_Table):
     )
 
 
+class Qmp(_Table):
+    """What other processes may ask of the guest on its socket qmp.sock."""
+
+    allow: AllowedCommands = Field(
+        default=(),
+        description="QMP commands that pass besides the default ones (status, pause, resume, power, quit): names, or "
+        "the start of names and a star. docs/QMP.md lists them, and those which nothing allows.",
+        examples=[["device_del", "job-*"]],
+        json_schema_extra={"default": []},
+    )
+
+
 class GuestConfig(_Table):
     """One guest file: what the user wants of a guest."""
 
@@ -349,6 +384,7 @@ class GuestConfig(_Table):
         default_factory=Isolation, description="How the guest's isolation is proved, and what follows."
     )
     console: Console = Field(default_factory=Console, description="The guest's serial console.")
+    qmp: Qmp = Field(default_factory=Qmp, description="What other processes may ask of the guest on its socket.")
 
 
 _TABLES: dict[str, type[_Table]] = {
@@ -359,6 +395,7 @@ _TABLES: dict[str, type[_Table]] = {
     "boot": Boot,
     "isolation": Isolation,
     "console": Console,
+    "qmp": Qmp,
 }
 _GRAMMAR = Grammar(
     tables={
@@ -369,7 +406,6 @@ _GRAMMAR = Grammar(
         ("disk",): "[[disk]]",
         ("nic",): "[[nic]]",
         ("share",): "[[share]]",
-        ("qmp",): "[qmp]",
         ("process",): "[process]",
     },
 )
