@@ -37,7 +37,7 @@ class Monitor:
 
     async def stop(self) -> None:
         """Let the guest stand still."""
-        await self._execute("stop")
+        await self.execute("stop")
 
     async def powerdown(self) -> None:
         """Press the guest's power button."""

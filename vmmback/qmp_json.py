@@ -17,7 +17,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MAX_MESSAGE_BYTES = 64 * 1024
+# QEMU takes its input byte by byte (monitor/monitor.c, monitor_can_read), in 4 us each; the supervisor waits meanwhile.
+MAX_MESSAGE_BYTES = 16 * 1024
 MAX_DEPTH = 64  # QEMU's own limit is 1024 (qobject/json-streamer.c); QMP needs about 10
 
 _FLUSH = 0xFF

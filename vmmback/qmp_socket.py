@@ -32,6 +32,8 @@ MAX_UNREAD_BYTES = 1 << 20
 # Of each client; the burst is for tools that ask all they want to know at once.
 MESSAGES_PER_S = 200.0
 MESSAGES_AT_ONCE = 200.0
+# For each second in which QEMU worked for a client, that client waits so long: it has a tenth of QEMU's time, no more.
+REST_FACTOR = 9.0
 # How long a client's last answers may take once the socket is closed.
 _CLOSE_TIMEOUT_S = 1.0
 _PACKET_BYTES = 64 * 1024
@@ -183,9 +185,9 @@ class QmpSocket:
             return client.negotiate(command, arguments)
         if command == NEGOTIATION:
             return _error("CommandNotFound", "Capabilities negotiation is already complete, command ignored")
-        return await self._execute(command, arguments)
+        return await self._execute(client, command, arguments)
 
-    async def _execute(self, command: str, arguments: dict[str, object]) -> Answer:
+    async def _execute(self, client: _Client, command: str, arguments: dict[str, object]) -> Answer:
         if denial := self._policy.check(command, arguments):  # before its turn: a denial needs none
             return self._denied(command, denial)
         await self._turn.acquire()
@@ -203,6 +205,7 @@ class QmpSocket:
         finally:
             # The answer goes out now, the next turn comes later: the guest's devices need QEMU's main loop too.
             took = time.monotonic() - started
+            client.rest(took)
             asyncio.get_running_loop().call_later(min(took, _REST_LIMIT_S), self._turn.release)
 
     def _denied(self, command: str, denial: Denial) -> Answer:
@@ -237,6 +240,10 @@ class _Client:
         now = time.monotonic()
         self._free_at = max(self._free_at, now - MESSAGES_AT_ONCE / MESSAGES_PER_S) + 1 / MESSAGES_PER_S
         await asyncio.sleep(self._free_at - now)
+
+    def rest(self, took_s: float) -> None:
+        """Put the next moment off, as QEMU worked so long for this client."""
+        self._free_at += REST_FACTOR * took_s
 
     def write(self, line: bytes) -> None:
         """Send a line, or cut off a client that has not read what was sent before."""
