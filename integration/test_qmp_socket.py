@@ -224,6 +224,9 @@ def test_what_passes_never_breaks_the_connection_to_qemu(tmp_path: Path, guest_p
         async with client_of(path) as client:
             for arguments in odd:  # announce-self may have any arguments here, so they get as far as QEMU
                 assert (await client.ask("announce-self", arguments))["error"]["class"] == "GenericError"
+            for text in ("\ud800", "\uffff", "\ufdd0"):  # which QEMU takes for no JSON
+                client.writer.write(json.dumps({"execute": "announce-self", "arguments": {"a": text}}).encode())
+                assert (await client.receive())["error"]["desc"].startswith("JSON parse error")
             assert (await client.ask("query-status"))["return"]["running"] is False
 
     play(guest_paused, tmp_path, scene, Policy(["announce-self"]))
@@ -306,7 +309,8 @@ def test_qmp_shell_works_on_it(tmp_path: Path, guest_running: LiveGuest) -> None
     play(guest_running, tmp_path, scene)
 
 
-# Clients that flood, in a process of their own: they write what they are told, over and over, and read or do not.
+# Clients that flood, in a process of their own: they write what they are told, over and over, and read or do not; and
+# others connect and hang up.
 FLOOD = """
 import json, selectors, socket, sys
 path, *floods = sys.argv[1:]
@@ -321,7 +325,10 @@ for flood in floods:
     selector.register(client, events, piece.encode() * times)
 print("ready", flush=True)
 while True:
-    for key, events in selector.select():
+    with socket.socket(socket.AF_UNIX) as one_more:
+        one_more.setblocking(False)
+        one_more.connect_ex(path)
+    for key, events in selector.select(0.001):
         try:
             if events & selectors.EVENT_READ and not key.fileobj.recv(1 << 16):
                 selector.unregister(key.fileobj)

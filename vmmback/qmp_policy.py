@@ -71,7 +71,8 @@ class Policy:
 
     def check(self, command: str, arguments: Mapping[str, object]) -> Denial | None:
         """Return why a command with these arguments must not pass, None if it may."""
-        shown = command[:MAX_NAME_CHARS]
+        # Clients make up names, and a denial is also shown on a terminal.
+        shown = re.sub("[^ -~]", "?", command[:MAX_NAME_CHARS])
         rule = self._rules.get(command)
         if rule is None:
             # The class and the words that QEMU has for a command that is switched off (qapi/qmp-dispatch.c).

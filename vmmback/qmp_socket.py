@@ -66,7 +66,9 @@ async def serve(path: Path, monitor: Monitor, policy: Policy, note: Callable[[st
     greeting = {"QMP": {"version": await monitor.execute("query-version"), "capabilities": []}}
     served = QmpSocket(monitor, policy, note, _line(greeting))
     with _bound(path) as listening, monitor.listen(served.broadcast):
-        server = await asyncio.start_unix_server(served.accept, sock=listening, limit=_PACKET_BYTES)
+        server = await asyncio.start_unix_server(
+            served.accept, sock=listening, limit=_PACKET_BYTES, backlog=MAX_CLIENTS
+        )
         ending = asyncio.create_task(served.end_with_qemu(server))
         try:
             yield served
