@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmmback import qmp_socket
-from vmmback.errors import CommandRefused, QemuFailed
+from vmmback.errors import CommandRefused, HostUnfit, QemuFailed
 from vmmback.qmp_json import MAX_MESSAGE_BYTES
 from vmmback.qmp_policy import Policy
 from vmmback.qmp_socket import QmpSocket, serve
@@ -143,6 +143,31 @@ def test_the_socket_is_the_users_alone(tmp_path: Path) -> None:
         assert stat.S_IMODE(status.st_mode) == 0o600
 
     play(tmp_path, scene)
+
+
+def test_its_path_may_be_longer_than_an_address(tmp_path: Path) -> None:
+    folder = tmp_path / ("a" * 120)
+    folder.mkdir()
+
+    async def scene(scene: Scene) -> None:
+        assert stat.S_IMODE(scene[0].stat().st_mode) == 0o600
+        (tmp_path / "short").symlink_to(folder)
+        async with Client.connected(tmp_path / "short/qmp.sock"):
+            pass
+
+    play(folder, scene)
+
+
+def test_a_socket_that_cannot_be_made(tmp_path: Path) -> None:
+    async def scene(_: Scene) -> None:
+        pytest.fail("it was made")
+
+    with pytest.raises(HostUnfit, match=r"the socket .*/gone/qmp\.sock cannot be made: No such file or directory"):
+        play(tmp_path / "gone", scene)
+    (tmp_path / "qmp.sock").touch()
+    with pytest.raises(HostUnfit, match="cannot be made: Address already in use"):
+        play(tmp_path, scene)
+    assert (tmp_path / "qmp.sock").exists()  # it is not ours
 
 
 def test_negotiation(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from pathlib import Path
 from typing import Protocol
 
-from vmmback.errors import CommandRefused, QemuFailed
+from vmmback.errors import CommandRefused, HostUnfit, QemuFailed
 from vmmback.qmp_commands import NEGOTIATION
 from vmmback.qmp_json import Malformed, Stream
 from vmmback.qmp_policy import MAX_NAME_CHARS, Denial, Policy, is_known
@@ -61,7 +62,7 @@ async def serve(path: Path, monitor: Monitor, policy: Policy, note: Callable[[st
     """Serve QMP at `path` (mode 0600, in a folder that is the user's alone) until QEMU's end, or that of the block.
 
     `note` is called with what the user should know of it. A client may send `cont` from the first moment: begin this
-    once the guest may run, or deny `cont` first. Raises QemuFailed.
+    once the guest may run, or deny `cont` first. Raises QemuFailed, HostUnfit.
     """
     greeting = {"QMP": {"version": await monitor.execute("query-version"), "capabilities": []}}
     served = QmpSocket(monitor, policy, note, _line(greeting))
@@ -82,7 +83,16 @@ async def serve(path: Path, monitor: Monitor, policy: Policy, note: Callable[[st
 @contextmanager
 def _bound(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
-        listening.bind(str(path))
+        try:
+            folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+            try:
+                # By way of the folder's descriptor, as an address holds 108 bytes (unix(7)) and the path may be longer.
+                listening.bind(f"/proc/self/fd/{folder}/{path.name}")
+            finally:
+                os.close(folder)
+        except OSError as error:
+            problem = f"the socket {path} cannot be made: {error.strerror}"
+            raise HostUnfit(problem, "is its folder there, and is there room in it?") from error
         try:
             path.chmod(0o600)  # nobody can have connected: it does not listen yet
             yield listening
