@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from tests.sample_reports import exposed_report, selftest_report, vector
 from vmmback.report import (
     GuestVerdict,
     IsolationReport,
@@ -17,9 +19,14 @@ from vmmback.report import (
     Observation,
     ProbeResult,
     RamBlock,
+    SelftestReport,
+    SelftestVerdict,
+    VectorResult,
     Verdict,
     judge_guest,
     judge_probe,
+    judge_selftest,
+    selftest_reasons,
 )
 
 BLOCKED, READABLE, INCONCLUSIVE = Verdict.BLOCKED, Verdict.READABLE, Verdict.INCONCLUSIVE
@@ -231,3 +238,53 @@ def test_the_report_has_the_fields_that_checks_read_and_takes_no_others() -> Non
     assert IsolationReport.model_validate_json(report.model_dump_json()) == report
     with pytest.raises(ValidationError, match="extra"):
         IsolationReport.model_validate_json(text.replace('"guest":', '"colour": "red", "guest":'))
+
+
+def test_what_came_later_to_the_report_may_be_absent_and_survives_json() -> None:
+    full = exposed_report()
+    assert IsolationReport.model_validate_json(full.model_dump_json()) == full
+    later = full.model_dump(exclude={"memory_map": True, "hunt": True, "drifts": True, "host": {"settings"}})
+    report = IsolationReport.model_validate(later)
+    assert (report.memory_map, report.hunt, report.drifts, report.host.settings) == ((), None, (), ())
+    selftest = selftest_report()
+    assert SelftestReport.model_validate_json(selftest.model_dump_json()) == selftest
+
+
+@pytest.mark.parametrize("model", [IsolationReport, SelftestReport])
+def test_the_docs_name_every_field(model: type[BaseModel]) -> None:
+    told = Path(__file__).parents[1].joinpath("docs/REPORT.md").read_text()
+    schema = model.model_json_schema()
+    parts = [schema, *(part for part in schema["$defs"].values() if "properties" in part)]
+    assert [name for part in parts for name in part["properties"] if f"`{name}`" not in told] == []
+
+
+LACKING = vector("lacking", INCONCLUSIVE, control=INCONCLUSIVE, missing="/dev/mem")
+DOUBTED = vector("doubted", INCONCLUSIVE, control=BLOCKED)
+OPEN = vector("open", READABLE, kind="exposure")
+UNMEASURED = vector("unmeasured", INCONCLUSIVE, kind="exposure", control=INCONCLUSIVE)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "verdict"),
+    [
+        ((vector("a"),), SelftestVerdict.PASSED),
+        ((vector("a"), LACKING, OPEN, UNMEASURED), SelftestVerdict.PASSED),
+        ((vector("a"), vector("b", READABLE)), SelftestVerdict.FAILED),
+        ((vector("a"), vector("b", READABLE), DOUBTED), SelftestVerdict.FAILED),
+        ((vector("a"), DOUBTED), SelftestVerdict.INCONCLUSIVE),
+        ((LACKING, OPEN), SelftestVerdict.INCONCLUSIVE),
+        ((vector("closed", kind="exposure"),), SelftestVerdict.INCONCLUSIVE),
+        ((), SelftestVerdict.INCONCLUSIVE),
+    ],
+)
+def test_a_self_test_is_judged_by_its_probes_alone(vectors: tuple[VectorResult, ...], verdict: SelftestVerdict) -> None:
+    assert judge_selftest(vectors) is verdict
+    assert judge_selftest(vectors[::-1]) is verdict
+    assert (selftest_reasons(vectors) == ()) == (verdict is SelftestVerdict.PASSED)
+
+
+def test_the_reasons_name_the_probes_that_decided() -> None:
+    decided = (vector("a"), vector("b", READABLE), DOUBTED, LACKING, OPEN)
+    assert selftest_reasons(decided) == ("b: b: readable",)
+    assert selftest_reasons((vector("a"), DOUBTED, LACKING, OPEN)) == ("doubted: doubted: inconclusive",)
+    assert selftest_reasons((LACKING, OPEN)) == ("no probe was blocked",)

@@ -11,6 +11,10 @@ The rules, in the order in which they are applied:
 5. It is `isolated` when every required probe is `blocked`, and every other one is, save those for which the host lacks
    what an attempt needs (`missing` names it); when all of its RAM is secret, and every present page was checked.
 6. Otherwise it is `inconclusive`.
+
+A self-test of the host has `failed` when one of its probes is `readable`. It has `passed` when every probe is
+`blocked`, save those for which the host lacks something (`missing`), and at least one is. Otherwise it is
+`inconclusive`. Exposures count neither for it nor against it.
 """
 
 from __future__ import annotations
@@ -125,14 +129,6 @@ class Drift(_Model):
     detail: str
 
 
-class Host(_Model):
-    """What the guest ran on."""
-
-    kernel: str
-    qemu: str
-    accel: str
-
-
 class HostSetting(_Model):
     """A fact of the host that bears on secrets, as it is now; it is not tried, and no verdict comes of it.
 
@@ -147,25 +143,13 @@ class HostSetting(_Model):
     source: str
 
 
-class IsolationReport(_Model):
-    """Everything that was measured of one guest, and the verdict that follows.
+class Host(_Model):
+    """What the guest ran on."""
 
-    `validated_after` tells what the probes waited for, "" where they did not run; `memory_map` is in the order of the
-    addresses; `timings` are seconds.
-    """
-
-    guest: str
-    verdict: GuestVerdict
-    validated_after: str
-    reasons: tuple[str, ...]
-    memory: Memory
-    ram_blocks: tuple[RamBlock, ...]
-    memory_map: tuple[MapRange, ...] = ()
-    probes: tuple[ProbeResult, ...]
-    exposures: tuple[Exposure, ...]
-    drifts: tuple[Drift, ...] = ()
-    host: Host
-    timings: dict[str, float]
+    kernel: str
+    qemu: str
+    accel: str
+    settings: tuple[HostSetting, ...] = ()
 
 
 class HuntPlace(_Model):
@@ -194,6 +178,67 @@ class Hunt(_Model):
     hits: int
     guest_hits: int
     places: tuple[HuntPlace, ...]
+
+
+class IsolationReport(_Model):
+    """Everything that was measured of one guest, and the verdict that follows.
+
+    `validated_after` tells what the probes waited for, "" where they did not run; `memory_map` is in the order of the
+    addresses; `timings` are seconds.
+    """
+
+    guest: str
+    verdict: GuestVerdict
+    validated_after: str
+    reasons: tuple[str, ...]
+    memory: Memory
+    ram_blocks: tuple[RamBlock, ...]
+    memory_map: tuple[MapRange, ...] = ()
+    probes: tuple[ProbeResult, ...]
+    exposures: tuple[Exposure, ...]
+    drifts: tuple[Drift, ...] = ()
+    hunt: Hunt | None = None
+    host: Host
+    timings: dict[str, float]
+
+
+class SelftestVerdict(StrEnum):
+    """What a self-test says of a host."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+
+
+class VectorResult(_Model):
+    """What a self-test saw of one vector, on throwaway memory; `seconds` is what target and control took together.
+
+    `vector` says what is tried, `source` what makes the kernel refuse it or not; `live_safe` tells whether it would
+    leave a live guest alone; `holders` names who holds the key to an exposure, "" for a probe.
+    """
+
+    name: str
+    kind: Literal["probe", "exposure"]
+    vector: str
+    verdict: Verdict
+    control: Verdict
+    errno: str
+    missing: str
+    detail: str
+    seconds: float
+    live_safe: bool
+    holders: str
+    source: str
+
+
+class SelftestReport(_Model):
+    """Every vector tried on throwaway memory of this host, its settings, and the verdict that follows."""
+
+    verdict: SelftestVerdict
+    vectors: tuple[VectorResult, ...]
+    settings: tuple[HostSetting, ...]
+    host: Host
+    seconds: float
 
 
 def judge_probe(observation: Observation) -> ProbeResult:
@@ -243,3 +288,31 @@ def judge_guest(
     if unproven:
         return GuestVerdict.INCONCLUSIVE, tuple(unproven)
     return GuestVerdict.ISOLATED, ()
+
+
+def judge_selftest(vectors: Sequence[VectorResult]) -> SelftestVerdict:
+    """Return the verdict on a host: of its probes alone."""
+    if _probes_that_are(Verdict.READABLE, vectors):
+        return SelftestVerdict.FAILED
+    if _probes_that_are(Verdict.INCONCLUSIVE, vectors) or not _probes_that_are(Verdict.BLOCKED, vectors):
+        return SelftestVerdict.INCONCLUSIVE
+    return SelftestVerdict.PASSED
+
+
+def selftest_reasons(vectors: Sequence[VectorResult]) -> tuple[str, ...]:
+    """Return what keeps a self-test from having passed; nothing if it has."""
+    against = _probes_that_are(Verdict.READABLE, vectors) or _probes_that_are(Verdict.INCONCLUSIVE, vectors)
+    if not against and not _probes_that_are(Verdict.BLOCKED, vectors):
+        return ("no probe was blocked",)
+    return tuple(f"{probe.name}: {probe.detail}" for probe in against)
+
+
+def _probes_that_are(verdict: Verdict, vectors: Sequence[VectorResult]) -> list[VectorResult]:
+    """Return the probes of one verdict, less those that are inconclusive because the host lacks something."""
+    return [
+        vector
+        for vector in vectors
+        if vector.kind == "probe"
+        and vector.verdict is verdict
+        and not (verdict is Verdict.INCONCLUSIVE and vector.missing)
+    ]
