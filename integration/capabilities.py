@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from integration import browser
 from vmmback.errors import VmmbackError
 from vmmback.host import can_share_aux_ram, find_qemu
 from vmmback.linux import seccomp
@@ -81,6 +82,15 @@ def _guest_kernel() -> None:
             file.read(1)
 
 
+def _chromium() -> None:
+    with tempfile.TemporaryDirectory() as folder, browser.browser(Path(folder, "log")) as page:
+        page.evaluate("1")
+
+
+def _network_namespace() -> None:
+    subprocess.run(["unshare", "--net", "true"], check=True, capture_output=True, timeout=30)
+
+
 def _memory_group() -> None:
     new_memory_group().rmdir()
 
@@ -91,6 +101,8 @@ DIRECT_MAP = Capability("BPF programs, and frame numbers in pagemap", _direct_ma
 QEMU = Capability("QEMU", _qemu)
 AUX_RAM_SHARE = Capability("a QEMU whose other RAM blocks can be secret", _aux_ram_share, required=False)
 GUEST_KERNEL = Capability("the demo guest's kernel and initrd (./dev makes them)", _guest_kernel)
+CHROMIUM = Capability("a headless Chromium (Debian's chromium-headless-shell)", _chromium)
+NETWORK_NAMESPACE = Capability("a network namespace of our own", _network_namespace)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
 
 

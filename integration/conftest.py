@@ -140,7 +140,7 @@ def watchdog() -> Iterator[None]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Keep the logs of a test that failed: QEMU's, the guest's console and the kernel's."""
+    """Keep the logs of a test that failed: QEMU's, the guest's console and the kernel's; screenshots too."""
     report = yield
     if report.failed and isinstance(tmp_path := getattr(item, "funcargs", {}).get("tmp_path"), Path):
         folder = FAILURES / re.sub(r"[^\w.-]+", "_", item.nodeid)
@@ -150,10 +150,10 @@ def pytest_runtest_makereport(
 
 
 def keep_logs(tmp_path: Path, folder: Path) -> list[Path]:
-    """Copy all logs below `tmp_path`, and the kernel's last lines, into `folder`."""
+    """Copy all logs and screenshots below `tmp_path`, and the kernel's last lines, into `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for log in [*tmp_path.rglob("*.log"), *tmp_path.rglob("*.toml")]:
+    for log in [path for name in ("*.log", "*.toml", "*.png") for path in tmp_path.rglob(name)]:
         with contextlib.suppress(OSError):  # its guest ended meanwhile
             (folder / "_".join(log.relative_to(tmp_path).parts)).write_bytes(log.read_bytes())
     kernel = subprocess.run(["dmesg"], capture_output=True, check=False)
@@ -199,6 +199,11 @@ def other_blocks(needs_qemu: None) -> Literal["secretmem", "ordinary"]:
 @pytest.fixture(scope="session")
 def needs_guest_kernel() -> None:
     capabilities.require(capabilities.GUEST_KERNEL)
+
+
+@pytest.fixture(scope="session")
+def needs_chromium() -> None:
+    capabilities.require(capabilities.CHROMIUM)
 
 
 class MemoryGroup:
