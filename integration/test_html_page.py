@@ -26,9 +26,7 @@ from tests.sample_reports import (
     hostile_report,
     selftest_report,
 )
-from vmmback.isolation.audit import audit
 from vmmback.isolation.catalogue import CATALOGUE
-from vmmback.launch import make_report
 from vmmback.render.html import guest_page, selftest_page
 
 pytestmark = pytest.mark.usefixtures("needs_chromium")
@@ -201,9 +199,7 @@ def test_the_page_of_a_real_guest_says_what_was_found(
     request: pytest.FixtureRequest, needs_direct_map: None, page: Page, tmp_path: Path, fixture: str, verdict: str
 ) -> None:
     live: LiveGuest = request.getfixturevalue(fixture)
-    guest = live.guest
-    evidence = live.run(audit(guest.target, guest.monitor.hmp, guest.ram.frames))
-    report = make_report(guest, evidence, None)
+    report = live.run(live.guest.examine())
     docs = {one.name: (one.vector, one.control_is, one.source) for one in CATALOGUE}
     show(page, tmp_path, guest_page(report, docs))
     page.show(WIDE, "light")

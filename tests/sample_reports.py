@@ -11,10 +11,10 @@ from vmmback.report import (
     Host,
     HostSetting,
     Hunt,
+    HuntPlace,
     IsolationReport,
     MapRange,
     Memory,
-    Place,
     ProbeResult,
     RamBlock,
     SelftestReport,
@@ -153,13 +153,9 @@ _EXPOSURES = (
 
 def hunt(guest_hits: int) -> Hunt:
     """Return a hunt that found two copies in QEMU's heap, and so many in the guest."""
-    places = [Place(place="heap", owner="qemu-system-x86 (pid 1890)", hits=2, frames=1, examples=(0x1D2C4A040,))]
+    places = [HuntPlace(place="process", owner="1890 (qemu-system-x86): [heap]", hits=2, examples=(0x1D2C4A,))]
     if guest_hits:
-        places.append(
-            Place(
-                place="guest RAM", owner="guest demo", hits=guest_hits, frames=guest_hits, examples=(0x52F000, 0x530000)
-            )
-        )
+        places.append(HuntPlace(place="guest", owner="demo", hits=guest_hits, examples=(0x52F, 0x530)))
     return Hunt(
         needle_bytes=64,
         scanned_bytes=24 << 30,
@@ -248,7 +244,7 @@ def hostile_report(text: str) -> IsolationReport:
             gib_per_s=7.0,
             hits=1,
             guest_hits=1,
-            places=(Place(place=text, owner=text, hits=1, frames=1, examples=(4096,)),),
+            places=(HuntPlace(place="slab", owner=text, hits=1, examples=(4096,)),),
         ),
         drifts=(Drift(at=text, probe=text, detail=text),),
     )

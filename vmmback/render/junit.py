@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
-from vmmback.render.text import address, count, visible
+from vmmback.render.text import count, visible
 from vmmback.report import (
     GuestVerdict,
     Host,
@@ -123,8 +123,8 @@ def _ram_block(block: RamBlock) -> _Case:
 
 def _hunt(hunt: Hunt) -> _Case:
     places = [
-        f"{place.place} ({place.owner}): {count(place.hits, 'hit')} in {count(place.frames, 'frame')}: "
-        + ", ".join(address(example) for example in place.examples)
+        f"{place.place} ({place.owner}): {count(place.hits, 'frame')}: "
+        + ", ".join(f"{example:x}" for example in place.examples)
         for place in hunt.places
     ]
     searched = (
