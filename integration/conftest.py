@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import re
 import secrets
@@ -27,7 +26,6 @@ from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
-from unittest import mock
 
 import pytest
 
@@ -330,13 +328,7 @@ def tiny_rom(*, fingerprint: bool = True) -> bytes:
     With the fingerprint (console.py) the guest's former frames can be told from those that others have filled
     meanwhile, with the halves all memory can be searched.
     """
-    halves = tiny_guest.new_halves()
-    if not fingerprint:
-        return tiny_guest.rom(halves)
-    digest = hashlib.sha256(tiny_guest.canary(halves)).hexdigest()
-    lines = f"vmmback-canary sha256:{digest}\nvmmback-canary halves:{halves[0].hex()}:{halves[1].hex()}\n"
-    with mock.patch.object(tiny_guest, "READY", lines.encode() + READY):
-        return tiny_guest.rom(halves)
+    return tiny_guest.rom_with_canary() if fingerprint else tiny_guest.rom(tiny_guest.new_halves())
 
 
 def guest_file(

@@ -46,10 +46,14 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
     errors = (Failed,)
 
     def __init__(
-        self, examine: Callable[[], Awaitable[IsolationReport]], frames: "Callable[[], Awaitable[array[int]]]"
+        self,
+        examine: Callable[[], Awaitable[IsolationReport]],
+        frames: "Callable[[], Awaitable[array[int]]]",
+        canary_halves: Callable[[], tuple[bytes, bytes] | None],
     ) -> None:
         self._examine = examine
         self._frames = frames
+        self._canary_halves = canary_halves
 
     @varlinkmethod(return_parameter="report", allow_foreign=True)
     async def Audit(self) -> Any:  # noqa: N802 (Varlink's spelling; an object)
@@ -68,6 +72,11 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
         except OSError as error:
             raise Failed(message=f"the guest's page tables cannot be read: {error.strerror}", hint="") from error
         return FileDescriptor(_file_of(entries), should_close=True)
+
+    @varlinkmethod(return_parameter="halves")
+    async def CanaryHalves(self) -> list[str]:  # noqa: N802
+        """Return two halves, in hex, whose XOR is the canary that fills the guest; none if it printed none."""
+        return [half.hex() for half in self._canary_halves() or ()]
 
 
 @asynccontextmanager
@@ -103,6 +112,12 @@ class Supervisor:
         """Return the pagemap entry of each page of the guest's RAM. Raises QemuFailed as above."""
         with _refusals(), await self._guest.Frames() as answer:
             return _entries_in(answer["frames"].fileno())
+
+    async def canary_halves(self) -> tuple[bytes, bytes] | None:
+        """Return two halves whose XOR is the guest's canary, None if it printed none. Raises QemuFailed as above."""
+        with _refusals():
+            halves = [bytes.fromhex(half) for half in (await self._guest.CanaryHalves())["halves"]]
+        return (halves[0], halves[1]) if halves else None
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ Each carries a message (what was wrong, and where), a hint (what to do) and the 
     +-- QemuFailed            6   QEMU did not start, died, or did not answer in time
     |   +-- CommandRefused    6   QEMU answered a QMP command with an error
     |   +-- HandoffFailed     6   QEMU never took the descriptor, or the RAM is not where it must be
-    +-- Interrupted     128+signal  the user stopped a launch before its guest ran
+    +-- Interrupted     128+signal  the user stopped a command before it was done
 
 Exit codes 5 (guest exposed) and 8 (inconclusive) are verdicts of a report, not errors.
 """
@@ -83,8 +83,8 @@ class HandoffFailed(QemuFailed):
 
 
 class Interrupted(VmmbackError):
-    """A signal ended the launch before the guest ran."""
+    """A signal ended a command: a launch before its guest ran, an audit before its report."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} before the guest ran")
+    def __init__(self, signum: int, when: str = "before the guest ran") -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} {when}")
         self.exit_code = 128 + signum  # as a shell says it

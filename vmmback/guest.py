@@ -18,7 +18,12 @@ from vmmback.isolation.audit import REQUIRED, Evidence, audit, in_thread
 from vmmback.isolation.direct_map import guest_frames
 from vmmback.isolation.probe import Target
 from vmmback.isolation.residue import FreedFramesProbe
+from vmmback.qmp_policy import Policy
+from vmmback.qmp_socket import QmpSocket
 from vmmback.report import Drift, GuestVerdict, IsolationReport, Observation, Verdict
+
+# A name of our own among QEMU's events: docs/interop/qmp-spec.rst asks vendors for "__" and their domain.
+DRIFT_EVENT = "__org.vmmback_DRIFT"
 
 
 class Watcher(console.Watcher, Protocol):
@@ -48,6 +53,8 @@ class Guest:
     proof: qmp_proof.Proof
     timings: dict[str, float]
     watcher: Watcher
+    policy: Policy
+    clients: QmpSocket | None = None
     validated_after: str = ""
     evidence: Evidence | None = None
     drifts: list[Drift] = field(default_factory=list)
@@ -77,9 +84,15 @@ class Guest:
             found = self.report()
             for drift in drifts:
                 self.watcher.drifted(drift, found)
+                if self.clients:
+                    self.clients.broadcast({"event": DRIFT_EVENT, "data": drift.model_dump()})
             if found.verdict is GuestVerdict.EXPOSED:
                 self.exposed.set()
             return found
+
+    def canary_halves(self) -> tuple[bytes, bytes] | None:
+        """Return two halves whose XOR is the guest's canary, if it printed them (console.py)."""
+        return self.console.canary_halves
 
     async def frames(self) -> array[int]:
         """Return the pagemap entry of each page of the RAM (procfs.pagemap). Raises OSError when QEMU is gone."""
@@ -123,7 +136,8 @@ class Guest:
                 exposures.console_exposure(self.console.bytes_seen),
             ),
             drifts=tuple(self.drifts),
-            host=self.host,
+            host=self.host.model_copy(update={"settings": evidence.settings if evidence else ()}),
+            denied_commands=dict(self.clients.denials) if self.clients else {},
             timings={name: round(seconds, 6) for name, seconds in self.timings.items()},
         )
 

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmmback import command, console, control, handoff, monitor, ram, report
+from vmmback import command, console, control, handoff, monitor, qmp_socket, ram, report
 from vmmback.config import GuestConfig
 from vmmback.control import GuestInterface
 from vmmback.errors import HandoffFailed, Interrupted, QemuFailed
@@ -18,10 +18,13 @@ from vmmback.guest import Guest, Watcher, target_of
 from vmmback.host import HostMemory, can_share_aux_ram, choose_accel, find_qemu, kernel_release
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.audit import in_thread
+from vmmback.qmp_policy import Policy
 from vmmback.report import IsolationReport
 from vmmback.runtime import guest_folder
 
 T = TypeVar("T")
+
+QMP_SOCKET = "qmp.sock"
 
 # Generous: a deadline is for what never comes, not for what is slow.
 _HANDOFF_TIMEOUT_S = 30.0
@@ -66,12 +69,13 @@ async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate:
     """
     async with AsyncExitStack() as stack:
         guest = await _unless(stop, prepare(config, watcher, stack))
-        async with _last_words(guest.qemu), control.serve(guest.folder, GuestInterface(guest.examine, guest.frames)):
+        async with _last_words(guest.qemu):
             await guest.monitor.cont()
-            if validate and await _booted(guest, stop) and (found := await _examined(guest)):
-                watcher.validated(found)
-            async with _watched(guest):
-                await _supervise(guest, watcher, stop)
+            async with _served(guest):
+                if validate and await _booted(guest, stop) and (found := await _examined(guest)):
+                    watcher.validated(found)
+                async with _watched(guest):
+                    await _supervise(guest, watcher, stop)
         return guest.report(await in_thread(guest.observe_freed_frames))
 
 
@@ -117,7 +121,8 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
         timings["qmp_ready"] = time.perf_counter() - started
         proof = await qmp_proof.observe(target_of(qemu, guest_ram), qemu_monitor.hmp)
         confirm(guest_ram, proof)
-    return Guest(config, folder, guest_ram, qemu, qemu_monitor, guest_console, host, proof, timings, watcher)
+    policy = Policy(config.qmp.allow)
+    return Guest(config, folder, guest_ram, qemu, qemu_monitor, guest_console, host, proof, timings, watcher, policy)
 
 
 def confirm(guest_ram: ram.Ram, proof: qmp_proof.Proof) -> None:
@@ -142,6 +147,18 @@ def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
     """Tell whether QEMU's other RAM blocks are to be secret: if the guest's RAM is, and QEMU and the limits allow."""
     memory = config.memory
     return memory.backing == "secret" and can_share_aux_ram(qemu, config.machine.type, memory.size)
+
+
+@asynccontextmanager
+async def _served(guest: Guest) -> AsyncIterator[None]:
+    """Let other processes have the guest audited, and speak QMP to it as its file allows, while the block runs."""
+    interface = GuestInterface(guest.examine, guest.frames, guest.canary_halves)
+    async with (
+        control.serve(guest.folder, interface),
+        qmp_socket.serve(guest.folder / QMP_SOCKET, guest.monitor, guest.policy, guest.watcher.note) as clients,
+    ):
+        guest.clients = clients
+        yield
 
 
 async def _booted(guest: Guest, stop: Stop) -> bool:
@@ -202,6 +219,8 @@ async def _supervise(guest: Guest, watcher: Watcher, stop: Stop) -> None:
             return
         if isolation.on_exposed == "pause":
             watcher.note("the guest is exposed and stands still (on-exposed is pause)")
+            for command_name in ("cont", "system_wakeup"):  # first, so that no client's comes after our stop
+                guest.policy.deny(command_name, "the guest is exposed and stands still")
             await guest.monitor.stop()
         if isolation.on_exposed == "pause" or isolation.after_validation == "run":
             await _first(guest.qemu.ended(), stop.asked(1))

@@ -184,7 +184,7 @@ class IsolationReport(_Model):
     """Everything that was measured of one guest, and the verdict that follows.
 
     `validated_after` tells what the probes waited for, "" where they did not run; `memory_map` is in the order of the
-    addresses; `timings` are seconds.
+    addresses; `denied_commands` counts, by name, the QMP commands that the policy denied; `timings` are seconds.
     """
 
     guest: str
@@ -197,6 +197,7 @@ class IsolationReport(_Model):
     probes: tuple[ProbeResult, ...]
     exposures: tuple[Exposure, ...]
     drifts: tuple[Drift, ...] = ()
+    denied_commands: dict[str, int] = {}
     hunt: Hunt | None = None
     host: Host
     timings: dict[str, float]
@@ -288,6 +289,16 @@ def judge_guest(
     if unproven:
         return GuestVerdict.INCONCLUSIVE, tuple(unproven)
     return GuestVerdict.ISOLATED, ()
+
+
+def with_hunt(report: IsolationReport, hunt: Hunt) -> IsolationReport:
+    """Return the report with what a hunt found: a needle in the guest's frames makes it exposed."""
+    changes: dict[str, object] = {"hunt": hunt}
+    if hunt.guest_hits:
+        reason = f"hunt: the canary begins in {hunt.guest_hits} of the guest's frames"
+        reasons = report.reasons if report.verdict is GuestVerdict.EXPOSED else ()
+        changes |= {"verdict": GuestVerdict.EXPOSED, "reasons": (*reasons, reason)}
+    return report.model_copy(update=changes)
 
 
 def judge_selftest(vectors: Sequence[VectorResult]) -> SelftestVerdict:

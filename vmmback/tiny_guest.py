@@ -165,17 +165,20 @@ _DATA: list[Row] = [
 _RESET: list[Row] = [("", "e9 rel16:start", "jmp start             ; the first instruction that the CPU runs")]
 
 
-def rom(canary_halves: Halves | None = None, fill_bytes: int | None = None, *, fill: bool = True) -> bytes:
+def rom(
+    canary_halves: Halves | None = None, fill_bytes: int | None = None, *, fill: bool = True, says: bytes = READY
+) -> bytes:
     """Return the 65,536 bytes of the ROM.
 
     canary_halves: see new_halves; DEFAULT_HALVES if not given. fill_bytes: RAM is filled up to this address; if not
-    given, to its end (the guest finds out where that is). fill=False: touch no RAM, say READY at once.
+    given, to its end (the guest finds out where that is). fill=False: touch no RAM, say READY at once. says: what it
+    prints instead of READY alone.
     A guest with this ROM needs 16 MiB of RAM or more, and less than 2.75 GiB (above, q35 moves a part of it).
     """
     halves = DEFAULT_HALVES if canary_halves is None else canary_halves
     if [len(half) for half in halves] != [CANARY_BYTES, CANARY_BYTES]:
         raise ValueError(f"each half of the canary must be {CANARY_BYTES} bytes long")
-    values = {"message": READY, "half_a": halves[0], "half_b": halves[1], "low_dwords": _dwords(LOW_END)}
+    values = {"message": says, "half_a": halves[0], "half_b": halves[1], "low_dwords": _dwords(LOW_END)}
     rows = [*ENTER]
     if fill:
         rows += _FILL_LOW
@@ -188,6 +191,14 @@ def rom(canary_halves: Halves | None = None, fill_bytes: int | None = None, *, f
             values["high_dwords"] = _dwords(fill_bytes - HIGH_START)
         rows += _FILL_HIGH + _FILL
     return image(rows + _SAY_READY + DESCRIPTORS + _DATA, values)
+
+
+def rom_with_canary() -> bytes:
+    """Return a ROM with a canary of its own, which prints its fingerprint and its halves (console.py), then READY."""
+    halves = new_halves()
+    fingerprint = hashlib.sha256(canary(halves)).hexdigest()
+    lines = f"vmmback-canary sha256:{fingerprint}\nvmmback-canary halves:{halves[0].hex()}:{halves[1].hex()}\n"
+    return rom(halves, says=lines.encode() + READY)
 
 
 def image(rows: list[Row], values: dict[str, bytes]) -> bytes:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmmback.cli.output import write
+from vmmback.cli.audit import audit, selftest
+from vmmback.cli.files import ReportFiles, report_files
+from vmmback.cli.output import exit_with, write
 from vmmback.cli.screen import Screen
 from vmmback.errors import HostUnfit, QemuFailed, UsageError, VmmbackError
 
 if TYPE_CHECKING:
-    from vmmback.report import GuestVerdict, IsolationReport
-
-EXIT_EXPOSED, EXIT_INCONCLUSIVE = 5, 8
+    from vmmback.report import IsolationReport
 
 
 def main() -> None:
@@ -61,8 +61,9 @@ def commands() -> None:
 )
 @click.argument("file", type=click.Path(readable=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
+@report_files
 @click.option("--validate/--no-validate", default=True, help="Run the probes (the default), or only the guest.")
-def launch(file: Path, as_json: bool, validate: bool) -> None:
+def launch(file: Path, as_json: bool, validate: bool, write_files: ReportFiles) -> None:
     """Run the guest of FILE on secret RAM until it ends, and report what was measured.
 
     Ctrl-C presses the guest's power button; again, it tells QEMU to quit; once more, it kills it.
@@ -106,54 +107,9 @@ def launch(file: Path, as_json: bool, validate: bool) -> None:
         if report.verdict != "exposed":  # which says more than that the report could not be written
             raise
         screen.note(error.message)
+    write_files(report)
     if validate or report.verdict == "exposed":
-        _exit_with(report.verdict)
-
-
-@commands.command(
-    epilog="Exit codes: 0 isolated, 2 wrong argument, 5 exposed, 6 QEMU failed, 7 no such guest, 8 inconclusive."
-)
-@click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
-def audit(name: str, as_json: bool) -> None:
-    """Try every vector that is safe on a live guest on the guest NAME, and report what was measured.
-
-    Nothing is stopped or written. A guest that turns out to be exposed gets what on-exposed of its file says.
-
-    \b
-    Example:
-      vmmback audit demo --json | jq .verdict
-    """
-    import asyncio
-
-    from vmmback import control
-    from vmmback.cli.tables import rendered, while_it_runs
-    from vmmback.config import check_name
-    from vmmback.runtime import runtime_folder
-
-    folder = runtime_folder() / check_name(name)
-
-    async def ask() -> IsolationReport:
-        async with control.connect(folder) as supervisor:
-            return await supervisor.audit()
-
-    report = asyncio.run(ask())
-    text = report.model_dump_json(indent=2) + "\n" if as_json else rendered(*while_it_runs(report))
-    _print(text)
-    _exit_with(report.verdict)
-
-
-def _print(text: str) -> None:
-    if problem := write(sys.stdout, text):
-        raise UsageError(f"the report could not be written to standard output: {problem}", "give it a place to go to")
-
-
-def _exit_with(verdict: GuestVerdict) -> None:
-    """End with the exit code of a verdict, unless that is 0."""
-    if verdict == "exposed":
-        sys.exit(EXIT_EXPOSED)
-    if verdict == "inconclusive":
-        sys.exit(EXIT_INCONCLUSIVE)
+        exit_with(report.verdict)
 
 
 @commands.command()
@@ -169,3 +125,7 @@ def schema() -> None:
     from vmmback import config
 
     click.echo(json.dumps(config.json_schema(), indent=2))
+
+
+commands.add_command(audit)
+commands.add_command(selftest)

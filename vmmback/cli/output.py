@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 from contextlib import suppress
 from typing import TextIO
+
+from vmmback.errors import UsageError
+
+EXIT_EXPOSED, EXIT_INCONCLUSIVE = 5, 8
 
 _CHUNK = 1024  # characters: at most 4 bytes each
 
@@ -53,3 +58,17 @@ def write(stream: TextIO | None, text: str) -> str:
 def is_terminal(stream: TextIO | None) -> bool:
     """Tell whether a stream, None if it was closed at the start, is a terminal."""
     return stream is not None and stream.isatty()
+
+
+def print_result(text: str) -> None:
+    """Write what a command is for to standard output. Raises UsageError when it cannot be written."""
+    if problem := write(sys.stdout, text):
+        raise UsageError(f"the report could not be written to standard output: {problem}", "give it a place to go to")
+
+
+def exit_with(verdict: str) -> None:
+    """End with the exit code of a verdict of a report, unless that is 0."""
+    if verdict in {"exposed", "failed"}:
+        sys.exit(EXIT_EXPOSED)
+    if verdict == "inconclusive":
+        sys.exit(EXIT_INCONCLUSIVE)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import codecs
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vmmback.cli.output import is_terminal, show, write
-from vmmback.cli.tables import at_the_end, rendered, rich_console, while_it_runs
+from vmmback.cli.progress import ByteProgress
+from vmmback.cli.tables import at_the_end, rendered, while_it_runs
 from vmmback.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from vmmback.report import Drift, IsolationReport
 
 
@@ -28,32 +26,16 @@ class Screen:
         self._console_out = sys.stderr if as_json else sys.stdout
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_line_start = True
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._prefault = ByteProgress("prefault")
         self._validated_rows = 0
         self._left_out = 0
         self.exposed: IsolationReport | None = None
         """The report of a guest that was found exposed while it ran."""
 
     def prefaulted(self, done: int, size: int) -> None:
-        if is_terminal(sys.stderr):
-            with suppress(OSError):  # the terminal is gone meanwhile
-                self._show_progress(done, size)
-        elif done == size:
+        self._prefault.show(done, size)
+        if done == size and not is_terminal(sys.stderr):
             self.note(f"{size >> 20} MiB of RAM are prefaulted")
-
-    def _show_progress(self, done: int, size: int) -> None:
-        if self._progress is None:
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-            columns = (TextColumn("prefault"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-            self._progress = Progress(*columns, console=rich_console(sys.stderr, is_terminal=True))
-            self._task = self._progress.add_task("prefault", total=size)
-            self._progress.start()
-        assert self._task is not None
-        self._progress.update(self._task, completed=done)
-        if done == size:
-            self.close()
 
     def console(self, data: bytes) -> None:
         # A guest must not command the operator's terminal: what is not text is left out. The log has it all.
@@ -94,10 +76,7 @@ class Screen:
             write(sys.stdout, rendered(*at_the_end(report, self._validated_rows)))
 
     def close(self) -> None:
-        if self._progress is not None:
-            with suppress(OSError):
-                self._progress.stop()
-            self._progress = None
+        self._prefault.close()
 
     def _fresh_line(self) -> None:
         if not self._at_line_start:

@@ -10,15 +10,18 @@ from vmmback.cli.output import is_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
     from rich.text import Text
 
-    from vmmback.report import IsolationReport
+    from vmmback.report import Hunt, IsolationReport, SelftestReport
 
 _COLOURS = {
     "blocked": "green",
     "isolated": "bold green",
     "readable": "red",
     "exposed": "bold red",
+    "passed": "bold green",
+    "failed": "bold red",
     "inconclusive": "yellow",
 }
 
@@ -43,16 +46,16 @@ def rich_console(stream: TextIO, *, is_terminal: bool) -> Console:
 
 def while_it_runs(report: IsolationReport) -> list[RenderableType]:
     """Return what was found while the guest runs."""
-    from rich.table import Table
     from rich.text import Text
 
-    blocks = Table("RAM block", "size", "backing", "guest can write", title_justify="left")
+    blocks = _table("RAM block", "size", "backing", "guest can write")
     for block in report.ram_blocks:
         blocks.add_row(block.name, _size(block.size), block.backing, "yes" if block.guest_writable else "no")
-    exposures = Table("exposure", "who holds the key", "what was measured")
+    exposures = _table("exposure", "who holds the key", "what was measured")
     for exposure in report.exposures:
         exposures.add_row(exposure.name, exposure.holders, exposure.detail)
-    return [blocks, exposures, _probe_table(report, 0), *_verdict(report), Text()]
+    hunt = _hunt_tables(report.hunt) if report.hunt else []
+    return [blocks, exposures, _probe_table(report, 0), *hunt, *_verdict(report), Text()]
 
 
 def at_the_end(report: IsolationReport, shown: int) -> list[RenderableType]:
@@ -60,10 +63,40 @@ def at_the_end(report: IsolationReport, shown: int) -> list[RenderableType]:
     return [*([_probe_table(report, shown)] if report.probes[shown:] else []), *_verdict(report)]
 
 
-def _probe_table(report: IsolationReport, start: int) -> RenderableType:
-    from rich.table import Table
+def selftest_tables(report: SelftestReport) -> list[RenderableType]:
+    """Return what a self-test found."""
+    from rich.text import Text
 
-    table = Table("probe", "guest RAM", "control", "what was seen", "ms")
+    from vmmback.report import selftest_reasons
+
+    vectors = _table("vector", "secret RAM", "control", "what was seen", "ms")
+    vectors.columns[4].justify = "right"
+    holes = _table("known hole", "who holds the key", "secret RAM", "what was seen")
+    for vector in report.vectors:
+        verdict = Text("missing") if vector.missing else _coloured(vector.verdict.value)
+        if vector.kind == "exposure":
+            holes.add_row(vector.name, vector.holders, verdict, vector.detail)
+        else:
+            vectors.add_row(vector.name, verdict, vector.control.value, vector.detail, f"{vector.seconds * 1000:.1f}")
+    notable = _table("host setting", "value", "risk", "what it means")
+    for setting in report.settings:
+        if setting.risk != "ok":
+            notable.add_row(setting.name, setting.value, setting.risk, setting.detail)
+    probes = [vector for vector in report.vectors if vector.kind == "probe"]
+    missing = sum(bool(vector.missing) for vector in report.vectors)
+    blocked = sum(vector.verdict == "blocked" for vector in probes)
+    summary = (
+        f"{len(report.vectors)} vectors in {report.seconds:.1f} s: {blocked} of {len(probes)} probes blocked, "
+        f"{len(report.vectors) - len(probes)} known holes measured, {missing} not to be tried on this host: "
+    )
+    end: list[RenderableType] = [Text.assemble(summary, _coloured(report.verdict.value))]
+    end += [f"  {reason}" for reason in selftest_reasons(report.vectors)]
+    return [vectors, holes, notable, *end]
+
+
+def _probe_table(report: IsolationReport, start: int) -> RenderableType:
+
+    table = _table("probe", "guest RAM", "control", "what was seen", "ms")
     table.columns[4].justify = "right"
     for probe in report.probes[start:]:
         table.add_row(
@@ -74,6 +107,21 @@ def _probe_table(report: IsolationReport, start: int) -> RenderableType:
             f"{probe.seconds * 1000:.1f}",
         )
     return table
+
+
+def _hunt_tables(hunt: Hunt) -> list[RenderableType]:
+
+    places = _table("the canary begins in", "of", "frames", "for example, frame number")
+    places.columns[2].justify = "right"
+    for place in hunt.places:
+        examples = ", ".join(f"{example:x}" for example in place.examples)
+        places.add_row(place.place, place.owner or "-", str(place.hits), examples)
+    gib = (hunt.scanned_bytes + hunt.unreadable_bytes) / (1 << 30)
+    summary = (
+        f"hunt: {hunt.hits} frames of {gib:.1f} GiB hold the canary's beginning, {hunt.guest_hits} of them the guest's "
+        f"({hunt.gib_per_s:.1f} GiB/s)"
+    )
+    return [*([places] if hunt.places else []), summary]
 
 
 def _verdict(report: IsolationReport) -> list[RenderableType]:
@@ -88,7 +136,21 @@ def _verdict(report: IsolationReport) -> list[RenderableType]:
     lines += [f"  {reason}" for reason in report.reasons]
     if report.validated_after:
         lines.append(f"  validated after {report.validated_after}")
+    lines += [f"  drift at {drift.at}: {drift.probe}: {drift.detail}" for drift in report.drifts]
+    if report.denied_commands:
+        denied = ", ".join(f"{name} ({count})" for name, count in sorted(report.denied_commands.items()))
+        lines.append(f"  QMP commands that were denied: {denied}")
     return lines
+
+
+def _table(*headings: str) -> Table:
+    """Return an empty table whose cells are shown whole, on several lines where they must."""
+    from rich.table import Table
+
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
 
 
 def _coloured(verdict: str) -> Text:

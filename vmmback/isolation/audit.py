@@ -10,15 +10,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from vmmback.isolation import exposures, qmp_proof
+from vmmback.isolation import exposures, qmp_proof, settings
 from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBES
 from vmmback.isolation.direct_map import DirectMapProbe, PageCount
-from vmmback.isolation.probe import Target
-from vmmback.report import Exposure, Observation, Verdict
+from vmmback.isolation.probe import Documented, Target
+from vmmback.report import Exposure, HostSetting, Observation, Verdict
 
 T = TypeVar("T")
 
-REQUIRED = frozenset({DirectMapProbe.name, qmp_proof.NAME, *(probe.name for probe in (*ACCESS_PROBES, *HOLDER_PROBES))})
+_REQUIRED: tuple[type[Documented], ...] = (DirectMapProbe, qmp_proof.QmpProof, *ACCESS_PROBES, *HOLDER_PROBES)
+REQUIRED = frozenset(probe.name for probe in _REQUIRED)
 """The names of the probes that must be blocked before a guest may be called isolated."""
 
 
@@ -34,6 +35,7 @@ class Evidence:
     pages: PageCount
     frames: array[int]
     exposures: tuple[Exposure, ...]
+    settings: tuple[HostSetting, ...]
 
     def after(self, earlier: Evidence) -> Evidence:
         """Return this evidence with what `earlier` saw readable kept: what was out once stays known."""
@@ -53,8 +55,12 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: array[int]) -> E
     proof = await qmp_proof.observe(target, hmp)
     direct_map = DirectMapProbe(prefaulted)
     probes = [direct_map, *(probe() for probe in (*ACCESS_PROBES, *HOLDER_PROBES, *LIVE_PROBES))]
-    observations, found = await _behind_others(
-        lambda: ([probe.observe(target) for probe in probes], [exposures.pidfd_getfd_exposure(target)])
+    observations, found, host = await _behind_others(
+        lambda: (
+            [probe.observe(target) for probe in probes],
+            [exposures.pidfd_getfd_exposure(target)],
+            settings.observe(),
+        )
     )
     if blocks := exposures.ordinary_blocks_exposure(proof.ram_blocks):
         found.append(blocks)
@@ -64,6 +70,7 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: array[int]) -> E
         pages=direct_map.pages,
         frames=direct_map.frames,
         exposures=tuple(found),
+        settings=host,
     )
 
 

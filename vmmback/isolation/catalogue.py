@@ -18,7 +18,9 @@ from vmmback.isolation import (
     pinning,
 )
 from vmmback.isolation.direct_map import DirectMapProbe
-from vmmback.isolation.probe import Probe
+from vmmback.isolation.probe import Documented, Probe
+from vmmback.isolation.qmp_proof import QmpProof
+from vmmback.isolation.residue import FreedFramesProbe
 from vmmback.isolation.task_memory import BpfCopyFromUserTaskProbe
 
 ACCESS_PROBES: tuple[type[Probe[Any]], ...] = (
@@ -127,10 +129,13 @@ MEMORY_PROBES = (*PINNING_PROBES, *FILE_PROBES, *PAGE_PROBES, *OWNER_PROBES, *ME
 DISTURBING_PROBES: tuple[type[Probe[Any]], ...] = (*MEMORY_PROBES, *PROCESS_PROBES)
 """What would disturb a guest: `vmmback selftest` tries it on throwaway memory and children."""
 
-CATALOGUE: tuple[type[Probe[Any]], ...] = (
+CATALOGUE: tuple[type[Documented], ...] = (
     DirectMapProbe,
+    QmpProof,
     *ACCESS_PROBES,
-    *HOLDER_PROBES,
     *LIVE_PROBES,
+    *HOLDER_PROBES,
+    FreedFramesProbe,
     *DISTURBING_PROBES,
 )
+"""All of them."""

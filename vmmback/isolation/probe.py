@@ -46,11 +46,11 @@ class Missing(Exception):
     """The host lacks what an attempt needs: a file, a device, a kernel feature. Its text says which."""
 
 
-class Probe(ABC, Generic[Place]):
-    """One vector. `attempt` must not tell the target from the control: that is what gives the control its worth.
+class Documented:
+    """What a vector is: its name, what is tried, and on which ordinary memory the same is tried (the control).
 
-    The class variables are its documentation: what is tried, on which ordinary memory the same is tried (the control),
-    the man page or kernel file that makes secret RAM refuse it (or not), and whether it leaves a live guest alone.
+    `source` is the man page or kernel file that makes secret RAM refuse it (or not); `live_safe` tells whether it
+    leaves a live guest alone.
     """
 
     name: ClassVar[str]
@@ -60,6 +60,10 @@ class Probe(ABC, Generic[Place]):
     live_safe: ClassVar[bool] = True
     holders: ClassVar[str] = ""
     """Who holds the key to a known hole that secret RAM does not close: an exposure, which never counts as blocked."""
+
+
+class Probe(Documented, ABC, Generic[Place]):
+    """One vector. `attempt` must not tell the target from the control: that is what gives the control its worth."""
 
     @abstractmethod
     def target(self, target: Target) -> Place:

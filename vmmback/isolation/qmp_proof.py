@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vmmback.errors import QemuFailed
-from vmmback.isolation.probe import Target
+from vmmback.isolation.probe import Documented, Target
 from vmmback.linux import procfs
 from vmmback.report import MapRange, Observation, RamBlock, Verdict
 
@@ -27,7 +27,17 @@ _NEVER_WRITABLE = re.compile(r"/rom@.*|pc\.rom|pc\.bios|.*/vga\.rom")
 
 Hmp = Callable[[str], Awaitable[str]]
 
-NAME = "qmp-proof"
+
+class QmpProof(Documented):
+    """The proof as a vector of the catalogue; `observe` takes it."""
+
+    name = "qmp-proof"
+    vector = (
+        "QEMU's own view of the guest's memory, address by address: does it lie in the secretmem files that are ours?"
+    )
+    control_is = "QEMU's firmware, or its heap, which the same look-up must find in ordinary memory"
+    source = "info mtree -f, gpa2hva of QEMU's monitor (system/memory.c, monitor/hmp-cmds.c); proc_pid_maps(5)"
+
 
 # system/memory.c, mtree_print_flatview: range (inclusive), priority, type, region's name, offset in the region.
 _RANGE = re.compile(
@@ -131,7 +141,9 @@ async def observe(target: Target, hmp: Hmp) -> Proof:
     verdict, detail = _judge(target, blocks, secret_bytes)
     control, told_apart = _control(placements, mappings, ram, secret)
     return Proof(
-        observation=Observation(NAME, verdict, control, f"{detail}; {told_apart}", time.perf_counter() - started),
+        observation=Observation(
+            QmpProof.name, verdict, control, f"{detail}; {told_apart}", time.perf_counter() - started
+        ),
         ram_blocks=blocks,
         memory_map=_memory_map(views[0], placements, secret),
         secret=secret_bytes,

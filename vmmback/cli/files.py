@@ -1,0 +1,77 @@
+"""Reports as files: `--html FILE` and `--junit FILE` of the commands that make one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vmmback.errors import UsageError
+
+if TYPE_CHECKING:
+    from vmmback.report import IsolationReport, SelftestReport
+
+
+class ReportFiles:
+    """Where a report is to be written besides standard output. Raises UsageError for a place that cannot be."""
+
+    def __init__(self, html: Path | None, junit: Path | None) -> None:
+        self._html, self._junit = html, junit
+        for option, path in (("--html", html), ("--junit", junit)):
+            if path and path.is_dir():
+                raise UsageError(f"{option} {path}: is a folder", "write the path of a file in it")
+            if path and not path.parent.is_dir():
+                raise UsageError(f"{option} {path}: its folder does not exist", "make the folder, or name another")
+        if html and html == junit:
+            raise UsageError(f"--html and --junit both name {html}", "name two files")
+
+    def __call__(self, report: IsolationReport | SelftestReport) -> None:
+        """Write the files that were asked for. Raises UsageError."""
+        if self._html:
+            _write(self._html, _page(report))
+        if self._junit:
+            _write(self._junit, _xml(report))
+
+
+def report_files(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options, and the ReportFiles made of them as its argument `write_files`."""
+
+    @click.option("--html", type=click.Path(path_type=Path), help="Write the report as one self-contained page, too.")
+    @click.option("--junit", type=click.Path(path_type=Path), help="Write the report as JUnit XML for CI, too.")
+    @wraps(command)
+    def with_files(*arguments: Any, html: Path | None, junit: Path | None, **options: Any) -> None:
+        command(*arguments, write_files=ReportFiles(html, junit), **options)
+
+    return with_files
+
+
+def _page(report: IsolationReport | SelftestReport) -> str:
+    from vmmback.isolation.catalogue import CATALOGUE
+    from vmmback.render.html import guest_page, selftest_page
+    from vmmback.report import SelftestReport
+
+    if isinstance(report, SelftestReport):
+        return selftest_page(report)
+    return guest_page(report, {kind.name: (kind.vector, kind.control_is, kind.source) for kind in CATALOGUE})
+
+
+def _xml(report: IsolationReport | SelftestReport) -> str:
+    from vmmback.render.junit import guest_xml, selftest_xml
+    from vmmback.report import SelftestReport
+
+    return selftest_xml(report) if isinstance(report, SelftestReport) else guest_xml(report)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write it whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UsageError(f"{path} could not be written: {error.strerror}", "name another file") from error
