@@ -12,7 +12,7 @@ import pytest
 from integration.conftest import TINY_BYTES, LiveGuest
 from vmmback.isolation import access, exposures
 from vmmback.isolation.audit import REQUIRED, audit
-from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES
+from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBES
 from vmmback.isolation.probe import Probe, Target
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Verdict, judge_probe
@@ -70,7 +70,7 @@ def test_the_whole_audit(guest_running: LiveGuest, ordinary_guest_running: LiveG
     ):
         guest = live.guest
         evidence = live.run(audit(guest.target, guest.monitor.hmp, guest.ram.frames))
-        assert {seen.probe for seen in evidence.observations} == REQUIRED
+        assert {seen.probe for seen in evidence.observations} == REQUIRED | {probe.name for probe in LIVE_PROBES}
         for seen in evidence.observations:
             # Of ordinary RAM, too, nobody but QEMU and its supervisor has a descriptor or a mapping.
             wanted = Verdict.BLOCKED if seen.probe in NOT_OF_THE_MEMORY else expected
@@ -119,6 +119,19 @@ def test_a_copy_of_the_descriptor_is_reported_as_an_exposure(guest_running: Live
     exposure = exposures.pidfd_getfd_exposure(guest_running.guest.target)
     assert exposure.name == "pidfd-getfd"
     assert exposure.detail.startswith("tried as uid 0: 1 descriptor(s) copied")
+
+
+def test_who_may_put_code_into_qemu_is_told_and_nothing_is_written(guest_running: LiveGuest) -> None:
+    exposure = exposures.code_injection_exposure(guest_running.guest.target)
+    assert (exposure.name, exposure.holders) == ("code-injection", "root, CAP_SYS_PTRACE")
+    assert exposure.detail.startswith("tried as uid 0: QEMU may be written to")
+    assert guest_running.run(guest_running.guest.monitor.execute("query-status"))["status"] == "running"
+
+
+def test_a_qemu_that_is_gone_cannot_be_written_to(guest_running: LiveGuest) -> None:
+    target = guest_running.guest.target
+    guest_running.run(guest_running.guest.qemu.kill())
+    assert exposures.code_injection_exposure(target).detail == "tried as uid 0: refused, ENOENT"
 
 
 def test_a_descriptor_that_qemu_does_not_hold_is_no_exposure_claimed(guest_running: LiveGuest) -> None:

@@ -38,12 +38,12 @@ from integration.conftest import (
 )
 from vmmback import tiny_guest
 from vmmback.isolation.audit import REQUIRED
-from vmmback.isolation.catalogue import HOLDER_PROBES
+from vmmback.isolation.catalogue import HOLDER_PROBES, LIVE_PROBES
 from vmmback.linux.procfs import PAGE_SIZE
 
 pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
 
-BOTH = REQUIRED | {"freed-frames"}
+BOTH = REQUIRED | {probe.name for probe in LIVE_PROBES} | {"freed-frames"}
 
 # The CPU's first instructions pulse the keyboard controller's reset line; QEMU, run with -no-reboot, ends.
 #     b0 fe  mov al, 0xfe;  e6 64  out 0x64, al;  f4  hlt;  eb fd  jmp hlt
@@ -197,7 +197,7 @@ def test_the_demo_is_isolated(vmmback: Start, other_blocks: str) -> None:
     assert writable == [{"name": "ram0", "size": 256 * MIB, "backing": "secretmem", "guest_writable": True}]
     assert {block["backing"] for block in report["ram_blocks"] if not block["guest_writable"]} == {other_blocks}
     named = {"ordinary-ram-blocks"} if other_blocks == "ordinary" else set()
-    assert {exposure["name"] for exposure in report["exposures"]} == {"pidfd-getfd", "serial-console"} | named
+    assert {exposure["name"] for exposure in report["exposures"]} == {"pidfd-getfd", "code-injection", "serial-console"} | named
     assert (report["memory_map"][0]["first"], report["memory_map"][0]["block"]) == (0, "ram0")
     assert report["timings"].keys() >= {"prefault", "qmp_ready", "boot", "validate"}
     assert report["host"]["accel"] in {"tcg", "kvm"}

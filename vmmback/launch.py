@@ -69,13 +69,13 @@ async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate:
     """
     async with AsyncExitStack() as stack:
         guest = await _unless(stop, prepare(config, watcher, stack))
-        async with _last_words(guest.qemu):
+        async with _last_words(guest.qemu), _served(guest):
             await guest.monitor.cont()
-            async with _served(guest):
-                if validate and await _booted(guest, stop) and (found := await _examined(guest)):
-                    watcher.validated(found)
-                async with _watched(guest):
-                    await _supervise(guest, watcher, stop)
+            guest.policy.permit("cont")
+            if validate and await _booted(guest, stop) and (found := await _examined(guest)):
+                watcher.validated(found)
+            async with _watched(guest):
+                await _supervise(guest, watcher, stop)
         return guest.report(await in_thread(guest.observe_freed_frames))
 
 
@@ -122,6 +122,7 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
         proof = await qmp_proof.observe(target_of(qemu, guest_ram), qemu_monitor.hmp)
         confirm(guest_ram, proof)
     policy = Policy(config.qmp.allow)
+    policy.deny("cont", "the guest was not started yet")
     return Guest(config, folder, guest_ram, qemu, qemu_monitor, guest_console, host, proof, timings, watcher, policy)
 
 

@@ -58,7 +58,7 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: array[int]) -> E
     observations, found, host = await _behind_others(
         lambda: (
             [probe.observe(target) for probe in probes],
-            [exposures.pidfd_getfd_exposure(target)],
+            [exposures.pidfd_getfd_exposure(target), exposures.code_injection_exposure(target)],
             settings.observe(),
         )
     )

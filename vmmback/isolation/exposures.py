@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 
 from vmmback.isolation import access
-from vmmback.isolation.probe import Target
+from vmmback.isolation.probe import Target, errorcode
 from vmmback.linux.pidfd import pidfd_getfd
 from vmmback.report import Exposure, RamBlock
 
 
 def pidfd_getfd_exposure(target: Target) -> Exposure:
     """Try pidfd_getfd(2) on the descriptor of the guest's RAM: who gets it can map it. The copy is closed at once."""
-    tried = f"tried as uid {os.geteuid()}"
     try:
         numbers = access.descriptors_of(target)
         pidfd = os.pidfd_open(target.pid)
@@ -24,12 +22,26 @@ def pidfd_getfd_exposure(target: Target) -> Exposure:
         finally:
             os.close(pidfd)
     except OSError as error:
-        detail = f"{tried}: refused, {errno.errorcode.get(error.errno or 0, str(error))}"
+        detail = f"{_tried()}: refused, {_name(error)}"
     else:
         if not numbers:
             return Exposure(name="pidfd-getfd", holders="root, CAP_SYS_PTRACE", detail="QEMU holds no descriptor of it")
-        detail = f"{tried}: {len(numbers)} descriptor(s) copied; with one of them the guest's RAM can be mapped"
+        detail = f"{_tried()}: {len(numbers)} descriptor(s) copied; with one of them the guest's RAM can be mapped"
     return Exposure(name="pidfd-getfd", holders="root, CAP_SYS_PTRACE", detail=detail)
+
+
+def code_injection_exposure(target: Target) -> Exposure:
+    """Try to open QEMU's memory for writing, and write nothing: who may can put code of their own into QEMU.
+
+    The kernel asks for the same right as for ptrace(2) (fs/proc/base.c, proc_mem_open; PTRACE_MODE_ATTACH).
+    """
+    holders = "root, CAP_SYS_PTRACE"
+    try:
+        os.close(os.open(f"/proc/{target.pid}/mem", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return Exposure(name="code-injection", holders=holders, detail=f"{_tried()}: refused, {_name(error)}")
+    detail = f"{_tried()}: QEMU may be written to; code in it reads the guest's RAM as QEMU does"
+    return Exposure(name="code-injection", holders=holders, detail=detail)
 
 
 def ordinary_blocks_exposure(ram_blocks: Sequence[RamBlock]) -> Exposure | None:
@@ -53,3 +65,11 @@ def console_exposure(bytes_printed: int) -> Exposure:
         holders="the host kernel, root, who reads the log",
         detail=f"{bytes_printed} bytes that the guest printed went through QEMU and vmmback in ordinary memory",
     )
+
+
+def _tried() -> str:
+    return f"tried as uid {os.geteuid()}"
+
+
+def _name(error: OSError) -> str:
+    return errorcode(error) or str(error)
