@@ -67,11 +67,17 @@ def _xml(report: IsolationReport | SelftestReport) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write it whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file whole or not at all; what is there and is no regular file (/dev/stdout, a FIFO) gets the text."""
+    place = path.resolve()  # a link stays one
+    draft = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        draft.write_text(text)
-        draft.replace(path)
+        if place.exists() and not place.is_file():
+            place.write_text(text)
+            return
+        try:
+            draft.write_text(text)
+            draft.replace(place)
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise UsageError(f"{path} could not be written: {error.strerror}", "name another file") from error
