@@ -68,12 +68,12 @@ def _xml(report: IsolationReport | SelftestReport) -> str:
 
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all; what is there and is no regular file (/dev/stdout, a FIFO) gets the text."""
-    place = path.resolve()  # a link stays one
-    draft = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        if place.exists() and not place.is_file():
-            place.write_text(text)
+        if path.exists() and not path.is_file():
+            path.write_text(text)
             return
+        place = path.resolve()  # a link stays one
+        draft = place.with_name(f".{place.name}.{os.getpid()}")
         try:
             draft.write_text(text)
             draft.replace(place)
