@@ -546,7 +546,12 @@ def test_two_guests_of_one_name(scene: Scene, vmmback: Start, runtime_dir: Path)
     ended = Ended(second.returncode, second.stdout.decode(), second.stderr.decode())
     assert_one_error(ended, USAGE, rf"^a guest named {file.stem} is running already$")
     assert qemu_of(runtime_dir) == first
-    assert sorted(path.name for path in (runtime_dir / file.stem).iterdir()) == ["control", "qemu.log", "qmp.sock", "serial.log"]
+    assert sorted(path.name for path in (runtime_dir / file.stem).iterdir()) == [
+        "control",
+        "qemu.log",
+        "qmp.sock",
+        "serial.log",
+    ]
     for signum in (signal.SIGTERM, signal.SIGINT):  # the power button, which the tiny guest ignores, and quit
         running.signal(signum)
     assert running.ended().code == 0

@@ -197,7 +197,11 @@ def test_the_demo_is_isolated(vmmback: Start, other_blocks: str) -> None:
     assert writable == [{"name": "ram0", "size": 256 * MIB, "backing": "secretmem", "guest_writable": True}]
     assert {block["backing"] for block in report["ram_blocks"] if not block["guest_writable"]} == {other_blocks}
     named = {"ordinary-ram-blocks"} if other_blocks == "ordinary" else set()
-    assert {exposure["name"] for exposure in report["exposures"]} == {"pidfd-getfd", "code-injection", "serial-console"} | named
+    assert {exposure["name"] for exposure in report["exposures"]} == {
+        "pidfd-getfd",
+        "code-injection",
+        "serial-console",
+    } | named
     assert (report["memory_map"][0]["first"], report["memory_map"][0]["block"]) == (0, "ram0")
     assert report["timings"].keys() >= {"prefault", "qmp_ready", "boot", "validate"}
     assert report["host"]["accel"] in {"tcg", "kvm"}
