@@ -44,7 +44,7 @@ initrd = "images/initrd.img"
 cmdline = "console=ttyS0"
 
 [isolation]
-validate = "never"
+validate = "boot"
 on-exposed = "warn"
 ready = "login:"
 ready-timeout = "2min"
@@ -120,7 +120,7 @@ def test_full_file(folder: Path) -> None:
     assert guest.boot.kernel == folder / "vmlinuz"
     assert guest.boot.initrd == folder / "images/initrd.img"
     assert guest.boot.cmdline == "console=ttyS0"
-    assert (guest.isolation.validate_at, guest.isolation.on_exposed) == ("never", "warn")
+    assert (guest.isolation.validate_at, guest.isolation.on_exposed) == ("boot", "warn")
     assert (guest.isolation.ready, guest.isolation.ready_timeout_s) == ("login:", 120.0)
     assert guest.isolation.after_validation == "powerdown"
     assert guest.console.log == folder / "logs/console.log"
@@ -399,6 +399,14 @@ WRONG: list[tuple[str, str]] = [
     (
         f'{MINIMAL}[isolation]\nevery = "500ms"\n',
         'guest.toml:9: isolation.every: is more often than every 1 s; write "1s" to "24h"',
+    ),
+    (
+        f'{MINIMAL}[isolation]\nvalidate = "never"\nevery = "60s"\n',
+        'guest.toml:10: isolation.every: does not go with validate = "never"; remove one of the two',
+    ),
+    (
+        f'{MINIMAL}[isolation]\nevery = "60s"\nvalidate = "never"\n',
+        'guest.toml:9: isolation.every: does not go with validate = "never"; remove one of the two',
     ),
     (
         f'{MINIMAL}[isolation]\nafter-validation = "reboot"\n',

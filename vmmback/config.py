@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
@@ -314,6 +315,10 @@ def _boot_conflicts(keys: dict[str, object]) -> Iterator[tuple[tuple[str, ...], 
 class Isolation(_Table):
     """How the guest's isolation is proved, and what follows."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"not": {"required": ["validate", "every"], "properties": {"validate": {"const": "never"}}}}
+    )
+
     validate_at: Literal["boot", "never"] = Field(
         default="boot", alias="validate", description="When the guest's isolation is measured."
     )
@@ -345,6 +350,13 @@ class Isolation(_Table):
         alias="after-validation",
         description="Let the guest run once it was validated, or ask it to power off.",
     )
+
+    @field_validator("every")
+    @classmethod
+    def _what_is_repeated(cls, every: float | None, info: ValidationInfo) -> float | None:
+        if every and info.data.get("validate_at") == "never":  # a key before this one in the class
+            raise ValueError('does not go with validate = "never"; remove one of the two')
+        return every
 
 
 class Console(_Table):
