@@ -4,6 +4,7 @@ varlinkctl call /run/vmmback/demo/control org.vmmback.Guest.Audit {}
 """
 
 # The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
+import asyncio
 import fcntl
 import os
 from array import array
@@ -28,8 +29,11 @@ from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from vmmback.errors import NoSuchGuest, QemuFailed
 from vmmback.report import IsolationReport
+from vmmback.runtime import listening_socket, socket_address
 
 SOCKET = "control"
+
+_BACKLOG = 128
 
 
 class Failed(TypedVarlinkErrorReply, interface="org.vmmback.Guest", paramprefix=""):
@@ -54,12 +58,23 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
         self._examine = examine
         self._frames = frames
         self._canary_halves = canary_halves
+        self._audits: set[asyncio.Task[IsolationReport]] = set()
+
+    async def end(self) -> None:
+        """End the audits whose clients are gone: nothing may look at a guest after its end."""
+        for audit in self._audits:
+            audit.cancel()
+        if self._audits:
+            await asyncio.wait(self._audits)
 
     @varlinkmethod(return_parameter="report", allow_foreign=True)
     async def Audit(self) -> Any:  # noqa: N802 (Varlink's spelling; an object)
         """Run every probe that is safe on a live guest, and return the report."""
+        audit = asyncio.ensure_future(self._examine())
+        self._audits.add(audit)
+        audit.add_done_callback(self._audits.discard)
         try:
-            report = await self._examine()
+            report = await audit
         except QemuFailed as error:
             raise Failed(message=error.message, hint=error.hint) from error
         return report.model_dump(mode="json")
@@ -81,19 +96,24 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
 
 @asynccontextmanager
 async def serve(folder: Path, interface: GuestInterface) -> AsyncIterator[None]:
-    """Answer on the socket in a guest's folder until the exit."""
+    """Answer on the socket in a guest's folder until the exit, which ends what is under way. Raises HostUnfit."""
     registry = VarlinkInterfaceRegistry()
     registry.register_interface(interface)
     registry.register_interface(
         VarlinkServiceInterface("vmmback", "vmmback supervisor", version("vmmback"), "", registry)
     )
-    server = await create_unix_server(registry.protocol_factory, folder / SOCKET)
-    try:
-        yield
-    finally:
-        server.close()
-        server.abort_clients()
-        await server.wait_closed()
+    with listening_socket(folder / SOCKET) as listening:
+        server = await create_unix_server(registry.protocol_factory, sock=listening)
+        # asyncvarlink lets one wait. Where more come, connect(2) of a nonblocking socket fails with EAGAIN (unix(7)),
+        # which asyncio takes for a connection.
+        listening.listen(_BACKLOG)
+        try:
+            yield
+        finally:
+            server.close()
+            server.abort_clients()
+            await server.wait_closed()
+            await interface.end()
 
 
 class Supervisor:
@@ -124,7 +144,8 @@ class Supervisor:
 async def connect(folder: Path) -> AsyncIterator[Supervisor]:
     """Reach the supervisor of the guest with this folder. Raises NoSuchGuest when there is none."""
     try:
-        transport, protocol = await connect_unix_varlink(VarlinkClientProtocol, folder / SOCKET)
+        with socket_address(folder / SOCKET) as address:
+            transport, protocol = await connect_unix_varlink(VarlinkClientProtocol, address)
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
         live = ", ".join(_live_guests(folder.parent)) or "none"
         raise NoSuchGuest(f"no guest named {folder.name} is running", f"running in {folder.parent}: {live}") from error

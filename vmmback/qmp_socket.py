@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from vmmback.errors import CommandRefused, HostUnfit, QemuFailed
+from vmmback.errors import CommandRefused, QemuFailed
 from vmmback.qmp_commands import NEGOTIATION
 from vmmback.qmp_json import Malformed, Stream
 from vmmback.qmp_policy import MAX_NAME_CHARS, Denial, Policy, is_known
+from vmmback.runtime import listening_socket
 
 MAX_CLIENTS = 32
 # A client that has not negotiated by then gives its place to others.
@@ -66,7 +65,7 @@ async def serve(path: Path, monitor: Monitor, policy: Policy, note: Callable[[st
     """
     greeting = {"QMP": {"version": await monitor.execute("query-version"), "capabilities": []}}
     served = QmpSocket(monitor, policy, note, _line(greeting))
-    with _bound(path) as listening, monitor.listen(served.broadcast):
+    with listening_socket(path) as listening, monitor.listen(served.broadcast):
         server = await asyncio.start_unix_server(
             served.accept, sock=listening, limit=_PACKET_BYTES, backlog=MAX_CLIENTS
         )
@@ -78,26 +77,6 @@ async def serve(path: Path, monitor: Monitor, policy: Policy, note: Callable[[st
             server.close()
             await served.close()
             await asyncio.wait({ending})
-
-
-@contextmanager
-def _bound(path: Path) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
-        try:
-            folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-            try:
-                # By way of the folder's descriptor, as an address holds 108 bytes (unix(7)) and the path may be longer.
-                listening.bind(f"/proc/self/fd/{folder}/{path.name}")
-            finally:
-                os.close(folder)
-        except OSError as error:
-            problem = f"the socket {path} cannot be made: {error.strerror}"
-            raise HostUnfit(problem, "is its folder there, and is there room in it?") from error
-        try:
-            path.chmod(0o600)  # nobody can have connected: it does not listen yet
-            yield listening
-        finally:
-            path.unlink(missing_ok=True)
 
 
 class QmpSocket:

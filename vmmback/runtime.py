@@ -9,6 +9,7 @@ of that name takes it over.
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ rm -rf -- "$1"
 """
 _NAME_TAKEN = 3
 
-# A Unix socket's address holds 108 bytes (unix(7)); the sockets of a guest lie in its folder.
+# A Unix socket's address holds 108 bytes (unix(7)); `socket_address` is for the names of guests that make it longer.
 _LONGEST_FOLDER = 80
 
 
@@ -103,6 +104,36 @@ def guest_folder(name: str) -> Iterator[Path]:
         if keeper.stdout.readline() != b"kept\n":
             raise _refusal(keeper, name, folder)
         yield folder
+
+
+@contextmanager
+def socket_address(path: Path) -> Iterator[str]:
+    """Yield an address for bind(2) and connect(2) of a socket at any path: by way of its folder's descriptor.
+
+    An address holds 108 bytes (unix(7)), and the path may be longer. Raises OSError.
+    """
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def listening_socket(path: Path) -> Iterator[socket.socket]:
+    """Bind a socket at `path`, mode 0600, gone on exit; it does not listen yet. Raises HostUnfit."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        try:
+            with socket_address(path) as address:
+                listening.bind(address)
+        except OSError as error:
+            problem = f"the socket {path} cannot be made: {error.strerror}"
+            raise HostUnfit(problem, "is its folder there, and is there room in it?") from error
+        try:
+            path.chmod(0o600)  # nobody can have connected: it does not listen yet
+            yield listening
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _refusal(keeper: subprocess.Popen[bytes], name: str, folder: Path) -> GuestNameTaken | HostUnfit:

@@ -1,0 +1,263 @@
+"""The supervisor's socket: both sides of it, with a guest that is made up."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import stat
+from array import array
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sample_reports import guest_report
+from vmmback import control
+from vmmback.control import SOCKET, GuestInterface, Supervisor
+from vmmback.errors import HostUnfit, NoSuchGuest, QemuFailed
+from vmmback.report import IsolationReport
+from vmmback.runtime import listening_socket
+
+REPORT = guest_report()
+FRAMES = array("Q", [1 << 63 | frame for frame in range(100_000)])
+HALVES = b"a" * 64, b"b" * 64
+DEADLINE_S = 20.0
+
+
+class Made:
+    """A guest that is made up."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.halves: tuple[bytes, bytes] | None = HALVES
+        self.audits = 0
+        self.began = asyncio.Event()
+        self.stands: asyncio.Event | None = None
+        self.cancelled = False
+
+    async def examine(self) -> IsolationReport:
+        self.audits += 1
+        self.began.set()
+        if self.stands:
+            try:
+                await self.stands.wait()
+            except asyncio.CancelledError:
+                self.cancelled = True
+                raise
+        if self.error:
+            raise self.error
+        return REPORT
+
+    async def frames(self) -> array[int]:
+        if self.error:
+            raise self.error
+        return FRAMES
+
+    @property
+    def interface(self) -> GuestInterface:
+        return GuestInterface(self.examine, self.frames, lambda: self.halves)
+
+
+def play(folder: Path, scene: Callable[[Made, Supervisor], Coroutine[Any, Any, None]]) -> None:
+    async def staged() -> None:
+        made = Made()
+        async with asyncio.timeout(DEADLINE_S), control.serve(folder, made.interface), control.connect(folder) as guest:
+            await scene(made, guest)
+
+    asyncio.run(staged())
+
+
+def memfds() -> list[str]:
+    links = []
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            links.append(str(entry.readlink()))
+        except FileNotFoundError:  # the descriptor of this listing
+            continue
+    return [link for link in links if "vmmback-frames" in link]
+
+
+def test_a_report_comes_as_it_was_made(tmp_path: Path) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        assert await guest.audit() == REPORT
+        assert await guest.audit() == REPORT
+        assert made.audits == 2
+
+    play(tmp_path, scene)
+
+
+def test_frames_come_as_they_are_and_no_descriptor_stays(tmp_path: Path) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        assert await guest.frames() == FRAMES
+        assert await guest.frames() == FRAMES  # of a file of its own, which is read from its beginning
+        await asyncio.sleep(0)
+        gc.collect()
+        assert memfds() == []
+
+    play(tmp_path, scene)
+
+
+def test_frames_cannot_be_changed_by_who_gets_them() -> None:
+    descriptor = control._file_of(FRAMES)
+    try:
+        with pytest.raises(PermissionError):
+            os.write(descriptor, b"x")
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, 0)
+        assert not os.get_inheritable(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def test_the_halves_of_a_canary_and_none(tmp_path: Path) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        assert await guest.canary_halves() == HALVES
+        made.halves = None
+        assert await guest.canary_halves() is None
+
+    play(tmp_path, scene)
+
+
+def test_an_error_of_the_guest_comes_with_its_hint_and_the_next_call_is_answered(tmp_path: Path) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        made.error = QemuFailed("QEMU said nothing", "look at its log")
+        with pytest.raises(QemuFailed, match="QEMU said nothing") as caught:
+            await guest.audit()
+        assert caught.value.hint == "look at its log"
+        made.error = OSError(2, "No such file or directory")
+        with pytest.raises(QemuFailed, match="page tables cannot be read: No such file or directory"):
+            await guest.frames()
+        made.error = None
+        assert await guest.audit() == REPORT
+
+    play(tmp_path, scene)
+
+
+def test_a_mistake_of_ours_is_a_refusal_and_no_end_of_the_supervisor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        made.error = ZeroDivisionError()
+        with caplog.at_level(logging.CRITICAL), pytest.raises(QemuFailed, match="the guest's supervisor refused"):
+            await guest.audit()
+        made.error = None
+        assert await guest.audit() == REPORT
+
+    play(tmp_path, scene)
+
+
+def test_the_end_of_the_guest_during_an_audit_is_told_and_ends_the_audit(tmp_path: Path) -> None:
+    async def staged() -> None:
+        made = Made()
+        made.stands = asyncio.Event()
+        async with asyncio.timeout(DEADLINE_S):
+            async with control.serve(tmp_path, made.interface):
+                asked = asyncio.create_task(audited(tmp_path))
+                await made.began.wait()
+            assert made.cancelled  # once the socket is closed, nobody looks at the guest any more
+            with pytest.raises(QemuFailed, match="the guest ended meanwhile"):
+                await asked
+
+    asyncio.run(staged())
+
+
+async def audited(folder: Path) -> IsolationReport:
+    async with control.connect(folder) as guest:
+        return await guest.audit()
+
+
+def test_a_client_that_hangs_up_disturbs_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        made.stands = asyncio.Event()
+        hasty = asyncio.create_task(audited(tmp_path))
+        await made.began.wait()
+        hasty.cancel()
+        await asyncio.wait({hasty})
+        made.stands.set()
+        assert await guest.audit() == REPORT
+
+    play(tmp_path, scene)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "noise", [b"", b"\0", b"x" * 100_000, b'{"method":1}\0', b'{"method":"org.vmmback.Guest.No"}\0']
+)
+def test_noise_on_the_socket_disturbs_nobody(tmp_path: Path, noise: bytes) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        _, writer = await asyncio.open_unix_connection(tmp_path / SOCKET)
+        writer.write(noise)
+        await writer.drain()
+        assert await guest.audit() == REPORT
+        writer.close()
+        await writer.wait_closed()
+
+    play(tmp_path, scene)
+
+
+def test_several_clients_at_once(tmp_path: Path) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        assert await asyncio.gather(*(audited(tmp_path) for _ in range(40))) == [REPORT] * 40
+
+    play(tmp_path, scene)
+
+
+def test_its_socket_is_the_users_alone_and_gone_at_the_end(tmp_path: Path) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        status = (tmp_path / SOCKET).stat()
+        assert stat.S_ISSOCK(status.st_mode)
+        assert stat.S_IMODE(status.st_mode) == 0o600
+
+    play(tmp_path, scene)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_its_path_may_be_longer_than_an_address(tmp_path: Path) -> None:
+    """A runtime folder of 80 bytes and a name of 63 are allowed; an address has 108 bytes."""
+    folder = tmp_path / ("a" * 63) / ("b" * 63)
+    folder.mkdir(parents=True)
+
+    async def scene(made: Made, guest: Supervisor) -> None:
+        assert await guest.audit() == REPORT
+
+    play(folder, scene)
+
+
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    async def staged() -> None:
+        async with control.serve(tmp_path / "gone", Made().interface):
+            pytest.fail("it was made")
+
+    with pytest.raises(HostUnfit, match=r"the socket .*/gone/control cannot be made: No such file or directory"):
+        asyncio.run(staged())
+
+
+def connected_to(folder: Path) -> NoSuchGuest:
+    with pytest.raises(NoSuchGuest) as caught:
+        asyncio.run(audited(folder))
+    return caught.value
+
+
+def test_no_such_guest_names_those_that_run(tmp_path: Path) -> None:
+    error = connected_to(tmp_path / "run/demo")
+    assert (error.message, error.exit_code) == ("no guest named demo is running", 7)
+    assert error.hint == f"running in {tmp_path}/run: none"
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / SOCKET).touch()
+    assert connected_to(tmp_path / "demo").hint.endswith(": a, b")
+
+
+def test_what_a_guest_left_behind_is_no_guest(tmp_path: Path) -> None:
+    """A folder without a socket, a file in the place of the folder, a socket that nobody listens at, a plain file."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / SOCKET).touch()
+    (tmp_path / "stale").mkdir()
+    with listening_socket(tmp_path / "stale" / SOCKET):
+        for name in ("empty", "file", "plain", "stale"):
+            assert connected_to(tmp_path / name).message == f"no guest named {name} is running"
