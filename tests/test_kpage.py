@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmmback.linux import kpage
-from vmmback.linux.kpage import Flag, KernelPages, User
+from vmmback.linux.kpage import Flag, KernelPages, Lists, User
 from vmmback.linux.procfs import PAGE_SIZE
 
 PRESENT, SWAPPED = 1 << 63, 1 << 62
@@ -82,3 +82,24 @@ def test_without_the_files_it_is_an_os_error_and_nothing_stays_open(tmp_path: Pa
     with pytest.raises(FileNotFoundError):
         KernelPages(tmp_path)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def kpageflags(root: Path, words: dict[int, int]) -> None:
+    table = array("Q", bytes(8 * 64))
+    for frame, word in words.items():
+        table[frame] = word
+    (root / "kpageflags").write_bytes(table.tobytes())
+
+
+def test_frames_are_counted_by_the_list_they_are_on(tmp_path: Path) -> None:
+    other = 1 << 2 | 1 << 3 | 1 << 11  # referenced, uptodate, mapped
+    lru, unevictable = 1 << 5 | other, 1 << 5 | 1 << 18 | other
+    kpageflags(tmp_path, {3: lru, 4: unevictable, 5: other, 6: 1 << 18, 9: lru, 10: lru})
+    assert kpage.lists([10, 4, 3, 5, 6], tmp_path) == Lists(evictable=2, unevictable=2)
+    assert kpage.lists([5], tmp_path) == Lists(0, 0)
+
+
+def test_no_frames_need_no_file(tmp_path: Path) -> None:
+    assert kpage.lists([], tmp_path) == Lists(0, 0)
+    with pytest.raises(FileNotFoundError):
+        kpage.lists([1], tmp_path)

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmmback.isolation.probe import Probe, Reading, Target
-from vmmback.linux import process_vm, procfs
+from vmmback.linux import kpage, process_vm, procfs
 from vmmback.linux.procfs import AnyMapping
 from vmmback.report import Verdict
 
 _READ_BYTES = 8
+_PRESENT = 1 << 63
+_PFN_MASK = (1 << 55) - 1
 
 
 class ReadProbe(Probe[tuple[int, Sequence[int]]]):
@@ -126,28 +128,51 @@ class MapFilesProbe(_ReopenProbe):
         return Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
 
 
-class VmaFlagsProbe(Probe[Sequence[procfs.DetailedMapping]]):
+class VmaFlagsProbe(Probe[tuple[int, Sequence[procfs.DetailedMapping]]]):
     """VmFlags in /proc/PID/smaps: `lo`, never swapped out, and `dd`, left out of core dumps (fs/proc/task_mmu.c).
 
-    Memory without one of them is `readable`: in swap, or in a dump.
+    Memory without one of them is `readable`: in swap, or in a dump. Not every kernel sets `lo` on secret memory (Linux
+    6.18 does, Debian's 6.1 does not), so without it the frames are looked at: secretmem makes its files unevictable,
+    and what is unevictable is never reclaimed. A place is a pid and mappings of it.
     """
 
     name = "vma-flags"
-    vector = "/proc/PID/smaps: without the flag lo memory can be swapped out, without dd dumped"
+    vector = "/proc/PID/smaps: memory neither locked (lo) nor unevictable can be swapped out, without dd dumped"
     control_is = "QEMU's heap and stack"
-    source = "fs/proc/task_mmu.c, show_smap_vma_flags; mm/secretmem.c, secretmem_mmap"
+    source = "fs/proc/task_mmu.c, show_smap_vma_flags; mm/secretmem.c, mapping_set_unevictable"
 
-    def target(self, target: Target) -> Sequence[procfs.DetailedMapping]:
-        return _guest_ram(procfs.smaps(target.pid), target)
+    def target(self, target: Target) -> tuple[int, Sequence[procfs.DetailedMapping]]:
+        return target.pid, _guest_ram(procfs.smaps(target.pid), target)
 
-    def control(self, target: Target) -> Sequence[procfs.DetailedMapping]:
-        return _ordinary(procfs.smaps(target.pid))
+    def control(self, target: Target) -> tuple[int, Sequence[procfs.DetailedMapping]]:
+        return target.pid, _ordinary(procfs.smaps(target.pid))
 
-    def attempt(self, place: Sequence[procfs.DetailedMapping]) -> Reading:
-        missing = {flag for mapping in place for flag in ("lo", "dd") if flag not in mapping.flags}
-        if missing:
-            return Reading(Verdict.READABLE, f"flags missing: {', '.join(sorted(missing))}")
-        return Reading(Verdict.BLOCKED, f"locked (lo) and left out of dumps (dd): {len(place)} mapping(s)")
+    def attempt(self, place: tuple[int, Sequence[procfs.DetailedMapping]]) -> Reading:
+        pid, mappings = place
+        dumped = any("dd" not in mapping.flags for mapping in mappings)
+        unlocked = [mapping for mapping in mappings if "lo" not in mapping.flags]
+        try:
+            frames = _frames(pid, unlocked)
+            lists = kpage.lists(frames)
+        except OSError:
+            if not dumped:
+                raise
+            return Reading(Verdict.READABLE, "flags missing: dd")  # reason enough, whatever the kernel hides from us
+        found = ["flags missing: dd"] if dumped else []
+        if lists.evictable:
+            found.append(f"not locked (lo), and {lists.evictable} of {len(frames)} frames can be swapped out")
+        if found:
+            return Reading(Verdict.READABLE, "; ".join(found))
+        if not unlocked:
+            return Reading(Verdict.BLOCKED, f"locked (lo) and left out of dumps (dd): {len(mappings)} mapping(s)")
+        if not lists.unevictable:
+            return Reading(
+                Verdict.INCONCLUSIVE, f"not locked (lo), and none of {len(frames)} frames is unevictable yet"
+            )
+        return Reading(
+            Verdict.BLOCKED,
+            f"unevictable, {len(frames)} frames, and left out of dumps (dd): {len(mappings)} mapping(s)",
+        )
 
 
 def descriptors_of(target: Target) -> list[int]:
@@ -166,6 +191,15 @@ def _guest_ram(mappings: Sequence[AnyMapping], target: Target) -> list[AnyMappin
     if not found:
         raise OSError(errno.ENOENT, "QEMU does not map the guest's RAM")
     return found
+
+
+def _frames(pid: int, mappings: Sequence[procfs.Mapping]) -> list[int]:
+    """Return the frames of the present pages of mappings. Raises PermissionError where the kernel hides them."""
+    entries = [entry for mapping in mappings for entry in procfs.pagemap(pid, mapping.start, mapping.size)]
+    frames = [entry & _PFN_MASK for entry in entries if entry & _PRESENT]
+    if not all(frames):
+        raise PermissionError(errno.EPERM, f"/proc/{pid}/pagemap hides frame numbers (CAP_SYS_ADMIN)")
+    return frames
 
 
 def _ordinary(mappings: Sequence[AnyMapping]) -> list[AnyMapping]:
