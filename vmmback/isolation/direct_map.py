@@ -9,11 +9,11 @@ import time
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vmmback.errors import HostUnfit, VmmbackError
 from vmmback.isolation.probe import Place, Probe, Reading, Target
-from vmmback.linux import procfs
+from vmmback.linux import kernel_image, procfs
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.procfs import PAGE_SIZE, Mapping
 from vmmback.report import Observation, Verdict
@@ -24,7 +24,7 @@ _PRESENT = 1 << 63
 
 @dataclass(frozen=True)
 class PageCount:
-    """How many pages are present, how many the direct map was asked for, how many of these could be read."""
+    """How many pages are present, how many could be tried, how many of these the kernel could read."""
 
     present: int
     checked: int
@@ -41,6 +41,15 @@ class Pages:
     entries: array[int]
     auxiliary: array[int] = field(default_factory=lambda: array("Q"))
     count: PageCount = PageCount(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was counted, how much of it through the kernel image's mapping alone, and what could not be tried."""
+
+    count: PageCount
+    through_image: int = 0
+    problems: tuple[str, ...] = ()
 
 
 class FrameProbe(Probe[Place]):
@@ -61,10 +70,14 @@ class FrameProbe(Probe[Place]):
 
 
 class DirectMapProbe(FrameProbe[Pages]):
-    """Reads 8 bytes of each present page, of the guest and of a memfd of our own whose contents come back."""
+    """Reads 8 bytes of each present page, of the guest and of a memfd of our own whose contents come back.
+
+    Pages in frames that were the kernel's image once are read through its mapping as well (linux/kernel_image.py). That
+    mapping's control is the image's own code and rodata, which must look the same there.
+    """
 
     name = "direct-map"
-    vector = "the kernel reads every present page through its direct map (a BPF program)"
+    vector = "the kernel reads every present page through its direct map, and through its image's mapping (BPF)"
     control_is = "pages of our own, whose random contents must come back"
     source = "mm/secretmem.c, secretmem_fault: set_direct_map_invalid_noflush"
 
@@ -104,20 +117,38 @@ class DirectMapProbe(FrameProbe[Pages]):
         return pages
 
     def attempt(self, place: Pages) -> Reading:
-        """Try to read each present page."""
-        result = self._direct_map.check(place.entries)
-        count = place.count = PageCount(result.present, result.checked, result.readable)
+        """Try to read each present page, and those in frames of the kernel's image through that one's mapping too."""
+        found = self._check(place.entries)
+        count = place.count = found.count
         if not count.present:
             return Reading(Verdict.INCONCLUSIVE, f"none of {len(place.entries)} pages is present")
         detail = f"{count.readable} of {count.present} present pages readable"
-        others = self._direct_map.check(place.auxiliary)
+        auxiliary = self._check(place.auxiliary)
+        others = auxiliary.count
         if others.present:
             detail += f", and {others.readable} of {others.present} of QEMU's other secret RAM blocks"
+        if through_image := found.through_image + auxiliary.through_image:
+            detail += f", {through_image} through the kernel image's mapping"
         if count.readable or others.readable:
             return Reading(Verdict.READABLE, detail)
         if (count.checked, others.checked) != (count.present, others.present):
-            return Reading(Verdict.INCONCLUSIVE, f"{detail}, but only {count.checked + others.checked} could be tried")
+            problem = f"but only {count.checked + others.checked} could be tried"
+            return Reading(Verdict.INCONCLUSIVE, "; ".join([f"{detail}, {problem}", *found.problems]))
         return Reading(Verdict.BLOCKED, f"{detail} (EFAULT)", "EFAULT")
+
+    def _check(self, entries: array[int]) -> _Found:
+        result = self._direct_map.check(entries)
+        count = PageCount(result.present, result.checked, result.readable)
+        image = kernel_image.image_range()
+        within = kernel_image.frames_in(image, entries) if image else array("Q")
+        if image is None or not within:
+            return _Found(count)
+        hidden = array("Q", [within[index] for index, page in self._direct_map.read_frames(within) if page is None])
+        try:
+            through_image = kernel_image.mapping(self._direct_map, image).check(hidden).readable
+        except HostUnfit as error:
+            return _Found(replace(count, checked=count.checked - len(hidden)), problems=(error.message,))
+        return _Found(replace(count, readable=count.readable + through_image), through_image)
 
 
 def guest_frames(target: Target, prefaulted: array[int]) -> array[int]:

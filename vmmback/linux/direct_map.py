@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
@@ -107,6 +108,13 @@ class DirectMap:
             for lane in lanes:
                 lane.base = base
             yield cls(lanes, base, limit)
+
+    def at(self, base: int) -> Self:
+        """Return the same programs for another mapping of RAM, with physical address 0 at `base`; one at a time."""
+        lanes = [copy(lane) for lane in self._lanes]
+        for lane in lanes:
+            lane.base = base
+        return type(self)(lanes, base, self.limit)
 
     def check(self, entries: Entries) -> Readability:
         """Try to read 8 bytes of each present page: about 2 million pages a second and processor where all fault.

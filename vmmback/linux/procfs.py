@@ -29,6 +29,8 @@ _MAPS_LINE = re.compile(
 # r_show() of kernel/resource.c. Memory that drivers/dax/kmem.c adds has its driver's name behind it.
 _SYSTEM_RAM = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM(?: \(kmem\))?$", re.MULTILINE)
 
+_KERNEL_PART = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : Kernel (code|rodata|data|bss)$", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Mapping:
@@ -117,6 +119,16 @@ def ram_ranges(root: Path = PROC) -> list[tuple[int, int]]:
     found = _SYSTEM_RAM.findall((root / "iomem").read_text())
     pages = ((-(-int(first, 16) // PAGE_SIZE), (int(last, 16) + 1) // PAGE_SIZE) for first, last in found)
     return sorted((start * PAGE_SIZE, end * PAGE_SIZE) for start, end in pages if start < end)
+
+
+def kernel_image(root: Path = PROC) -> dict[str, tuple[int, int]]:
+    """Return where the parts of the kernel's image are in RAM: `code`, `rodata`, `data`, `bss`, each [start, end).
+
+    In bytes. Not every architecture has all of them; empty without CAP_SYS_ADMIN, as `ram_ranges` is.
+    """
+    found = _KERNEL_PART.findall((root / "iomem").read_text())
+    parts = {name: (int(first, 16), int(last, 16) + 1) for first, last, name in found}
+    return {name: (start, end) for name, (start, end) in parts.items() if start}
 
 
 def vmstat(root: Path = PROC) -> dict[str, int]:

@@ -1,0 +1,118 @@
+"""Runs a program of Python's inside a virtual machine with the demo guest's kernel: this machine's may be another.
+
+The machine is emulated (TCG). Its initramfs is made for the run: the interpreter with all that a trial run of the same
+imports has loaded, at the same paths. Python is the machine's first process; a panic at its end stops QEMU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from integration.capabilities import KERNEL, ROOT
+from vmmback.host import find_qemu
+
+_MARK = "vmmback-result "
+_BOOT_S = 180.0
+
+# What of a process's mappings and modules is a file; run in an interpreter of its own, which has nothing else loaded.
+_TRIAL = """
+import ctypes, json, os, sys, traceback
+sys.argv = ["trial"]
+exec(open({program!r}).read(), {{"__name__": "trial"}})
+files = {{m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)}}
+files |= {{line.split()[5] for line in open("/proc/self/maps") if len(line.split()) == 6}}
+print("\\n".join(files))
+"""
+
+# The first process has no file systems; what it needs of them is mounted by mount(2).
+_FIRST = """
+import ctypes, json, os, traceback
+libc = ctypes.CDLL(None)
+for kind in ("proc", "sysfs", "devtmpfs"):
+    folder = {{"proc": "/proc", "sysfs": "/sys", "devtmpfs": "/dev"}}[kind]
+    os.makedirs(folder, exist_ok=True)
+    libc.mount(kind.encode(), folder.encode(), kind.encode(), 0, None)
+try:
+    scope = {{"__name__": "inside"}}
+    exec(open({program!r}).read(), scope)
+    result = scope["main"]()
+except BaseException:
+    result = {{"error": traceback.format_exc()}}
+print("\\n" + {mark!r} + json.dumps(result), flush=True)
+"""
+
+
+def run_inside(program: Path, folder: Path, memory_mib: int = 1024, cmdline: str = "secretmem.enable=1") -> Any:
+    """Run main() of the file `program` inside the machine; return what it returned, by way of JSON.
+
+    `folder` is for the initramfs. The imports of `program` must all be at its top. Fails where the machine does not
+    come to an end in time.
+    """
+    python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
+    environment = {"PYTHONHOME": sys.base_prefix, "PYTHONPATH": f"{ROOT}:{_site_packages()}"}
+    trial = subprocess.run(
+        [python, "-S", "-c", _TRIAL.format(program=str(program))],
+        env=environment, capture_output=True, text=True, check=True, timeout=30,
+    )  # fmt: skip
+    first = folder / "first.py"
+    first.write_text(_FIRST.format(program=str(program), mark=_MARK))
+    loaded = {Path(line) for line in trial.stdout.split("\n") if line.startswith("/")}
+    initramfs = folder / "initramfs"
+    files = {path for path in loaded if path.is_file()} | {python, program, first, _loader(python)}
+    # Libraries are asked for by the names of links, and /proc/PID/maps shows where these lead.
+    files |= {link for file in files for link in file.parent.glob(file.name.partition(".so")[0] + ".so.*")}
+    initramfs.write_bytes(_archive(files))
+    arguments = f"{cmdline} console=ttyS0 quiet panic=-1 " + " ".join(f"{k}={v}" for k, v in environment.items())
+    ended = subprocess.run(
+        [
+            find_qemu(), "-accel", "tcg", "-cpu", "max", "-m", str(memory_mib), "-display", "none", "-no-reboot",
+            "-nodefaults", "-serial", "stdio", "-kernel", KERNEL, "-initrd", initramfs,
+            "-append", f"{arguments} rdinit={python} -- -S {first}",
+        ],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=_BOOT_S,
+    )  # fmt: skip
+    _, mark, rest = ended.stdout.partition(_MARK)
+    assert mark, f"{ended.stdout[-3000:]}\n{ended.stderr[-1000:]}"
+    result = json.loads(rest.splitlines()[0])
+    assert not (isinstance(result, dict) and "error" in result), result["error"]
+    return result
+
+
+def _site_packages() -> str:
+    import pydantic
+
+    return str(Path(pydantic.__file__).parents[1])
+
+
+def _loader(program: Path) -> Path:
+    """Return the dynamic loader that a program names: /proc/PID/maps shows where its link leads."""
+    with program.open("rb") as file:
+        found = re.search(rb"/lib\w*/ld-[\w.-]+", file.read(1 << 16))
+    assert found, f"{program} names no dynamic loader"
+    return Path(os.fsdecode(found[0]))
+
+
+def _archive(files: Iterable[Path]) -> bytes:
+    """Return files and the folders above them as a cpio archive (Documentation/driver-api/early-userspace).
+
+    A file that is reached by a link is put at both places.
+    """
+    every = {path for file in files for path in (file, file.resolve())}
+    folders = {parent for path in every for parent in path.parents}
+    parts = [_entry(str(folder), 0o040755, b"") for folder in sorted(folders) if str(folder) != "/"]
+    parts += [_entry(str(file), 0o100755, file.read_bytes()) for file in sorted(every)]
+    return b"".join([*parts, _entry("TRAILER!!!", 0, b"")])
+
+
+def _entry(path: str, mode: int, data: bytes) -> bytes:
+    name = path.lstrip("/").encode() + b"\0"
+    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name), 0)
+    head = b"070701" + b"".join(b"%08X" % field for field in fields) + name
+    return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)

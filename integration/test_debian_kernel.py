@@ -1,0 +1,58 @@
+"""The probes inside a machine with Debian 12's kernel, 6.1, which differs in what matters from later ones:
+
+it sets no `lo` on secret mappings, and the frames that it gives away first are those of its own image, which it freed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration import capabilities, inside_debian
+from integration.debian_kernel import run_inside
+from vmmback.report import Verdict
+
+ALL = inside_debian.BYTES // 4096
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What inside_debian.py returned there; one run for all tests."""
+    capabilities.require(capabilities.QEMU)
+    capabilities.require(capabilities.GUEST_KERNEL)
+    return run_inside(Path(inside_debian.__file__), tmp_path_factory.mktemp("debian"))
+
+
+def test_frames_of_the_image_that_the_direct_map_lacks_are_found_readable(said: Any) -> None:
+    secret = said["secret"]
+    within = secret["in the image"]
+    assert within > 0, "the kernel gave away none of the frames that it freed of its image"
+    assert secret["in the image, read directly"] == 0
+    assert secret["in the image, canary read through its mapping"] == within
+    assert secret["direct-map"] == {
+        "target": Verdict.READABLE,
+        "control": Verdict.READABLE,
+        "detail": f"{within} of {ALL} present pages readable, {within} through the kernel image's mapping",
+    }
+    assert secret["pages"] == {"present": ALL, "checked": ALL, "readable": within}
+    assert secret["in the image, canary in kcore"] == min(within, inside_debian.WITNESSED)
+
+
+def test_a_secret_mapping_without_lo_is_blocked_by_its_unevictable_frames(said: Any) -> None:
+    secret = said["secret"]
+    assert "dd" in secret["flags"]
+    assert "lo" not in secret["flags"], "this kernel locks secret memory: it shows nothing of what is tested here"
+    assert secret["vma-flags"] == {
+        "target": Verdict.BLOCKED,
+        "control": Verdict.READABLE,
+        "detail": f"unevictable, {ALL} frames, and left out of dumps (dd): 1 mapping(s)",
+    }
+
+
+def test_ordinary_memory_is_readable_by_both(said: Any) -> None:
+    ordinary = said["ordinary"]
+    assert ordinary["direct-map"]["detail"] == f"{ALL} of {ALL} present pages readable"
+    assert ordinary["vma-flags"]["target"] == Verdict.READABLE
+    assert ordinary["vma-flags"]["detail"].endswith(f"{ALL} of {ALL} frames can be swapped out")
