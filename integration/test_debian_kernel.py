@@ -51,6 +51,12 @@ def test_a_secret_mapping_without_lo_is_blocked_by_its_unevictable_frames(said: 
     }
 
 
+def test_the_limit_on_locked_memory_is_taken_away_where_it_counts_for_root_too(said: Any) -> None:
+    """The RAM of which the other tests tell is larger than the limit, which this kernel holds against root as well."""
+    assert said["limit"] < inside_debian.BYTES
+    assert said["beyond the limit"] == said["limit"]
+
+
 def test_ordinary_memory_is_readable_by_both(said: Any) -> None:
     ordinary = said["ordinary"]
     assert ordinary["direct-map"]["detail"] == f"{ALL} of {ALL} present pages readable"

@@ -118,9 +118,11 @@ class Ram(ABC):
         progress = f"after {done >> 20} of {self.size >> 20} MiB"
         if status == -signal.SIGKILL or status == prefault_worker.EXHAUSTED:
             cause = "the OOM killer ended the prefault" if status < 0 else "the kernel had no page left"
+            hint = "choose a smaller [memory] size, free memory on the host, or raise the memory limit of this cgroup"
+            if status > 0 and self.backing == "secret" and memlock.falls_short(self.size):
+                hint += f"; some kernels hold RLIMIT_MEMLOCK against root too: {memlock.remedy(self.size)}"
             return AdmissionRefused(
-                f"the host ran out of memory while {self.backing} RAM was prefaulted: {cause} {progress}",
-                "choose a smaller [memory] size, free memory on the host, or raise the memory limit of this cgroup",
+                f"the host ran out of memory while {self.backing} RAM was prefaulted: {cause} {progress}", hint
             )
         reason = os.strerror(int(complaint)) if complaint.isdecimal() else f"exit status {status} {complaint[-500:]}"
         return HostUnfit(

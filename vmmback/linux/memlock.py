@@ -22,14 +22,25 @@ def ensure(size: int) -> None:
 def allows(size: int) -> bool:
     """Tell whether this process, and a program that it starts, may map `size` bytes of secret RAM.
 
-    CAP_IPC_LOCK frees from the limit. Without it the soft limit is raised as far as `size` where the hard one allows.
+    CAP_IPC_LOCK frees from the limit, save on kernels that count secret pages when they are first touched, all of a
+    user's together, whoever touches them: Debian's 6.1.192 does. So there the limit is taken away too, or raised as far
+    as that goes. Without the capability the soft limit is raised as far as `size` where the hard one allows.
     """
-    if procfs.has_capability(_CAP_IPC_LOCK):
-        return True
     soft, hard = resource.prlimit(0, resource.RLIMIT_MEMLOCK)
+    if procfs.has_capability(_CAP_IPC_LOCK):
+        try:
+            resource.prlimit(0, resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        except (PermissionError, ValueError):  # CAP_SYS_RESOURCE is missing; resource says ValueError for EPERM
+            resource.prlimit(0, resource.RLIMIT_MEMLOCK, (hard, hard))
+        return True
     if not _covers(soft, size) and _covers(hard, size):
         resource.prlimit(0, resource.RLIMIT_MEMLOCK, (size, hard))
     return _covers(hard, size)
+
+
+def falls_short(size: int) -> bool:
+    """Tell whether the limit is less than `size` bytes, whatever frees from it."""
+    return not _covers(resource.prlimit(0, resource.RLIMIT_MEMLOCK)[0], size)
 
 
 def too_small(size: int) -> HostUnfit:
@@ -37,9 +48,13 @@ def too_small(size: int) -> HostUnfit:
     soft, _ = resource.prlimit(0, resource.RLIMIT_MEMLOCK)
     return HostUnfit(
         f"RLIMIT_MEMLOCK is {soft >> 10} KiB, too small to map {size >> 10} KiB of secret RAM",
-        f"run as root (CAP_IPC_LOCK), or raise the limit: `ulimit -l {size >> 10}`, "
-        f"LimitMEMLOCK={size} in a systemd unit, or memlock in /etc/security/limits.conf",
+        f"run as root (CAP_IPC_LOCK), or raise the limit: {remedy(size)}",
     )
+
+
+def remedy(size: int) -> str:
+    """Return the ways to raise the limit to `size` bytes."""
+    return f"`ulimit -l {size >> 10}`, LimitMEMLOCK={size} in a systemd unit, or memlock in /etc/security/limits.conf"
 
 
 def _covers(limit: int, size: int) -> bool:
