@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vmmback import config, toml_errors
-from vmmback.config import GuestConfig, json_schema, load, parse_duration, parse_size
+from vmmback import config, config_values, toml_errors
+from vmmback.config import GuestConfig, json_schema, load
+from vmmback.config_values import parse_duration, parse_size
 from vmmback.errors import ConfigError
 from vmmback.toml_errors import key_lines
 
@@ -533,7 +534,7 @@ def refuse(path: Path) -> None:
 
 
 def test_an_unreadable_kernel_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "open_regular", refuse)
+    monkeypatch.setattr(config_values, "open_regular", refuse)
     assert message_of(folder, MINIMAL) == f"guest.toml:7: boot.kernel: vmlinuz: permission denied; {FILE_ADVICE}"
 
 

@@ -6,37 +6,37 @@ Each field's description is its documentation; `json_schema` hands it to editors
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import InitErrorDetails, core_schema
 
-from vmmback.errors import ConfigError, UsageError
-from vmmback.qmp_policy import ALLOW_PATTERN, check_entry
-from vmmback.toml_errors import Grammar, ascii_path, explain, open_regular, quote, read, why, wrong_type
-
-GRAIN_BYTES = 8192  # QEMU rounds -m up to it (softmmu/vl.c, later system/vl.c: set_memory_options)
-MIN_MEMORY_BYTES = 1 << 20
-MAX_MEMORY_BYTES = 16 << 40
-MAX_DURATION_S = 24 * 3600
-MIN_WATCH_S = 1.0
-MAX_CMDLINE_BYTES = 2047  # COMMAND_LINE_SIZE of Linux on x86 is 2048, with the NUL: arch/x86/include/asm/setup.h
+from vmmback.config_values import (
+    AllowedCommands,
+    CommandLine,
+    CpuModel,
+    GuestName,
+    InputFile,
+    OutputFile,
+    ReadyText,
+    Seconds,
+    Size,
+    WatchPeriod,
+)
+from vmmback.errors import ConfigError
+from vmmback.toml_errors import Grammar, ascii_path, explain, read
 
 SMALLEST = """\
 name = "demo"
@@ -47,180 +47,6 @@ size = "256MiB"
 [boot]
 kernel = "vmlinuz"
 """
-
-_SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_DURATION_UNITS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
-_SIZE_PATTERN = "([0-9]{1,15})(KiB|MiB|GiB|TiB)"
-_DURATION_PATTERN = "([0-9]{1,15})(ms|s|min|h)"
-_NAME_PATTERN = r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{0,62}"
-# A comma only adds CPU properties ("max,-avx"): the whole text stays one argument of QEMU's.
-_CPU_MODEL_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.,+=-]{0,254}"
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "256MiB". Raises ValueError unless it is whole 8KiB, 1MiB to 16TiB."""
-    found = re.fullmatch(_SIZE_PATTERN, text)
-    if not found:
-        raise ValueError(f'{quote(text)} is not a size; write it like "256MiB" (KiB, MiB, GiB or TiB)')
-    size_bytes = int(found[1]) * _SIZE_UNITS[found[2]]
-    if not MIN_MEMORY_BYTES <= size_bytes <= MAX_MEMORY_BYTES:
-        raise ValueError(f'{quote(text)} is out of range; write "1MiB" to "16TiB"')
-    if size_bytes % GRAIN_BYTES:
-        raise ValueError(f"{quote(text)} is not a multiple of 8KiB, as QEMU rounds RAM sizes; write whole 8KiB")
-    return size_bytes
-
-
-def parse_duration(text: str) -> float:
-    """Return the seconds of a duration such as "500ms" or "2min". Raises ValueError unless it is 1ms to 24h."""
-    found = re.fullmatch(_DURATION_PATTERN, text)
-    if not found:
-        raise ValueError(f'{quote(text)} is not a duration; write it like "60s" (ms, s, min or h)')
-    seconds = int(found[1]) * _DURATION_UNITS_S[found[2]]
-    if not 0 < seconds <= MAX_DURATION_S:
-        raise ValueError(f'{quote(text)} is out of range; write "1ms" to "24h"')
-    return seconds
-
-
-def _string(value: object, wanted: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (pydantic collects ValueError only)
-    return value
-
-
-def _size(value: object) -> int:
-    return parse_size(_string(value, 'a size in quotes, like "256MiB"'))
-
-
-def _duration(value: object) -> float:
-    return parse_duration(_string(value, 'a duration in quotes, like "60s"'))
-
-
-def _path(value: object, info: ValidationInfo) -> Path:
-    if isinstance(value, Path):
-        return value
-    text = _string(value, 'a path in quotes, like "vmlinuz"')
-    if not text or "\0" in text:
-        raise ValueError(f"{quote(text)} is not a path; write the path of a file")
-    return Path(text) if info.context is None else info.context / text
-
-
-def _input_file(value: object, info: ValidationInfo) -> Path:
-    """Return the path of a file that the guest needs; it must be regular and readable."""
-    path = _path(value, info)
-    if info.context is None:
-        return path
-    try:
-        open_regular(path).close()
-    except (OSError, ValueError) as error:
-        advice = "write the path of a file that you may read, absolute or from the guest file's folder"
-        raise ValueError(f"{ascii_path(path)}: {why(error)}; {advice}") from error
-    return path
-
-
-def _output_file(value: object, info: ValidationInfo) -> Path:
-    """Return the path of a file that is going to be written; its folder must be there."""
-    path = _path(value, info)
-    if info.context is None:
-        return path
-    try:
-        if path.is_dir():
-            raise ValueError(f"{ascii_path(path)}: is a folder; write the path of a file in it")
-        has_folder = path.parent.is_dir()
-    except OSError as error:
-        raise ValueError(f"{ascii_path(path)}: {why(error)}; write the path of a file that you may write") from error
-    if not has_folder:
-        raise ValueError(f"{ascii_path(path)}: its folder does not exist; make the folder, or write another path")
-    return path
-
-
-def _matching(pattern: str, wanted: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"{quote(text)} is not {wanted}")
-        return text
-
-    return check
-
-
-def _one_line(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError(f"{quote(text)} has characters that are not printable; write it as one line of plain text")
-    return text
-
-
-def _ready_text(text: str) -> str:
-    if not text.strip():
-        raise ValueError(
-            "is blank, which any output matches; write text that the guest prints once, or leave ready out"
-        )
-    return _one_line(text)
-
-
-def _not_too_often(seconds: float) -> float:
-    if seconds < MIN_WATCH_S:
-        raise ValueError(f'is more often than every {MIN_WATCH_S:g} s; write "1s" to "24h"')
-    return seconds
-
-
-def _cmdline(text: str) -> str:
-    if len(text.encode()) > MAX_CMDLINE_BYTES:
-        raise ValueError(f"is longer than {MAX_CMDLINE_BYTES} bytes, of which Linux cuts the rest; write a shorter one")
-    return _one_line(text)
-
-
-_guest_name = _matching(
-    _NAME_PATTERN,
-    'a guest name; write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."',
-)
-
-
-def check_name(name: str) -> str:
-    """Return the name of a guest as it is. Raises UsageError unless a guest may have it."""
-    try:
-        return _guest_name(name)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _allowed_commands(value: object) -> tuple[str, ...]:
-    wanted = 'a list of commands in quotes, like ["device_del", "job-*"]'
-    if isinstance(value, tuple):
-        return value
-    if not isinstance(value, list):
-        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (pydantic collects ValueError only)
-    for entry in value:
-        text = _string(entry, "its entries as commands in quotes")
-        try:
-            check_entry(text)
-        except ValueError as error:
-            raise ValueError(f"{quote(text)} {error}") from None
-    return tuple(value)
-
-
-GuestName = Annotated[
-    str,
-    AfterValidator(_guest_name),
-    WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"}),
-]
-CpuModel = Annotated[
-    str,
-    AfterValidator(_matching(_CPU_MODEL_PATTERN, 'a CPU model; write it like "max", with features like "max,-avx"')),
-    WithJsonSchema({"type": "string", "pattern": f"^{_CPU_MODEL_PATTERN}$"}),
-]
-Size = Annotated[int, BeforeValidator(_size), WithJsonSchema({"type": "string", "pattern": f"^{_SIZE_PATTERN}$"})]
-Seconds = Annotated[
-    float, BeforeValidator(_duration), WithJsonSchema({"type": "string", "pattern": f"^{_DURATION_PATTERN}$"})
-]
-_PATH_SCHEMA = WithJsonSchema({"type": "string", "minLength": 1})
-InputFile = Annotated[Path | None, BeforeValidator(_input_file), _PATH_SCHEMA]
-OutputFile = Annotated[Path | None, BeforeValidator(_output_file), _PATH_SCHEMA]
-
-
-AllowedCommands = Annotated[
-    tuple[str, ...],
-    BeforeValidator(_allowed_commands),
-    WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": f"^{ALLOW_PATTERN}$"}}),
-]
 
 
 class _Table(BaseModel):
@@ -274,9 +100,7 @@ class Boot(_Table):
 
     kernel: InputFile = Field(default=None, description="The Linux kernel that QEMU loads.", examples=["vmlinuz"])
     initrd: InputFile = Field(default=None, description="The kernel's initial RAM disk.", examples=["initrd.img"])
-    cmdline: Annotated[str, AfterValidator(_cmdline)] = Field(
-        default="", description="The kernel's command line.", examples=["console=ttyS0"]
-    )
+    cmdline: CommandLine = Field(default="", description="The kernel's command line.", examples=["console=ttyS0"])
     firmware: InputFile = Field(
         default=None, description="The firmware to boot instead of a kernel, such as OVMF.", examples=["OVMF.fd"]
     )
@@ -322,7 +146,7 @@ class Isolation(_Table):
     validate_at: Literal["boot", "never"] = Field(
         default="boot", alias="validate", description="When the guest's isolation is measured."
     )
-    every: Annotated[Seconds, AfterValidator(_not_too_often)] | None = Field(
+    every: WatchPeriod | None = Field(
         default=None,
         description="Repeat the probes so often while the guest runs, from 1s to 24h. Without it, they run once.",
         examples=["60s"],
@@ -332,7 +156,7 @@ class Isolation(_Table):
         alias="on-exposed",
         description="What happens to a guest that is exposed, be it when it is validated or later.",
     )
-    ready: Annotated[str, AfterValidator(_ready_text)] | None = Field(
+    ready: ReadyText | None = Field(
         default=None,
         description="The text on the guest's serial console after which it is validated. "
         "Without it, the guest is validated after its first output, or after 10 s.",
