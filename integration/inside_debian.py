@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 import resource
+import time
 from array import array
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Literal
+from unittest import mock
 
+from vmmback import ram
 from vmmback.isolation import access
 from vmmback.isolation.direct_map import DirectMapProbe
 from vmmback.isolation.probe import Target
@@ -21,7 +25,7 @@ from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Observation
 
 KINDS: tuple[Literal["secret", "ordinary"], ...] = ("secret", "ordinary")
-BYTES = 128 << 20
+BYTES = 64 << 20
 WITNESSED = 64
 PFN_MASK = (1 << 55) - 1
 
@@ -33,8 +37,23 @@ def main() -> dict[str, Any]:
         "release": os.uname().release,
         "limit": limit,
         "beyond the limit": _touched(2 * limit),
+        **_prefaulted(),
         **{kind: _look(kind) for kind in KINDS},
     }
+
+
+def _prefaulted() -> dict[str, Any]:
+    """Return how many frames of the image are a RAM's whose prefault does not look, and one's whose does."""
+    image = kernel_image.image_range()
+    assert image is not None
+    counts: dict[str, float] = {}
+    for name, retries in (("taken as they come", 0), ("set aside", ram._RETRIES)):
+        with mock.patch.object(ram, "_RETRIES", retries), ram.SecretRam(BYTES) as memory:
+            started = time.perf_counter()
+            asyncio.run(memory.prefault(lambda _: None))
+            counts[name] = len(kernel_image.frames_in(image, memory.frames))
+            counts[f"{name}, seconds"] = round(time.perf_counter() - started, 1)
+    return counts
 
 
 def _touched(size: int) -> int:

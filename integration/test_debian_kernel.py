@@ -40,6 +40,12 @@ def test_frames_of_the_image_that_the_direct_map_lacks_are_found_readable(said: 
     assert secret["in the image, canary in kcore"] == min(within, inside_debian.WITNESSED)
 
 
+def test_a_prefault_leaves_such_frames_alone(said: Any) -> None:
+    """The twin takes the frames as they come, and so has some: they were free, and where the kernel looks first."""
+    assert said["taken as they come"] > 0
+    assert said["set aside"] == 0
+
+
 def test_a_secret_mapping_without_lo_is_blocked_by_its_unevictable_frames(said: Any) -> None:
     secret = said["secret"]
     assert "dd" in secret["flags"]

@@ -12,7 +12,8 @@ import resource
 import signal
 import sys
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ from integration.conftest import (
 )
 from vmmback import ram
 from vmmback.errors import AdmissionRefused, HostUnfit
-from vmmback.linux import prefault_worker, procfs
+from vmmback.linux import kernel_image, prefault_worker, procfs
 from vmmback.linux.direct_map import DirectMap
+from vmmback.linux.kernel_image import ImageRange
 from vmmback.linux.procfs import PAGE_SIZE
 
 LARGE_BYTES = 256 * MIB  # some tenths of a second of prefault: time to disturb it
@@ -309,3 +311,72 @@ def test_a_prefault_that_does_not_tell_all_frames_is_an_error(
     monkeypatch.setattr(prefault_worker, "__file__", str(worker))
     with pytest.raises(HostUnfit, match="did not tell where all of its pages are"):
         asyncio.run(secret_ram.prefault(lambda _: None))
+
+
+# --- Frames that no RAM should have -----------------------------------------------------------------------------------
+
+
+def busiest(frames: Iterable[int]) -> ImageRange:
+    """Return the 2 MiB with most of these pagemap entries, as if the kernel's image were there."""
+    block = 2 * MIB // PAGE_SIZE
+    ((index, _),) = Counter((entry & (1 << 55) - 1) // block for entry in frames).most_common(1)
+    return ImageRange(index * 2 * MIB, (index + 1) * 2 * MIB, 0, 0)
+
+
+@pytest.mark.usefixtures("needs_direct_map")
+def test_frames_that_the_kernel_reads_elsewhere_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which frames these are is made up: 2 MiB that the kernel gives again, as it gives what was freed last first.
+
+    Other processes use that part of RAM as well, and free frames of it when they like: one time of several must do.
+    """
+    touched: list[array[int]] = []
+    touch = ram.Ram._touch
+
+    async def spy(self: ram.Ram, *arguments: Any) -> array[int]:
+        touched.append(await touch(self, *arguments))
+        return touched[-1]
+
+    monkeypatch.setattr(ram.Ram, "_touch", spy)
+    counts = []
+    for _ in range(5):
+        monkeypatch.setattr(kernel_image, "image_range", lambda: None)
+        with ram.SecretRam(8 * MIB) as before:
+            prefault(before)
+            shunned = busiest(before.frames)
+        monkeypatch.setattr(kernel_image, "image_range", lambda shunned=shunned: shunned)
+        touched.clear()
+        with ram.SecretRam(8 * MIB) as memory:
+            descriptor, inode = memory.fileno(), memory.inode
+            prefault(memory)
+            assert memory.frames == touched[-1]
+            assert memory.fileno() == descriptor
+            assert os.fstat(descriptor).st_ino == memory.inode
+            assert (memory.inode != inode) == (len(touched) > 1)
+            assert not os.get_inheritable(descriptor)
+            assert present_pages(memory) == memory.size // PAGE_SIZE
+        counts.append([len(kernel_image.frames_in(shunned, frames)) for frames in touched])
+        if counts[-1][0] > 0 and counts[-1][-1] == 0:
+            return
+    pytest.fail(f"of such frames each prefault had, time for time: {counts}")
+
+
+def test_ordinary_ram_takes_any_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_image, "image_range", lambda: ImageRange(0, 1 << 50, 0, 0))
+    with ram.OrdinaryRam(8 * MIB) as memory:
+        inode = memory.inode
+        prefault(memory)
+        assert memory.inode == inode
+
+
+def test_where_no_other_frames_are_to_be_had_the_prefault_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes then tell which of the pages can be read; a host that takes the mapping away is no worse off."""
+    with ram.SecretRam(2 * MIB) as before:
+        prefault(before)
+        shunned = busiest(before.frames)
+    monkeypatch.setattr(kernel_image, "image_range", lambda: shunned)
+    monkeypatch.setattr(kernel_image, "frames_in", lambda *_: array("Q", [1]))
+    with ram.SecretRam(2 * MIB) as memory:
+        progress: list[int] = []
+        asyncio.run(memory.prefault(progress.append))
+        assert progress.count(memory.size) == 1 + ram._RETRIES
+        assert present_pages(memory) == len(memory.frames) == memory.size // PAGE_SIZE

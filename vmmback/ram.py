@@ -17,8 +17,10 @@ from types import TracebackType
 from typing import ClassVar, Literal, Self
 
 from vmmback.errors import AdmissionRefused, HostUnfit
-from vmmback.linux import memlock, prefault_worker
+from vmmback.linux import arch, kernel_image, memlock, prefault_worker
 from vmmback.linux.memfd_secret import memfd_secret
+
+_RETRIES = 3
 
 
 class Ram(ABC):
@@ -81,11 +83,45 @@ class Ram(ABC):
         The pages are touched by a process of its own (linux/prefault_worker.py): its page tables go with it, and when
         memory runs out it is that process which fails or is killed. Raises AdmissionRefused then, HostUnfit when the
         mapping is refused. Cancelling it ends the process.
+
+        Where the kernel gave frames that it can read elsewhere (linux/kernel_image.py), it starts again with a new
+        file, having set such frames aside: up to three times, for more can become free meanwhile. Probes tell what is
+        left of them.
         """
+        image = self._shunned()
+        frames = await self._touch(progress, threads)
+        for _ in range(_RETRIES):
+            if image is None or not kernel_image.frames_in(image, frames):
+                break
+            self._renew()
+            frames = await self._touch(progress, threads, image)
+        self.frames = frames
+
+    def _shunned(self) -> kernel_image.ImageRange | None:
+        """Return the physical addresses where no page may lie, None if any place will do."""
+        return None
+
+    def _renew(self) -> None:
+        """Put a new file in the place of the old one, at the same descriptor; all pages are given back."""
+        descriptor = self._create()
+        try:
+            os.ftruncate(descriptor, self.size)
+            os.dup2(descriptor, self._descriptor, inheritable=False)
+        finally:
+            os.close(descriptor)
+        self.inode = os.fstat(self._descriptor).st_ino
+
+    async def _touch(
+        self, progress: Callable[[int], None], threads: int | None, shunned: kernel_image.ImageRange | None = None
+    ) -> array[int]:
+        set_aside = []
+        if shunned is not None:
+            frames = shunned.start // mmap.PAGESIZE, shunned.end // mmap.PAGESIZE
+            set_aside = [str(number) for number in (arch.current().memfd_secret, *frames)]
         threads = threads or len(os.sched_getaffinity(0))
         worker = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", prefault_worker.__file__,
-            str(self._descriptor), str(self.size), str(threads),
+            str(self._descriptor), str(self.size), str(threads), *set_aside,
             pass_fds=[self._descriptor],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C on the terminal is for the supervisor to handle
@@ -112,7 +148,7 @@ class Ram(ABC):
             raise self._prefault_error(status, complaint.decode(errors="replace"), done)
         if len(entries) != self.size // mmap.PAGESIZE * 8:
             raise HostUnfit(f"the prefault of {self.backing} RAM did not tell where all of its pages are")
-        self.frames = array("Q", entries)
+        return array("Q", entries)
 
     def _prefault_error(self, status: int, complaint: str, done: int) -> AdmissionRefused | HostUnfit:
         progress = f"after {done >> 20} of {self.size >> 20} MiB"
@@ -139,6 +175,9 @@ class SecretRam(Ram):
     def _create(self) -> int:
         memlock.ensure(self.size)
         return memfd_secret()
+
+    def _shunned(self) -> kernel_image.ImageRange | None:
+        return kernel_image.image_range()
 
 
 class OrdinaryRam(Ram):
