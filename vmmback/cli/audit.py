@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Coroutine, Iterator
@@ -124,15 +125,18 @@ def selftest(as_json: bool, write_files: ReportFiles) -> None:
 @contextmanager
 def _stopped(when: str) -> Iterator[None]:
     """Turn the signals that end a program into an error, so that all that is open is closed on the way."""
+    stopped_by = [signal.SIGINT]
 
     def stop(signum: int, _: object) -> None:
-        raise Interrupted(signum, when)
+        stopped_by.append(signal.Signals(signum))
+        # As Ctrl-C does: an event loop keeps any other exception from whoever runs it, as the outcome of some task.
+        raise KeyboardInterrupt
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, when) from None
+        raise Interrupted(stopped_by[-1], when) from None
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -170,13 +174,14 @@ def _needle(descriptor: int | None, halves: tuple[bytes, bytes] | None, *, from_
             )
         with Needle.xor(*halves) as needle:
             yield needle
-    elif descriptor == 0 and is_terminal(sys.stdin):
+        return
+    assert descriptor is not None
+    if os.isatty(descriptor):  # whichever number the terminal has: what is typed must not be shown
         show(sys.stderr, "vmmback: the canary (it is not shown): ")
         with Needle.from_terminal() as needle:
             show(sys.stderr, "\n")
             yield needle
     else:
-        assert descriptor is not None
         with Needle.read(descriptor) as needle:
             yield needle
 

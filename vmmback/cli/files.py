@@ -22,10 +22,8 @@ class ReportFiles:
     def __init__(self, html: Path | None, junit: Path | None) -> None:
         self._html, self._junit = html, junit
         for option, path in (("--html", html), ("--junit", junit)):
-            if path and path.is_dir():
-                raise UsageError(f"{option} {path}: is a folder", "write the path of a file in it")
-            if path and not path.parent.is_dir():
-                raise UsageError(f"{option} {path}: its folder does not exist", "make the folder, or name another")
+            if path:
+                _check(option, path)
         if html and html == junit:
             raise UsageError(f"--html and --junit both name {html}", "name two files")
 
@@ -66,18 +64,34 @@ def _xml(report: IsolationReport | SelftestReport) -> str:
     return selftest_xml(report) if isinstance(report, SelftestReport) else guest_xml(report)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all; what is there and is no regular file (/dev/stdout, a FIFO) gets the text."""
+def _check(option: str, path: Path) -> None:
+    """Raise UsageError where no file can be made; what is there stays as it is until the report is whole."""
     try:
-        if path.exists() and not path.is_file():
-            path.write_text(text)
-            return
-        place = path.resolve()  # a link stays one
-        draft = place.with_name(f".{place.name}.{os.getpid()}")
-        try:
-            draft.write_text(text)
-            draft.replace(place)
-        finally:
-            draft.unlink(missing_ok=True)
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: is a folder", "write the path of a file in it")
+        if path.exists() and not path.is_file():  # a device or a pipe, in whose place a file would come
+            raise UsageError(f"{option} {path}: is no regular file", "name a file that may be replaced")
+        if not path.parent.is_dir():
+            raise UsageError(f"{option} {path}: its folder does not exist", "make the folder, or name another")
+        draft = _draft(path)
+        draft.touch(exist_ok=False)
+        draft.unlink()
     except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror}", "name another file") from error
+
+
+def _draft(path: Path) -> Path:
+    """Return the path of a new file beside the one that `path` leads to, so that a link stays one."""
+    real = path.resolve()
+    return real.with_name(f".{real.name}.{os.getpid()}")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write it whole or not at all."""
+    draft = _draft(path)
+    try:
+        draft.write_text(text)
+        draft.replace(path.resolve())
+    except OSError as error:
+        draft.unlink(missing_ok=True)
         raise UsageError(f"{path} could not be written: {error.strerror}", "name another file") from error
