@@ -33,10 +33,19 @@ class _ResourceProbe(Probe[Place]):
 
 @dataclass(frozen=True)
 class Memory:
-    """A memory file by its inode, and the processes that may have it."""
+    """A memory file by its kind and inode, and the processes that may have it.
+
+    memfd_secret and memfd number their inodes by counters of their own (get_next_ino() of fs/inode.c,
+    shmem_reserve_inode() of mm/shmem.c): one of each can have the same number.
+    """
 
     inode: int
+    is_secret: bool
     known: frozenset[int]
+
+    def is_at(self, inode: int, path: str) -> bool:
+        """Tell whether an inode number and a path, as /proc shows them, are this file's."""
+        return inode == self.inode and procfs.is_memory_file(path) and (path == procfs.SECRETMEM) == self.is_secret
 
 
 class HoldersProbe(_ResourceProbe[Memory]):
@@ -48,13 +57,15 @@ class HoldersProbe(_ResourceProbe[Memory]):
     source = "proc_pid_fd(5), proc_pid_maps(5); a descriptor spreads by fork(2), SCM_RIGHTS of unix(7), pidfd_getfd(2)"
 
     def target(self, target: Target) -> Memory:
-        if not _holding(target.pid, target.inode):
-            raise OSError(errno.ENOENT, "QEMU does not have the guest's RAM")
-        return Memory(target.inode, frozenset({target.pid, target.supervisor}))
+        for is_secret in (True, False):
+            memory = Memory(target.inode, is_secret, frozenset({target.pid, target.supervisor}))
+            if _holding(target.pid, memory):
+                return memory
+        raise OSError(errno.ENOENT, "QEMU does not have the guest's RAM")
 
     def control(self, target: Target) -> Memory:  # noqa: ARG002
         _, inode = self._resources.enter_context(ordinary_memory(bytes(procfs.PAGE_SIZE)))
-        return Memory(inode, frozenset())
+        return Memory(inode, is_secret=False, known=frozenset())
 
     def attempt(self, place: Memory) -> Reading:
         others = [pid for pid in procfs.processes() if pid not in place.known]
@@ -62,10 +73,10 @@ class HoldersProbe(_ResourceProbe[Memory]):
         closed = 0
         for pid in others:
             try:
-                if not _holding(pid, place.inode):
+                if not _holding(pid, place):
                     continue
                 time.sleep(_SETTLE_S)
-                if holding := _holding(pid, place.inode):
+                if holding := _holding(pid, place):
                     found.append(f"process {pid} ({procfs.command_name(pid)}) {holding}")
             except PermissionError:
                 closed += 1
@@ -107,11 +118,11 @@ class TracerProbe(_ResourceProbe[int]):
         return Reading(Verdict.BLOCKED, f"none of {len(threads)} threads is traced")
 
 
-def _holding(pid: int, inode: int) -> str:
+def _holding(pid: int, memory: Memory) -> str:
     """Say how a process has a memory file, "" if it has not, or is gone. Raises PermissionError."""
     try:
-        holds = any(link.inode == inode and procfs.is_memory_file(link.path) for link in procfs.descriptors(pid))
-        maps = bool(procfs.memory_mappings(procfs.maps(pid), inode))
+        holds = any(memory.is_at(link.inode, link.path) for link in procfs.descriptors(pid))
+        maps = any(memory.is_at(mapping.inode, mapping.path) for mapping in procfs.maps(pid))
     except (FileNotFoundError, ProcessLookupError):
         return ""
     return " and ".join(word for word, is_so in (("holds its descriptor", holds), ("maps it", maps)) if is_so)

@@ -1,0 +1,167 @@
+"""Who is at a memory file: this process, its children, and none. No secret memory is needed to find that out."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from vmmback.isolation import holders
+from vmmback.isolation.holders import HoldersProbe, Memory, TracerProbe
+from vmmback.isolation.probe import Target
+from vmmback.linux import procfs
+from vmmback.report import Verdict
+
+SIZE = 1 << 20
+# A child that maps what it inherits, and drops the descriptor; Python's mapping has one of its own.
+MAPS = """
+import mmap, os, sys
+number = int(sys.argv[1])
+memory = mmap.mmap(number, 4096)
+os.closerange(3, 1000)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    """A memory file that this process holds."""
+    descriptor = os.memfd_create("vmmback-test", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, SIZE)
+    yield descriptor
+    os.close(descriptor)
+
+
+@contextmanager
+def child(*argv: str, descriptors: tuple[int, ...] = ()) -> Iterator[int]:
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors, close_fds=True
+    ) as process:
+        try:
+            if argv[0] == sys.executable:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"ready\n"
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def found(descriptor: int, *known: int) -> tuple[Verdict, str]:
+    reading = HoldersProbe().attempt(memory_of(descriptor, *known))
+    return reading.verdict, reading.detail
+
+
+def memory_of(descriptor: int, *known: int, is_secret: bool = False) -> Memory:
+    return Memory(os.fstat(descriptor).st_ino, is_secret, frozenset({os.getpid(), *known}))
+
+
+def test_a_memfd_with_the_inode_number_of_the_secret_ram_is_another_file(memory: int) -> None:
+    """Else anybody could make memfds until one has the guest's number, and the guest would be taken for exposed."""
+    with child("cat", descriptors=(memory,)):
+        assert HoldersProbe().attempt(memory_of(memory)).verdict is Verdict.READABLE
+        assert HoldersProbe().attempt(memory_of(memory, is_secret=True)).verdict is Verdict.BLOCKED
+
+
+def test_nobody_else_has_it(memory: int) -> None:
+    verdict, detail = found(memory)
+    assert (verdict, detail.split()[0]) == (Verdict.BLOCKED, "none")
+
+
+def test_who_holds_it_and_who_maps_it(memory: int) -> None:
+    with child("cat", descriptors=(memory,)) as holder:
+        assert found(memory) == (Verdict.READABLE, f"process {holder} (cat) holds its descriptor")
+        assert found(memory, holder)[0] is Verdict.BLOCKED
+    with child(sys.executable, "-c", MAPS, str(memory), descriptors=(memory,)) as mapper:
+        assert found(memory) == (Verdict.READABLE, f"process {mapper} ({procfs.command_name(mapper)}) maps it")
+        with child("cat", descriptors=(memory,)) as holder:
+            verdict, detail = found(memory)
+            assert verdict is Verdict.READABLE
+            assert sorted(part.split()[1] for part in detail.split("; ")) == sorted([str(mapper), str(holder)])
+    assert found(memory)[0] is Verdict.BLOCKED
+
+
+def test_what_is_no_memory_file_counts_for_nothing() -> None:
+    assert holders._holding(os.getpid(), memory_of(0)) == ""
+
+
+def test_it_is_looked_at_twice(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between fork and exec a child has all that its parent has: who is gone at the second look was none."""
+    with child("cat", descriptors=(memory,)) as holder:
+        looks: dict[int, int] = {}
+        original = holders._holding
+
+        def once(pid: int, wanted: Memory) -> str:
+            looks[pid] = looks.get(pid, 0) + 1
+            return original(pid, wanted) if looks[pid] == 1 else ""
+
+        monkeypatch.setattr(holders, "_holding", once)
+        assert found(memory)[0] is Verdict.BLOCKED
+        assert looks[holder] == 2
+
+
+@pytest.mark.parametrize(("privileged", "verdict"), [(True, Verdict.BLOCKED), (False, Verdict.INCONCLUSIVE)])
+def test_who_may_not_be_looked_at_is_counted(
+    memory: int, monkeypatch: pytest.MonkeyPatch, privileged: bool, verdict: Verdict
+) -> None:
+    """Without CAP_SYS_PTRACE others may be closed, and whether one of them has it is unknown."""
+    original = holders._holding
+
+    def closed(pid: int, wanted: Memory) -> str:
+        if pid == 1:
+            raise PermissionError
+        return original(pid, wanted)
+
+    monkeypatch.setattr(holders, "_holding", closed)
+    monkeypatch.setattr(procfs, "has_capability", lambda number: privileged)
+    seen, detail = found(memory)
+    assert seen is verdict
+    assert detail.endswith("; 1 may not be looked at")
+
+
+def test_a_process_that_is_gone_has_nothing(memory: int) -> None:
+    with child("cat") as pid:
+        pass
+    assert holders._holding(pid, memory_of(memory)) == ""
+
+
+def test_a_qemu_without_the_ram_is_inconclusive_and_the_control_is_found(memory: int) -> None:
+    with child("cat") as qemu:
+        seen = HoldersProbe().observe(Target(qemu, os.fstat(memory).st_ino, SIZE, os.getpid()))
+    assert (seen.target, seen.control, seen.errno) == (Verdict.INCONCLUSIVE, Verdict.READABLE, "ENOENT")
+    assert "QEMU does not have the guest's RAM" in seen.detail
+
+
+def test_qemu_and_its_supervisor_may_have_it_and_the_control_leaves_nothing(memory: int) -> None:
+    with child("cat", descriptors=(memory,)) as qemu:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        seen = HoldersProbe().observe(Target(qemu, os.fstat(memory).st_ino, SIZE, os.getpid()))
+        assert (seen.target, seen.control) == (Verdict.BLOCKED, Verdict.READABLE)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_mapping_without_a_descriptor_is_seen_in_this_process_too() -> None:
+    descriptor = os.memfd_create("vmmback-test", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, SIZE)
+    wanted = memory_of(descriptor)
+    assert holders._holding(os.getpid(), wanted) == "holds its descriptor"
+    with mmap.mmap(descriptor, SIZE):
+        assert holders._holding(os.getpid(), wanted) == "holds its descriptor and maps it"
+    os.close(descriptor)
+    assert holders._holding(os.getpid(), wanted) == ""
+
+
+def test_a_process_that_nobody_traces() -> None:
+    with child("cat") as pid:
+        seen = TracerProbe().observe(Target(pid, 0, 0))
+    assert (seen.target, seen.control, seen.detail) == (
+        Verdict.BLOCKED,
+        Verdict.READABLE,
+        "none of 1 threads is traced",
+    )
