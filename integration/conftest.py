@@ -43,6 +43,9 @@ READY = tiny_guest.READY
 # An end that the product promises "at once" may take so long on a loaded machine.
 GONE_S = 2.0
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # No test takes a tenth of it.
 TEST_TIMEOUT_S = 90.0
 

@@ -5,17 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import re
-import select
 import signal
-import subprocess
 import sys
-import termios
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -36,6 +30,7 @@ from integration.conftest import (
     tiny_rom,
     worker_of,
 )
+from integration.terminal import Terminal
 from vmmback import tiny_guest
 from vmmback.isolation.audit import REQUIRED
 from vmmback.isolation.catalogue import HOLDER_PROBES, LIVE_PROBES
@@ -106,68 +101,6 @@ def run(start: Start, file: Path, *options: str) -> Ended:
 
 
 ENDS = 'after-validation = "powerdown"'
-
-
-class Terminal:
-    """A program on a terminal of its own, 120 columns wide."""
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self._master, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (40, 120))
-        self.output = b""
-        try:
-            # setsid --ctty makes the terminal the controlling one, so that Ctrl-C works.
-            self.process = subprocess.Popen(
-                ["setsid", "--ctty", *argv],
-                stdin=slave,
-                stdout=slave,
-                stderr=slave,
-                cwd=ROOT,
-                env={**os.environ, "TERM": "xterm"},
-            )
-        finally:
-            os.close(slave)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-    @property
-    def text(self) -> str:
-        """What is on the terminal, without colours and cursor movements."""
-        plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.output.decode(errors="replace"))
-        return plain.replace("\r\n", "\n").replace("\r", "\n")
-
-    def type(self, keys: bytes) -> None:
-        os.write(self._master, keys)
-
-    def read_until(self, found: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not found():
-            left_s = deadline - time.monotonic()
-            assert left_s > 0, f"waited {timeout_s} s in vain until {what}: {self.text}"
-            if select.select([self._master], [], [], left_s)[0]:
-                try:
-                    self.output += os.read(self._master, 1 << 16)
-                except OSError:  # EIO: nobody has the terminal open any more
-                    assert found(), f"the program ended before {what}: {self.text}"
-
-    def ended(self) -> int:
-        """Read to the end; return the exit code."""
-
-        def closed() -> bool:
-            try:
-                self.output += os.read(self._master, 1 << 16)
-            except OSError:
-                return True
-            return False
-
-        eventually(closed, "the program closes its terminal", 60)
-        return self.process.wait(10)
 
 
 # --- The demo guest: Linux --------------------------------------------------------------------------------------------

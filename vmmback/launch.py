@@ -163,11 +163,15 @@ async def _served(guest: Guest) -> AsyncIterator[None]:
 
 
 async def _booted(guest: Guest, stop: Stop) -> bool:
-    """Wait until the guest is as far as it is to be validated; False if it ended or was stopped before."""
+    """Wait until the guest is as far as it is to be validated; False if it ended, was stopped or is exposed before."""
     wanted = guest.config.isolation.ready
     timeout_s = guest.config.isolation.ready_timeout_s if wanted else _SILENT_BOOT_S
     with _timed(guest.timings, "boot"):
-        first = await _first(guest.console.ready.wait(), guest.qemu.ended(), stop.asked(1), timeout_s=timeout_s)
+        first = await _first(
+            guest.console.ready.wait(), guest.qemu.ended(), stop.asked(1), guest.exposed.wait(), timeout_s=timeout_s
+        )
+    if guest.exposed.is_set():  # as another process asked: it must not run on until it is ready
+        return False
     awaited = f"{wanted!r} on the console" if wanted else "the first output on the console"
     guest.validated_after = awaited if first == 0 else f"{timeout_s:g} s without {awaited}"
     return first in (0, None)
