@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from vmmback import report, tiny_guest
 from vmmback.config import GuestConfig
-from vmmback.errors import QemuFailed, VmmbackError
+from vmmback.errors import AdmissionRefused, HostUnfit, QemuFailed, VmmbackError
 from vmmback.guest import Guest
 from vmmback.host import kernel_release
 from vmmback.isolation import settings
@@ -43,7 +43,7 @@ _GUEST_VECTORS: tuple[type[Probe[Any]], ...] = (DirectMapProbe, *ACCESS_PROBES, 
 
 
 async def selftest(progress: Progress) -> SelftestReport:
-    """Try everything and judge it; takes about 5 s. Cancelling it leaves nothing. Raises OSError."""
+    """Try everything and judge it; takes about 5 s. Cancelling it leaves nothing. Raises OSError, UsageError."""
     started = time.perf_counter()
     vectors: list[VectorResult] = []
     total = len(_GUEST_VECTORS) + 2 + len(DISTURBING_PROBES)
@@ -58,11 +58,13 @@ async def selftest(progress: Progress) -> SelftestReport:
             vectors += [await _on_guests(kind, secret, ordinary, tell) for kind in _GUEST_VECTORS]
             vectors.append(_proofs(secret, ordinary))
             vectors.append(await _after_the_end(secret, ordinary, tell))
-    except VmmbackError as error:
+    except (HostUnfit, AdmissionRefused, QemuFailed) as error:
         tried = {vector.name for vector in vectors}
         kinds: tuple[type[Documented], ...] = (*_GUEST_VECTORS, QmpProof, FreedFramesProbe)
         untried = [kind for kind in kinds if kind.name not in tried]
-        vectors += [_result(kind, _not_tried(kind.name, error.message)) for kind in untried]
+        # That a QEMU failed which is there is nothing that the host lacks, and must not pass.
+        missing = "" if isinstance(error, QemuFailed) else error.message
+        vectors += [_result(kind, _not_tried(kind.name, error.message, missing)) for kind in untried]
     for kind in DISTURBING_PROBES:
         tell(kind.name)
         vectors.append(_result(kind, await in_thread(partial(_alone, kind()))))
@@ -150,12 +152,13 @@ def _alone(probe: Probe[Any]) -> Observation:
     try:
         return probe.observe(_NO_TARGET)
     except (VmmbackError, OSError) as error:
-        return _not_tried(probe.name, error.message if isinstance(error, VmmbackError) else str(error))
+        reason = error.message if isinstance(error, VmmbackError) else str(error)
+        return _not_tried(probe.name, reason, reason)
 
 
-def _not_tried(name: str, missing: str) -> Observation:
+def _not_tried(name: str, reason: str, missing: str) -> Observation:
     inconclusive = Verdict.INCONCLUSIVE
-    return Observation(name, inconclusive, inconclusive, f"not tried: {missing}", 0.0, missing=missing)
+    return Observation(name, inconclusive, inconclusive, f"not tried: {reason}", 0.0, missing=missing)
 
 
 def _result(kind: type[Documented], observation: Observation) -> VectorResult:
