@@ -51,7 +51,7 @@ from integration.leftovers import (
     secret_inodes,
     secret_memory,
 )
-from vmmback import command, config, console, control, handoff, host, launch, monitor, ram
+from vmmback import command, config, console, control, handoff, host, launch, monitor, qmp_socket, ram
 from vmmback import guest as guest_module
 from vmmback.isolation import qmp_proof
 from vmmback.linux import procfs
@@ -375,6 +375,8 @@ EVENTS = (
     Event("handoff-checked", "fcntl.ioctl", IS_WAITING),
     Event("handoff-given", "fcntl.ioctl", GIVE),
     Event("proof", "open", "/maps"),
+    Event("control-socket", "socket.bind", "/control"),
+    Event("qmp-socket", "socket.bind", "/qmp.sock"),
     Event("probes", "open", "/proc/iomem"),
     Event("freed-frames", "open", "/proc/iomem", 2),
 )
@@ -503,7 +505,7 @@ def test_the_other_guest_is_not_touched(begin: Begin, tmp_path: Path, runtime_di
         goes.kill()
         eventually(lambda: not goes.folder.exists(), "its folder is gone", GONE_S)
         eventually(lambda: not holders_of(goes.inodes), "its secret RAM is gone", GONE_S)
-        assert sorted(path.name for path in stays.folder.iterdir()) == ["qemu.log", "serial.log"]
+        assert sorted(path.name for path in stays.folder.iterdir()) == ["control", "qemu.log", "qmp.sock", "serial.log"]
         assert holders_of(stays.inodes).keys() == {stays.pid, stays.qemu}
         assert [path.name for path in runtime_dir.iterdir()] == [stays.folder.name]
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -530,7 +532,8 @@ class Step:
 
     @property
     def label(self) -> str:
-        return self.name.strip("_") + (f"-{self.nth}" if self.nth > 1 else "")
+        of = f"{self.owner.__name__.rpartition('.')[2]}-" if self.name == "serve" else ""
+        return of + self.name.strip("_") + (f"-{self.nth}" if self.nth > 1 else "")
 
     @property
     def acquires(self) -> bool:
@@ -560,6 +563,7 @@ STEPS = (
     Step(monitor.Monitor, "cont"),
     Step(launch, "_booted"),
     Step(control, "serve"),
+    Step(qmp_socket, "serve"),
     Step(guest_module, "audit"),
     Step(guest_module.Guest, "report"),
     Step(launch, "_supervise"),
