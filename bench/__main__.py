@@ -58,7 +58,7 @@ class Figure:
 class Quiet:
     """A watcher that shows nothing."""
 
-    def console(self, data: bytes) -> None:
+    def console(self, data: bytes | memoryview) -> None:
         """Drop it."""
 
     def note(self, message: str) -> None:

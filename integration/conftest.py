@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ import pytest
 from integration import capabilities
 from vmmback import config, launch, ram, tiny_guest
 from vmmback.guest import Guest
+from vmmback.isolation.residue import holds_canary
+from vmmback.linux.direct_map import DirectMap
 from vmmback.report import Drift, IsolationReport
 
 ROOT = capabilities.ROOT
@@ -272,6 +275,14 @@ def ordinary_ram() -> Iterator[ram.Ram]:
         yield memory
 
 
+def frames_with(fingerprint: str, entries: array[int]) -> int:
+    """Return how many of the frames in these pagemap entries hold the canary with this SHA-256 (hex)."""
+    with DirectMap.open() as direct_map:
+        return sum(
+            frame is not None and holds_canary(frame, fingerprint) for _, frame in direct_map.read_frames(entries)
+        )
+
+
 # --- Guests in this process -------------------------------------------------------------------------------------------
 
 
@@ -285,7 +296,7 @@ class Recorder:
     reports: list[IsolationReport] = field(default_factory=list)
     drifts: list[Drift] = field(default_factory=list)
 
-    def console(self, data: bytes) -> None:
+    def console(self, data: bytes | memoryview) -> None:
         self.printed += data
 
     def note(self, message: str) -> None:

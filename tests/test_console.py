@@ -33,7 +33,7 @@ class Seen:
         self.data = b""
         self.notes: list[str] = []
 
-    def console(self, data: bytes) -> None:
+    def console(self, data: bytes | memoryview) -> None:
         self.data += data
 
     def note(self, message: str) -> None:
@@ -206,3 +206,29 @@ def test_a_log_is_begun_anew(tmp_path: Path) -> None:
 
 def test_of_two_fingerprints_the_last_one_counts() -> None:
     assert fed(b"vmmback-canary sha256:" + b"0" * 64 + b"\n" + CANARY_LINE).canary_fingerprint == FINGERPRINT
+
+
+def test_nothing_of_what_was_printed_is_held_after_the_end() -> None:
+    """Not in what the console keeps, not in what it reads into: the watcher keeps a view of that for this."""
+    views: list[memoryview] = []
+    seen = asyncio.Event()
+
+    class Keeper(Seen):
+        def console(self, data: bytes | memoryview) -> None:
+            assert isinstance(data, memoryview)
+            assert bytes(data) == b"a secret"
+            views.append(data[:])
+            seen.set()
+
+    async def run() -> Console:
+        ours, guests = socket.socketpair()
+        with ours, guests:
+            async with attach(ours, [], Keeper(), READY) as console, asyncio.timeout(10):
+                guests.sendall(b"a secret")
+                await seen.wait()
+                assert b"secret" in console._recent
+        return console
+
+    console = asyncio.run(run())
+    assert bytes(views[0]) == bytes(8)
+    assert not any(console._recent)

@@ -1,4 +1,8 @@
-"""The guest's serial console: copied to logs and to whoever watches, and searched for the lines we wait for."""
+"""The guest's serial console: copied to logs and to whoever watches, and searched for the lines we wait for.
+
+What a guest prints may be secret. It is held in buffers that are used again and overwritten in the end, not in `bytes`,
+which Python frees as they are. What a watcher makes of it is the watcher's: docs/RESIDUE.md.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +35,8 @@ _HALVES = re.compile(rb"vmmback-canary halves:([0-9a-f]{128}):([0-9a-f]{128})\b"
 class Watcher(Protocol):
     """Who is shown the console."""
 
-    def console(self, data: bytes) -> None:
-        """Show what the guest printed, as it came."""
+    def console(self, data: bytes | memoryview) -> None:
+        """Show what the guest printed, as it came; `data` is overwritten after the call."""
 
     def note(self, message: str) -> None:
         """Show a message of ours."""
@@ -49,19 +53,15 @@ class Console:
         self._ready_text = ready
         self._logs = list(logs)
         self._watcher = watcher
-        self._tail = b""
+        self._kept = _TAIL_BYTES + len(ready)
+        self._recent = bytearray(self._kept + _CHUNK)
+        self._held = 0
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Take what the guest printed."""
         self.bytes_seen += len(data)
-        self._tail += data
-        if self._ready_text in self._tail:
-            self.ready.set()
-        if found := _CANARY.findall(self._tail):
-            self.canary_fingerprint = found[-1].decode()
-        for half_a, half_b in _HALVES.findall(self._tail)[-1:]:
-            self.canary_halves = bytes.fromhex(half_a.decode()), bytes.fromhex(half_b.decode())
-        self._tail = self._tail[-(_TAIL_BYTES + len(self._ready_text)) :]
+        for start in range(0, len(data), _CHUNK):
+            self._search(data[start : start + _CHUNK])
         for log in list(self._logs):
             try:
                 log.write(data)
@@ -69,6 +69,25 @@ class Console:
                 self._logs.remove(log)
                 self._watcher.note(f"the console log {log.name} ends here: {error.strerror}")
         self._watcher.console(data)
+
+    def wipe(self) -> None:
+        """Overwrite what is held of what the guest printed."""
+        self._recent[:] = bytes(len(self._recent))
+        self._held = 0
+
+    def _search(self, data: bytes | memoryview) -> None:
+        """Search what came last for the lines we wait for; nothing of it is copied but those."""
+        end = self._held + len(data)
+        with memoryview(self._recent) as recent:
+            recent[self._held : end] = data
+            if self._recent.find(self._ready_text, 0, end) >= 0:
+                self.ready.set()
+            for found in _CANARY.finditer(self._recent, 0, end):
+                self.canary_fingerprint = found[1].decode()
+            for found in _HALVES.finditer(self._recent, 0, end):
+                self.canary_halves = bytes.fromhex(found[1].decode()), bytes.fromhex(found[2].decode())
+            self._held = min(end, self._kept)
+            recent[: self._held] = recent[end - self._held : end]
 
 
 @asynccontextmanager
@@ -82,20 +101,26 @@ async def attach(
     loop = asyncio.get_running_loop()
     with ExitStack() as stack:
         console = Console([stack.enter_context(_open(path)) for path in logs], watcher, ready)
+        stack.callback(console.wipe)
+        buffer = bytearray(_CHUNK)
         connection.setblocking(False)
 
         def read() -> bool:
             try:
-                data = connection.recv(_CHUNK)
+                count = connection.recv_into(buffer)
             except BlockingIOError:
                 return False
             except ConnectionError:
-                data = b""
-            if data:
-                console.feed(data)
+                count = 0
+            if count:
+                with memoryview(buffer) as received, received[:count] as data:
+                    try:
+                        console.feed(data)
+                    finally:
+                        received[:count] = bytes(count)
             else:
                 loop.remove_reader(connection)
-            return bool(data)
+            return count > 0
 
         loop.add_reader(connection, read)
         try:

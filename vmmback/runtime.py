@@ -4,6 +4,10 @@ The keeper makes the folder, holds a lock on it (flock(2)) and waits. It removes
 standard input closes, be it that the supervisor released it or that the supervisor was killed: there is one way of
 clean-up, and it always runs. A folder without a lock on it is what a power cut or a killed keeper left; the next guest
 of that name takes it over.
+
+Files are overwritten with zeroes before they are removed: what a guest printed is in there, and the kernel clears a
+freed page of a file only when a later owner needs it cleared (init_on_free=1 on its command line would change that).
+This is about memory: a runtime folder that is not in a tmpfs leaves what was written to its disk before.
 """
 
 from __future__ import annotations
@@ -21,6 +25,13 @@ from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
 _KEEPER = r"""
 trap '' HUP INT PIPE TERM
 umask 077
+wipe() {
+    find "$1" -type f -links 1 -size +0 -exec sh -c '
+        for file; do
+            dd if=/dev/zero of="$file" bs=1M count="$(stat -c %s -- "$file")" iflag=count_bytes conv=notrunc,nocreat
+        done' sh {} + 2>/dev/null
+    :
+}
 command -v flock >/dev/null || { echo "flock (util-linux) is not installed" >&2; exit 2; }
 until [ "$1" -ef /proc/self/fd/9 ]; do  # else the folder was removed between the steps below
     mkdir -p -- "$1" || exit 2
@@ -29,7 +40,8 @@ until [ "$1" -ef /proc/self/fd/9 ]; do  # else the folder was removed between th
     [ -O /proc/self/fd/9 ] || { echo "it belongs to another user" >&2; exit 2; }
     flock -n 9 || exit 3
 done
-find "$1" -mindepth 1 -delete && chmod 700 -- "$1" && echo kept && read -r _
+wipe "$1"; find "$1" -mindepth 1 -delete && chmod 700 -- "$1" && echo kept && read -r _
+wipe "$1"
 rm -rf -- "$1"
 """
 _NAME_TAKEN = 3

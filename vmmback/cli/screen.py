@@ -37,7 +37,7 @@ class Screen:
         if done == size and not is_terminal(sys.stderr):
             self.note(f"{size >> 20} MiB of RAM are prefaulted")
 
-    def console(self, data: bytes) -> None:
+    def console(self, data: bytes | memoryview) -> None:
         # A guest must not command the operator's terminal: what is not text is left out. The log has it all.
         text = "".join(c for c in self._decoder.decode(data) if c.isprintable() or c in "\n\t")
         if text:
