@@ -23,7 +23,7 @@ from vmmback.linux.procfs import PAGE_SIZE
 
 pytestmark = pytest.mark.usefixtures("needs_direct_map")
 
-PAGES = 256
+PAGES = 2048
 
 # Holds the folder of guest "demo" by the keeper or, told so, by one that does not wipe.
 SUPERVISOR = """
@@ -44,8 +44,7 @@ def write_log(path: Path) -> tuple[str, array[int]]:
     with path.open("w+b", buffering=0) as file:
         file.truncate(PAGES * PAGE_SIZE)
         with mmap.mmap(file.fileno(), PAGES * PAGE_SIZE) as memory:
-            for page in range(PAGES):
-                halves.put(memory, page * PAGE_SIZE)
+            memory[:] = bytes(halves).ljust(PAGE_SIZE) * PAGES
             entries = procfs.pagemap("self", address_of(memory), len(memory))
     return hashlib.sha256(bytes(halves)).hexdigest(), entries
 
@@ -61,7 +60,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 @pytest.mark.parametrize("wiped", ["wiped", "unwiped"])
 def test_a_guests_files_are_wiped_before_they_are_removed(place: Path, wiped: str, how: str) -> None:
     """And the twin, without the wipe: the kernel leaves in free frames what was in the file."""
-    for _ in range(5):  # others may want the frames at once, and clear them
+    for _ in range(10):  # others may want the frames at once, and clear them
         argv = [sys.executable, "-c", SUPERVISOR, wiped]
         with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as supervisor:
             assert supervisor.stdout is not None
