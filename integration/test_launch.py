@@ -133,6 +133,7 @@ def test_the_demo_is_isolated(vmmback: Start, other_blocks: str) -> None:
     assert {exposure["name"] for exposure in report["exposures"]} == {
         "pidfd-getfd",
         "code-injection",
+        "qemu-memory",
         "serial-console",
     } | named
     assert (report["memory_map"][0]["first"], report["memory_map"][0]["block"]) == (0, "ram0")

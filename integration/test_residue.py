@@ -5,6 +5,7 @@ The whole matrix is `./dev residue`; its table is in docs/RESIDUE.md.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -14,8 +15,12 @@ from pathlib import Path
 import pytest
 
 from integration import capabilities, residue
-from integration.conftest import ROOT, Backing, frames_with, guest_file, prepared
+from integration.conftest import ROOT, Backing, LiveGuest, frames_with, guest_file, prepared
 from integration.residue import End, Search, Way
+from vmmback import ram
+from vmmback.errors import HostUnfit
+from vmmback.isolation import exposures
+from vmmback.isolation.residue import clears_freed_memory
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +105,32 @@ def test_what_is_printed_is_in_no_buffer_and_no_file_of_ours_after_the_end(folde
         after, found = search.counts()
     ours = {place: after[place] for place in ("guest", "supervisor", "page cache", "shared memory")}
     assert not any(ours.values()), found.places
+
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_how_much_memory_qemu_has_and_that_what_it_frees_is_not_cleared(
+    guest_running: LiveGuest,
+) -> None:
+    exposure = exposures.qemu_memory_exposure(guest_running.guest.target)
+    found = re.match(r"(\d+) KiB of QEMU's own memory", exposure.detail)
+    assert found
+    assert 1024 < int(found[1]) < 1 << 20
+    if "init_on_free=1" in Path("/proc/cmdline").read_text():
+        assert "this kernel clears what QEMU leaves" in exposure.detail
+    else:
+        assert "held its contents still" in exposure.detail
+
+
+def test_secret_memory_shows_what_a_kernel_that_clears_looks_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmmback.isolation.residue.allocate", lambda _, size: ram.allocate("secret", size))
+    assert clears_freed_memory() is True
+
+
+def test_where_frames_cannot_be_read_it_says_so(monkeypatch: pytest.MonkeyPatch, guest_paused: LiveGuest) -> None:
+    def unfit() -> None:
+        raise HostUnfit("no BPF here", "get it")
+
+    monkeypatch.setattr(exposures, "clears_freed_memory", unfit)
+    assert "could not be tried: no BPF here" in exposures.qemu_memory_exposure(guest_paused.guest.target).detail

@@ -7,6 +7,7 @@ import os
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -58,7 +59,7 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: array[int]) -> E
     observations, found, host = await _behind_others(
         lambda: (
             [probe.observe(target) for probe in probes],
-            [exposures.pidfd_getfd_exposure(target), exposures.code_injection_exposure(target)],
+            _exposures(target),
             settings.observe(),
         )
     )
@@ -72,6 +73,13 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: array[int]) -> E
         exposures=tuple(found),
         settings=host,
     )
+
+
+def _exposures(target: Target) -> list[Exposure]:
+    found = [exposures.pidfd_getfd_exposure(target), exposures.code_injection_exposure(target)]
+    with suppress(OSError):  # the guest ended meanwhile
+        found.append(exposures.qemu_memory_exposure(target))
+    return found
 
 
 async def _behind_others(function: Callable[[], T]) -> T:

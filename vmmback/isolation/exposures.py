@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 
+from vmmback.errors import VmmbackError
 from vmmback.isolation import access
 from vmmback.isolation.probe import Target, errorcode
+from vmmback.isolation.residue import clears_freed_memory
+from vmmback.linux import procfs
 from vmmback.linux.pidfd import pidfd_getfd
 from vmmback.report import Exposure, RamBlock
 
@@ -55,6 +59,32 @@ def ordinary_blocks_exposure(ram_blocks: Sequence[RamBlock]) -> Exposure | None:
         name="ordinary-ram-blocks",
         holders="the host kernel, root",
         detail=f"{names}: up to {size >> 10} KiB that the guest can read but not write, filled by QEMU",
+    )
+
+
+def qemu_memory_exposure(target: Target) -> Exposure:
+    """Say how much ordinary memory QEMU has of its own, and whether the kernel clears such memory once it is freed.
+
+    Raises OSError when QEMU is gone.
+    """
+    anonymous = procfs.status(target.pid).get("RssAnon", "").removesuffix(" kB")
+    if not anonymous:  # a process that has dropped its memory, but was not reaped yet
+        raise ProcessLookupError(errno.ESRCH, f"process {target.pid} ended")
+    try:
+        cleared = clears_freed_memory()
+    except (VmmbackError, OSError) as error:
+        freed = f"whether this kernel clears freed memory could not be tried: {error}"
+    else:
+        freed = {
+            True: "a freed sample of ordinary memory was clear: this kernel clears what QEMU leaves",
+            False: "a freed sample of ordinary memory held its contents still: what QEMU leaves is not cleared",
+            None: "whether this kernel clears freed memory is not known: a freed sample was in use again at once",
+        }[cleared]
+    return Exposure(
+        name="qemu-memory",
+        holders="the host kernel, root",
+        detail=f"{anonymous} KiB of QEMU's own memory (heap, stacks) is ordinary, and what passes through QEMU may be "
+        f"in it: processor registers, console, disks, network; {freed}",
     )
 
 

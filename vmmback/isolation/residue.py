@@ -16,6 +16,7 @@ from typing import Literal
 
 from vmmback.isolation.direct_map import FrameProbe, ordinary_memory, pagemap_entries
 from vmmback.isolation.probe import Reading, Target
+from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.ram import Ram, allocate
 from vmmback.report import Verdict
@@ -104,6 +105,25 @@ class FreedFramesProbe(FrameProbe[Frames]):
             for _, frame in self._direct_map.read_frames(entries)
             if frame is not None and frame != _ZERO_FRAME
         )
+
+
+def clears_freed_memory() -> bool | None:
+    """Tell whether the kernel clears ordinary memory that is freed (init_on_free=1): free a sample, and read it.
+
+    None when most of the sample was in use again at once. Raises HostUnfit, OSError where frames cannot be read.
+    """
+    with DirectMap.open() as direct_map:
+        for _ in range(_SAMPLES):
+            canary = os.urandom(CANARY_BYTES)
+            with allocate("ordinary", _SAMPLE_BYTES) as sample, mmap.mmap(sample.fileno(), sample.size) as memory:
+                memory[:] = canary * (sample.size // CANARY_BYTES)
+                entries = pagemap_entries(os.getpid(), sample.inode)
+            frames = [frame for _, frame in direct_map.read_frames(entries)]
+            if any(frame is not None and frame.startswith(canary) for frame in frames):
+                return False
+            if 2 * frames.count(_ZERO_FRAME) > len(frames):
+                return True
+    return None
 
 
 def holds_canary(frame: bytes, fingerprint: str) -> bool:
