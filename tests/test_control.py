@@ -149,7 +149,9 @@ def test_a_mistake_of_ours_is_a_refusal_and_no_end_of_the_supervisor(
     play(tmp_path, scene)
 
 
-def test_the_end_of_the_guest_during_an_audit_is_told_and_ends_the_audit(tmp_path: Path) -> None:
+def test_the_end_of_the_guest_during_an_audit_is_told_and_ends_the_audit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def staged() -> None:
         made = Made()
         made.stands = asyncio.Event()
@@ -162,6 +164,7 @@ def test_the_end_of_the_guest_during_an_audit_is_told_and_ends_the_audit(tmp_pat
                 await asked
 
     asyncio.run(staged())
+    assert caplog.text == ""  # an error of a callback would be a traceback among what the supervisor says
 
 
 async def audited(folder: Path) -> IsolationReport:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from asyncvarlink import (
     FileDescriptor,
@@ -30,6 +30,8 @@ from asyncvarlink.serviceinterface import VarlinkServiceInterface
 from vmmback.errors import NoSuchGuest, QemuFailed
 from vmmback.report import IsolationReport
 from vmmback.runtime import listening_socket, socket_address
+
+T = TypeVar("T")
 
 SOCKET = "control"
 
@@ -58,23 +60,29 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
         self._examine = examine
         self._frames = frames
         self._canary_halves = canary_halves
-        self._audits: set[asyncio.Task[IsolationReport]] = set()
+        self._under_way: set[asyncio.Future[Any]] = set()
 
     async def end(self) -> None:
-        """End the audits whose clients are gone: nothing may look at a guest after its end."""
-        for audit in self._audits:
-            audit.cancel()
-        if self._audits:
-            await asyncio.wait(self._audits)
+        """End what is under way: nothing may look at a guest after its end."""
+        for work in self._under_way:
+            work.cancel()
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+
+    async def _until_the_end(self, work: Awaitable[T]) -> T:
+        task = asyncio.ensure_future(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        await asyncio.wait({task})
+        if task.cancelled():  # asyncvarlink takes no cancelled call for an answer, and would say so with a traceback
+            raise Failed(message="the guest ended meanwhile", hint="")
+        return task.result()
 
     @varlinkmethod(return_parameter="report", allow_foreign=True)
     async def Audit(self) -> Any:  # noqa: N802 (Varlink's spelling; an object)
         """Run every probe that is safe on a live guest, and return the report."""
-        audit = asyncio.ensure_future(self._examine())
-        self._audits.add(audit)
-        audit.add_done_callback(self._audits.discard)
         try:
-            report = await audit
+            report = await self._until_the_end(self._examine())
         except QemuFailed as error:
             raise Failed(message=error.message, hint=error.hint) from error
         return report.model_dump(mode="json")
@@ -83,7 +91,7 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
     async def Frames(self) -> FileDescriptor:  # noqa: N802
         """Return a file of one native 64-bit word a page of the RAM: its entry in /proc/PID/pagemap."""
         try:
-            entries = await self._frames()
+            entries = await self._until_the_end(self._frames())
         except OSError as error:
             raise Failed(message=f"the guest's page tables cannot be read: {error.strerror}", hint="") from error
         return FileDescriptor(_file_of(entries), should_close=True)
