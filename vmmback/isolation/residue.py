@@ -12,6 +12,7 @@ import mmap
 import os
 from array import array
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from vmmback.isolation.direct_map import FrameProbe, ordinary_memory, pagemap_entries
@@ -107,10 +108,12 @@ class FreedFramesProbe(FrameProbe[Frames]):
         )
 
 
+@cache
 def clears_freed_memory() -> bool | None:
     """Tell whether the kernel clears ordinary memory that is freed (init_on_free=1): free a sample, and read it.
 
-    None when most of the sample was in use again at once. Raises HostUnfit, OSError where frames cannot be read.
+    None when most of the sample was in use again at once. Measured once: the kernel decides it at boot (mm/mm_init.c).
+    Raises HostUnfit, OSError where frames cannot be read.
     """
     with DirectMap.open() as direct_map:
         for _ in range(_SAMPLES):
