@@ -1,24 +1,24 @@
 """Who else is at a guest's RAM: another process that holds its descriptor or maps it, a tracer on QEMU.
 
 Both are found by looking through /proc. Not seen are: who came and went between two looks, processes of a PID namespace
-that is not below ours (pid_namespaces(7)), and a descriptor that lies unreceived in a socket (unix(7)).
+that is not below ours (pid_namespaces(7)), a descriptor that lies unreceived in a socket (unix(7)), or that is
+registered with io_uring (io_uring_register(2)).
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
-import time
-from contextlib import ExitStack
+from collections.abc import Collection
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from vmmback.isolation.direct_map import ordinary_memory
 from vmmback.isolation.probe import Place, Probe, Reading, Target
 from vmmback.linux import procfs, ptrace
+from vmmback.linux.kcmp import share_descriptors
 from vmmback.report import Observation, Verdict
-
-# A program that the supervisor starts shares all of its descriptors until its exec closes them.
-_SETTLE_S = 0.02
 
 _CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h
 
@@ -33,23 +33,22 @@ class _ResourceProbe(Probe[Place]):
 
 @dataclass(frozen=True)
 class Memory:
-    """A memory file by its kind and inode, and the processes that may have it.
+    """Memory files, each by its device and inode, and the processes that may have them.
 
-    memfd_secret and memfd number their inodes by counters of their own (get_next_ino() of fs/inode.c,
-    shmem_reserve_inode() of mm/shmem.c): one of each can have the same number.
+    Inodes alone do not tell files apart: memfd_secret and memfd number theirs by counters of their own (get_next_ino()
+    of fs/inode.c, shmem_reserve_inode() of mm/shmem.c), and anybody can make memfds until one has a wanted number.
     """
 
-    inode: int
-    is_secret: bool
+    files: frozenset[tuple[str, int]]
     known: frozenset[int]
-
-    def is_at(self, inode: int, path: str) -> bool:
-        """Tell whether an inode number and a path, as /proc shows them, are this file's."""
-        return inode == self.inode and procfs.is_memory_file(path) and (path == procfs.SECRETMEM) == self.is_secret
 
 
 class HoldersProbe(_ResourceProbe[Memory]):
-    """Looks at the descriptors and mappings of every process: only QEMU and its supervisor may have the guest's RAM."""
+    """Looks at the descriptors and mappings of all threads: only QEMU and its supervisor may have the guest's RAM.
+
+    QEMU's other secret RAM blocks are the guest's as well. The supervisor forks nothing while it looks, as a child has
+    its descriptors until it executes a program.
+    """
 
     name = "holders"
     vector = "a process other than QEMU and its supervisor holds the descriptor of the RAM, or maps it"
@@ -57,15 +56,20 @@ class HoldersProbe(_ResourceProbe[Memory]):
     source = "proc_pid_fd(5), proc_pid_maps(5); a descriptor spreads by fork(2), SCM_RIGHTS of unix(7), pidfd_getfd(2)"
 
     def target(self, target: Target) -> Memory:
-        for is_secret in (True, False):
-            memory = Memory(target.inode, is_secret, frozenset({target.pid, target.supervisor}))
-            if _holding(target.pid, memory):
-                return memory
-        raise OSError(errno.ENOENT, "QEMU does not have the guest's RAM")
+        wanted = {target.inode, *target.auxiliary}
+        of_qemu: list[procfs.Descriptor | procfs.Mapping] = [
+            *procfs.maps(target.pid),
+            *procfs.descriptors(target.pid),
+        ]
+        files = {(file.device, file.inode) for file in of_qemu if _is_one_of(wanted, file)}
+        if target.inode not in {inode for _, inode in files}:
+            raise OSError(errno.ENOENT, "QEMU does not have the guest's RAM")
+        return Memory(frozenset(files), frozenset({target.pid, target.supervisor}))
 
     def control(self, target: Target) -> Memory:  # noqa: ARG002
         _, inode = self._resources.enter_context(ordinary_memory(bytes(procfs.PAGE_SIZE)))
-        return Memory(inode, is_secret=False, known=frozenset())
+        own = {(file.device, file.inode) for file in procfs.descriptors(os.getpid()) if _is_one_of({inode}, file)}
+        return Memory(frozenset(own), frozenset())
 
     def attempt(self, place: Memory) -> Reading:
         others = [pid for pid in procfs.processes() if pid not in place.known]
@@ -73,9 +77,6 @@ class HoldersProbe(_ResourceProbe[Memory]):
         closed = 0
         for pid in others:
             try:
-                if not _holding(pid, place):
-                    continue
-                time.sleep(_SETTLE_S)
                 if holding := _holding(pid, place):
                     found.append(f"process {pid} ({procfs.command_name(pid)}) {holding}")
             except PermissionError:
@@ -85,7 +86,7 @@ class HoldersProbe(_ResourceProbe[Memory]):
         detail = f"none of {len(others) - closed} other processes holds it or maps it"
         if closed:
             detail += f"; {closed} may not be looked at"
-        # Whom even CAP_SYS_PTRACE does not open has more rights than root has here: it is among the exposures.
+        # Whom even CAP_SYS_PTRACE does not open has more rights than root has here.
         unseen = closed and not procfs.has_capability(_CAP_SYS_PTRACE)
         return Reading(Verdict.INCONCLUSIVE if unseen else Verdict.BLOCKED, detail)
 
@@ -110,19 +111,37 @@ class TracerProbe(_ResourceProbe[int]):
         return child.pid
 
     def attempt(self, place: int) -> Reading:
+        tracers: set[int] = set()
         threads = procfs.threads(place)
-        tracers = {int(procfs.status(f"{place}/task/{thread}")["TracerPid"]) for thread in threads} - {0}
-        if tracers:
+        for thread in threads:
+            with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                tracers.add(int(procfs.status(f"{place}/task/{thread}")["TracerPid"]))
+        if not tracers:
+            raise ProcessLookupError(errno.ESRCH, f"process {place} ended")
+        if tracers := tracers - {0}:
             names = ", ".join(f"{tracer} ({procfs.command_name(tracer)})" for tracer in sorted(tracers))
             return Reading(Verdict.READABLE, f"traced by process {names}")
         return Reading(Verdict.BLOCKED, f"none of {len(threads)} threads is traced")
 
 
+def _is_one_of(inodes: Collection[int], file: procfs.Descriptor | procfs.Mapping) -> bool:
+    return file.inode in inodes and procfs.is_memory_file(file.path)
+
+
 def _holding(pid: int, memory: Memory) -> str:
-    """Say how a process has a memory file, "" if it has not, or is gone. Raises PermissionError."""
-    try:
-        holds = any(memory.is_at(link.inode, link.path) for link in procfs.descriptors(pid))
-        maps = any(memory.is_at(mapping.inode, mapping.path) for mapping in procfs.maps(pid))
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
+    """Say how a process has one of the files, "" if it has not, or is gone. Raises PermissionError.
+
+    A thread can have descriptors of its own (unshare(2), CLONE_FILES), and live on when the first one has ended.
+    """
+    holds = maps = False
+    seen: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for thread in procfs.threads(pid):
+            if any(share_descriptors(other, thread) for other in seen):
+                continue
+            task = f"{pid}/task/{thread}"
+            with suppress(FileNotFoundError, ProcessLookupError):
+                holds = holds or any((file.device, file.inode) in memory.files for file in procfs.descriptors(task))
+                maps = maps or any((file.device, file.inode) in memory.files for file in procfs.maps(task))
+                seen.append(thread)
     return " and ".join(word for word, is_so in (("holds its descriptor", holds), ("maps it", maps)) if is_so)

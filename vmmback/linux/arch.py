@@ -42,6 +42,7 @@ class Architecture:
     userfaultfd: int
     move_pages: int
     cachestat: int
+    kcmp: int
 
 
 KNOWN = {
@@ -73,6 +74,7 @@ KNOWN = {
             userfaultfd=323,
             move_pages=279,
             cachestat=451,
+            kcmp=312,
         ),
         Architecture(
             "aarch64",
@@ -100,6 +102,7 @@ KNOWN = {
             userfaultfd=282,
             move_pages=239,
             cachestat=451,
+            kcmp=272,
         ),
     )
 }

@@ -138,9 +138,13 @@ def vmstat(root: Path = PROC) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """One open descriptor of a process: its number, its file's inode, the text of its link."""
+    """One open descriptor of a process: its number, the device and inode of its file, the text of its link.
+
+    `device` is written as in Mapping, so that a file has the same one in both.
+    """
 
     number: int
+    device: str
     inode: int
     path: str
 
@@ -155,11 +159,13 @@ def threads(pid: int, root: Path = PROC) -> list[int]:
     return sorted(int(entry.name) for entry in (root / str(pid) / "task").iterdir())
 
 
-def descriptors(pid: int, root: Path = PROC) -> Iterator[Descriptor]:
+def descriptors(pid: int | str, root: Path = PROC) -> Iterator[Descriptor]:
     """Yield the open descriptors of a process that stay open meanwhile. Raises OSError when it is gone."""
     for link in (root / str(pid) / "fd").iterdir():
         try:
-            yield Descriptor(int(link.name), link.stat().st_ino, str(link.readlink()))
+            status = link.stat()
+            device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+            yield Descriptor(int(link.name), device, status.st_ino, str(link.readlink()))
         except FileNotFoundError:  # closed meanwhile
             continue
 
