@@ -372,8 +372,11 @@ def test_a_canary_typed_on_a_terminal_is_not_shown(launched: Launches) -> None:
     assert ": isolated" in text
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=lambda signum: signum.name)
-@pytest.mark.parametrize("typed", [False, True], ids=["at-the-prompt", "in-the-hunt"])
+@pytest.mark.parametrize(
+    ("signum", "typed"),
+    [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)],
+    ids=["SIGINT-in-the-hunt", "SIGTERM-in-the-hunt", "SIGTERM-at-the-prompt"],
+)
 def test_a_signal_ends_a_hunt_and_the_terminal_echoes_again(
     launched: Launches, runtime_dir: Path, signum: signal.Signals, typed: bool
 ) -> None:

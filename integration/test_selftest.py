@@ -195,8 +195,11 @@ def test_a_guest_that_fails_is_inconclusive_and_nothing_that_is_missing(start: S
     assert "was not ready within 0 s" in vectors["direct-map"]["detail"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=lambda signum: signum.name)
-@pytest.mark.parametrize("what", ["qemu-system-", "throwaway_worker.py"], ids=["guests", "throwaway"])
+@pytest.mark.parametrize(
+    ("signum", "what"),
+    [(signal.SIGINT, "qemu-system-"), (signal.SIGTERM, "throwaway_worker.py")],
+    ids=["SIGINT-with-guests", "SIGTERM-with-a-throwaway"],
+)
 def test_a_signal_ends_it_and_leaves_nothing(
     start: Start, runtime_dir: Path, signum: signal.Signals, what: str
 ) -> None:
