@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -62,6 +62,10 @@ class Clients:
         self.events.append(event)
 
 
+async def never(timeout_s: float) -> None:
+    raise TimeoutError
+
+
 class Scene:
     """A guest, and what its next examinations see."""
 
@@ -75,7 +79,7 @@ class Scene:
         )
         made: dict[str, Any] = {
             "ram": SimpleNamespace(size=SIZE, inode=7, frames=array("Q"), backing="secret"),
-            "qemu": SimpleNamespace(pid=1, status=None, auxiliary_inodes=frozenset()),
+            "qemu": SimpleNamespace(pid=1, status=None, auxiliary_inodes=frozenset(), ended=never),
             "monitor": SimpleNamespace(hmp=None),
             "console": SimpleNamespace(bytes_seen=0),
         }
@@ -169,13 +173,34 @@ def test_pages_that_were_read_once_stay_counted(scene: Scene) -> None:
     assert (last.memory.readable_pages, last.verdict) == (3, GuestVerdict.EXPOSED)
 
 
-def test_a_qemu_that_does_not_answer_changes_nothing(scene: Scene) -> None:
+def test_a_guest_that_cannot_be_examined_any_more_is_not_isolated_until_it_can(scene: Scene) -> None:
     scene.examine(evidence())
-    with pytest.raises(QemuFailed):
-        scene.examine(QemuFailed("no answer"))
-    assert scene.guest.report().verdict is GuestVerdict.ISOLATED
+    for error in (QemuFailed("no answer"), OSError(24, "Too many open files"), RuntimeError("can't start new thread")):
+        with pytest.raises(type(error)):
+            scene.examine(error)
+        report = scene.guest.report()
+        assert report.verdict is GuestVerdict.INCONCLUSIVE
+        assert report.reasons == (f"it could not be examined: {error}",)
     assert scene.guest.drifts == []
     assert scene.examine(evidence())[0].verdict is GuestVerdict.ISOLATED  # nor does it lock anybody out
+
+
+def test_that_a_guest_ends_while_it_is_examined_says_nothing_against_it(scene: Scene) -> None:
+    scene.examine(evidence())
+    scene.guest.qemu.status = 0  # type: ignore[misc]
+    with pytest.raises(QemuFailed):
+        scene.examine(QemuFailed("gone"))
+    assert scene.guest.unexamined == ""
+
+
+def test_another_one_who_holds_the_ram_is_another_drift(scene: Scene) -> None:
+    first, second = evidence("holders"), evidence("holders")
+    other = tuple(
+        replace(seen, detail="process 2") if seen.probe == "holders" else seen for seen in second.observations
+    )
+    *_, last = scene.examine(evidence(), first, first, replace(second, observations=other))
+    assert [drift.detail for drift in last.drifts][1:] == ["process 2"]
+    assert len(last.drifts) == 2
 
 
 def test_examinations_take_turns(scene: Scene) -> None:

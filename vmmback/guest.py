@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Protocol
 
 from vmmback import console, handoff, monitor, ram, report
 from vmmback.config import GuestConfig
+from vmmback.errors import VmmbackError
 from vmmback.isolation import exposures, qmp_proof
 from vmmback.isolation.audit import REQUIRED, Evidence, audit, in_thread
+from vmmback.isolation.catalogue import HOLDER_PROBES
 from vmmback.isolation.direct_map import guest_frames
 from vmmback.isolation.probe import Target
 from vmmback.isolation.residue import FreedFramesProbe
@@ -24,6 +27,10 @@ from vmmback.report import Drift, GuestVerdict, IsolationReport, Observation, Ve
 
 # A name of our own among QEMU's events: docs/interop/qmp-spec.rst asks vendors for "__" and their domain.
 DRIFT_EVENT = "__org.vmmback_DRIFT"
+
+# The probes whose detail names who was found, and how many drifts are kept: whoever comes and goes makes new ones.
+_WHO = frozenset(probe.name for probe in HOLDER_PROBES)
+_MOST_DRIFTS = 100
 
 
 class Watcher(console.Watcher, Protocol):
@@ -58,6 +65,8 @@ class Guest:
     validated_after: str = ""
     evidence: Evidence | None = None
     drifts: list[Drift] = field(default_factory=list)
+    unexamined: str = ""
+    """Why the guest could not be examined the last time that it was to be; "" if it could."""
     exposed: asyncio.Event = field(default_factory=asyncio.Event)
     _examining: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -74,13 +83,21 @@ class Guest:
         async with self._examining:
             self.validated_after = self.validated_after or "a request while it ran"
             started = time.perf_counter()
-            evidence = await audit(self.target, self.monitor.hmp, self.ram.frames)
+            try:
+                evidence = await audit(self.target, self.monitor.hmp, self.ram.frames)
+            except (VmmbackError, OSError, MemoryError, RuntimeError) as error:
+                with suppress(TimeoutError):
+                    await self.qemu.ended(timeout_s=1.0)
+                if self.qemu.status is None:  # that a guest ends while it is examined says nothing against it
+                    self.unexamined = f"it could not be examined: {error}"
+                raise
+            self.unexamined = ""
             self.timings["audit" if self.evidence else "validate"] = time.perf_counter() - started
             new = _newly_readable(self.evidence, evidence) if self.evidence else []
             self.evidence = evidence.after(self.evidence) if self.evidence else evidence
             now = datetime.now(UTC).isoformat(timespec="seconds")
             drifts = [Drift(at=now, probe=seen.probe, detail=seen.detail) for seen in new]
-            self.drifts += drifts
+            self.drifts += drifts[: _MOST_DRIFTS - len(self.drifts)]
             found = self.report()
             for drift in drifts:
                 self.watcher.drifted(drift, found)
@@ -121,7 +138,7 @@ class Guest:
         observations = [*(evidence.observations if evidence else ()), *([freed] if freed else ())]
         probes = tuple(report.judge_probe(observation) for observation in observations)
         required = REQUIRED | {FreedFramesProbe.name} if self.qemu.status is not None else REQUIRED
-        verdict, reasons = report.judge_guest(memory, proof.ram_blocks, probes, required)
+        verdict, reasons = report.judge_guest(memory, proof.ram_blocks, probes, required, self.unexamined)
         return IsolationReport(
             guest=self.config.name,
             verdict=verdict,
@@ -148,5 +165,10 @@ def target_of(qemu: handoff.Qemu, guest_ram: ram.Ram) -> Target:
 
 
 def _newly_readable(earlier: Evidence, evidence: Evidence) -> list[Observation]:
-    known = {seen.probe for seen in earlier.observations if seen.target is Verdict.READABLE}
-    return [seen for seen in evidence.observations if seen.target is Verdict.READABLE and seen.probe not in known]
+    """Return what is readable now and was not; of holders and tracers, also others than were found before."""
+
+    def told(seen: Observation) -> tuple[str, str]:
+        return seen.probe, seen.detail if seen.probe in _WHO else ""
+
+    known = {told(seen) for seen in earlier.observations if seen.target is Verdict.READABLE}
+    return [seen for seen in evidence.observations if seen.target is Verdict.READABLE and told(seen) not in known]

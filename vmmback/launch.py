@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from vmmback import command, console, control, handoff, monitor, qmp_socket, ram, report
 from vmmback.config import GuestConfig
 from vmmback.control import GuestInterface
-from vmmback.errors import HandoffFailed, Interrupted, QemuFailed
+from vmmback.errors import HandoffFailed, Interrupted, QemuFailed, VmmbackError
 from vmmback.guest import Guest, Watcher, target_of
 from vmmback.host import HostMemory, can_share_aux_ram, choose_accel, find_qemu, kernel_release
 from vmmback.isolation import qmp_proof
@@ -72,6 +72,8 @@ async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate:
         async with _last_words(guest.qemu), _served(guest):
             await guest.monitor.cont()
             guest.policy.permit("cont")
+            if config.isolation.every and not validate:
+                watcher.note("no probe is tried, nor repeated every so often (--no-validate)")
             if validate and await _booted(guest, stop) and (found := await _examined(guest)):
                 watcher.validated(found)
             async with _watched(guest):
@@ -207,9 +209,9 @@ async def _watch(guest: Guest, every_s: float) -> None:
         await asyncio.sleep(every_s)
         try:
             await guest.examine()
-        except QemuFailed as error:  # of its end, others tell
-            if guest.qemu.status is None:
-                guest.watcher.note(f"the guest could not be examined: {error.message}")
+        except (VmmbackError, OSError, MemoryError, RuntimeError):  # out of memory, threads or descriptors, say
+            if guest.qemu.status is None:  # of its end, others tell
+                guest.watcher.note(guest.unexamined)
 
 
 async def _supervise(guest: Guest, watcher: Watcher, stop: Stop) -> None:

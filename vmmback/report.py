@@ -260,9 +260,16 @@ def judge_probe(observation: Observation) -> ProbeResult:
 
 
 def judge_guest(
-    memory: Memory, ram_blocks: Sequence[RamBlock], probes: Sequence[ProbeResult], required: Collection[str]
+    memory: Memory,
+    ram_blocks: Sequence[RamBlock],
+    probes: Sequence[ProbeResult],
+    required: Collection[str],
+    unexamined: str = "",
 ) -> tuple[GuestVerdict, tuple[str, ...]]:
-    """Return the verdict on a guest and its reasons (rules 4 to 6); `required` names the probes it needs."""
+    """Return the verdict on a guest and its reasons (rules 4 to 6).
+
+    `required` names the probes it needs, `unexamined` says why the last attempt to examine it came to nothing.
+    """
     exposed = [f"{probe.name}: {probe.detail}" for probe in probes if probe.verdict is Verdict.READABLE]
     if memory.readable_pages:
         exposed.append(f"{memory.readable_pages} of {memory.checked_pages} pages of its RAM were read")
@@ -279,7 +286,9 @@ def judge_guest(
         for probe in probes
         if probe.verdict is Verdict.INCONCLUSIVE and (not probe.missing or probe.name in required)
     ]
-    unproven += [f"{name}: did not run" for name in required if name not in {probe.name for probe in probes}]
+    unproven += [f"{name}: did not run" for name in sorted(required) if name not in {probe.name for probe in probes}]
+    if unexamined:
+        unproven.append(unexamined)
     if not ram_blocks:
         unproven.append("QEMU's RAM blocks were not listed")
     if memory.secret != memory.size:

@@ -46,7 +46,8 @@ T = TypeVar("T")
 def audit(name: str, as_json: bool, write_files: ReportFiles, source: str | None, from_guest: bool) -> None:
     """Try every vector that is safe on a live guest on the guest NAME, and report what was measured.
 
-    Nothing is stopped or written. A guest that turns out to be exposed gets what on-exposed of its file says.
+    Nothing is stopped or written. A guest that turns out to be exposed gets what on-exposed of its file says; what a
+    hunt finds is in this report alone.
 
     \b
     Examples:
