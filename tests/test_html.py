@@ -109,7 +109,14 @@ PAGES = {
     "hostile": guest_page(hostile_report(" ".join(HOSTILE)), DOCS),
     "selftest": selftest_page(selftest_report()),
     "empty selftest": selftest_page(
-        selftest_report().model_copy(update={"vectors": (), "settings": (), "verdict": SelftestVerdict.INCONCLUSIVE})
+        selftest_report().model_copy(
+            update={
+                "vectors": (),
+                "settings": (),
+                "verdict": SelftestVerdict.INCONCLUSIVE,
+                "reasons": ("no probe was blocked",),
+            }
+        )
     ),
 }
 every_page = pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
@@ -245,6 +252,7 @@ def test_what_a_host_chose_adds_no_element_and_no_attribute(hostile: str) -> Non
         evil = vector(text, detail=text, vector=text, source=text, errno=text, missing=text, holders=text)
         report = SelftestReport(
             verdict=SelftestVerdict.FAILED,
+            reasons=(text,),
             vectors=(evil, evil.model_copy(update={"kind": "exposure"}), vector(text, Verdict.READABLE, detail=text)),
             settings=(hostile_setting(text),),
             host=selftest_report().host,

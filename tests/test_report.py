@@ -26,7 +26,6 @@ from vmmback.report import (
     judge_guest,
     judge_probe,
     judge_selftest,
-    selftest_reasons,
 )
 
 BLOCKED, READABLE, INCONCLUSIVE = Verdict.BLOCKED, Verdict.READABLE, Verdict.INCONCLUSIVE
@@ -265,26 +264,40 @@ UNMEASURED = vector("unmeasured", INCONCLUSIVE, kind="exposure", control=INCONCL
 
 
 @pytest.mark.parametrize(
-    ("vectors", "verdict"),
+    ("vectors", "required", "verdict"),
     [
-        ((vector("a"),), SelftestVerdict.PASSED),
-        ((vector("a"), LACKING, OPEN, UNMEASURED), SelftestVerdict.PASSED),
-        ((vector("a"), vector("b", READABLE)), SelftestVerdict.FAILED),
-        ((vector("a"), vector("b", READABLE), DOUBTED), SelftestVerdict.FAILED),
-        ((vector("a"), DOUBTED), SelftestVerdict.INCONCLUSIVE),
-        ((LACKING, OPEN), SelftestVerdict.INCONCLUSIVE),
-        ((vector("closed", kind="exposure"),), SelftestVerdict.INCONCLUSIVE),
-        ((), SelftestVerdict.INCONCLUSIVE),
+        ((vector("a"),), "", SelftestVerdict.PASSED),
+        ((vector("a"),), "a", SelftestVerdict.PASSED),
+        ((vector("a"), LACKING, OPEN, UNMEASURED), "a", SelftestVerdict.PASSED),
+        ((vector("a"), LACKING), "a lacking", SelftestVerdict.INCONCLUSIVE),
+        ((vector("a"),), "a b", SelftestVerdict.INCONCLUSIVE),
+        ((vector("a"), vector("b", kind="exposure")), "b", SelftestVerdict.INCONCLUSIVE),
+        ((vector("a"), vector("b", READABLE)), "a", SelftestVerdict.FAILED),
+        ((vector("a"), vector("b", READABLE), DOUBTED), "", SelftestVerdict.FAILED),
+        ((vector("a", READABLE), LACKING), "lacking", SelftestVerdict.FAILED),
+        ((vector("a"), DOUBTED), "a", SelftestVerdict.INCONCLUSIVE),
+        ((LACKING, OPEN), "", SelftestVerdict.INCONCLUSIVE),
+        ((vector("closed", kind="exposure"),), "", SelftestVerdict.INCONCLUSIVE),
+        ((), "", SelftestVerdict.INCONCLUSIVE),
     ],
 )
-def test_a_self_test_is_judged_by_its_probes_alone(vectors: tuple[VectorResult, ...], verdict: SelftestVerdict) -> None:
-    assert judge_selftest(vectors) is verdict
-    assert judge_selftest(vectors[::-1]) is verdict
-    assert (selftest_reasons(vectors) == ()) == (verdict is SelftestVerdict.PASSED)
+def test_a_self_test_is_judged_by_its_probes_alone(
+    vectors: tuple[VectorResult, ...], required: str, verdict: SelftestVerdict
+) -> None:
+    judged, reasons = judge_selftest(vectors, required.split())
+    assert judged is judge_selftest(vectors[::-1], required.split())[0] is verdict
+    assert (reasons == ()) == (verdict is SelftestVerdict.PASSED)
+
+
+def reasons_of(*vectors: VectorResult, required: tuple[str, ...] = ()) -> tuple[str, ...]:
+    return judge_selftest(vectors, required)[1]
 
 
 def test_the_reasons_name_the_probes_that_decided() -> None:
-    decided = (vector("a"), vector("b", READABLE), DOUBTED, LACKING, OPEN)
-    assert selftest_reasons(decided) == ("b: b: readable",)
-    assert selftest_reasons((vector("a"), DOUBTED, LACKING, OPEN)) == ("doubted: doubted: inconclusive",)
-    assert selftest_reasons((LACKING, OPEN)) == ("no probe was blocked",)
+    assert reasons_of(vector("a"), vector("b", READABLE), DOUBTED, LACKING, OPEN) == ("b: b: readable",)
+    assert reasons_of(vector("a"), DOUBTED, LACKING, OPEN) == ("doubted: doubted: inconclusive",)
+    assert reasons_of(vector("a"), LACKING, required=("lacking", "b")) == (
+        "lacking: lacking: inconclusive",
+        "b: did not run",
+    )
+    assert reasons_of(LACKING, OPEN) == ("no probe was blocked",)

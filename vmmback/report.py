@@ -236,6 +236,7 @@ class SelftestReport(_Model):
     """Every vector tried on throwaway memory of this host, its settings, and the verdict that follows."""
 
     verdict: SelftestVerdict
+    reasons: tuple[str, ...]
     vectors: tuple[VectorResult, ...]
     settings: tuple[HostSetting, ...]
     host: Host
@@ -281,12 +282,7 @@ def judge_guest(
     if exposed:
         return GuestVerdict.EXPOSED, tuple(exposed)
 
-    unproven = [
-        f"{probe.name}: {probe.detail}"
-        for probe in probes
-        if probe.verdict is Verdict.INCONCLUSIVE and (not probe.missing or probe.name in required)
-    ]
-    unproven += [f"{name}: did not run" for name in sorted(required) if name not in {probe.name for probe in probes}]
+    unproven = _unproven(probes, required)
     if unexamined:
         unproven.append(unexamined)
     if not ram_blocks:
@@ -310,29 +306,27 @@ def with_hunt(report: IsolationReport, hunt: Hunt) -> IsolationReport:
     return report.model_copy(update=changes)
 
 
-def judge_selftest(vectors: Sequence[VectorResult]) -> SelftestVerdict:
-    """Return the verdict on a host: of its probes alone."""
-    if _probes_that_are(Verdict.READABLE, vectors):
-        return SelftestVerdict.FAILED
-    if _probes_that_are(Verdict.INCONCLUSIVE, vectors) or not _probes_that_are(Verdict.BLOCKED, vectors):
-        return SelftestVerdict.INCONCLUSIVE
-    return SelftestVerdict.PASSED
+def judge_selftest(
+    vectors: Sequence[VectorResult], required: Collection[str]
+) -> tuple[SelftestVerdict, tuple[str, ...]]:
+    """Return the verdict on a host and its reasons: of its probes alone; `required` names those that it needs."""
+    probes = [vector for vector in vectors if vector.kind == "probe"]
+    failed = [f"{probe.name}: {probe.detail}" for probe in probes if probe.verdict is Verdict.READABLE]
+    if failed:
+        return SelftestVerdict.FAILED, tuple(failed)
+    unproven = _unproven(probes, required)
+    if not unproven and not any(probe.verdict is Verdict.BLOCKED for probe in probes):
+        unproven.append("no probe was blocked")
+    if unproven:
+        return SelftestVerdict.INCONCLUSIVE, tuple(unproven)
+    return SelftestVerdict.PASSED, ()
 
 
-def selftest_reasons(vectors: Sequence[VectorResult]) -> tuple[str, ...]:
-    """Return what keeps a self-test from having passed; nothing if it has."""
-    against = _probes_that_are(Verdict.READABLE, vectors) or _probes_that_are(Verdict.INCONCLUSIVE, vectors)
-    if not against and not _probes_that_are(Verdict.BLOCKED, vectors):
-        return ("no probe was blocked",)
-    return tuple(f"{probe.name}: {probe.detail}" for probe in against)
-
-
-def _probes_that_are(verdict: Verdict, vectors: Sequence[VectorResult]) -> list[VectorResult]:
-    """Return the probes of one verdict, less those that are inconclusive because the host lacks something."""
-    return [
-        vector
-        for vector in vectors
-        if vector.kind == "probe"
-        and vector.verdict is verdict
-        and not (verdict is Verdict.INCONCLUSIVE and vector.missing)
+def _unproven(probes: Sequence[ProbeResult | VectorResult], required: Collection[str]) -> list[str]:
+    """Return what of the probes keeps a verdict from being good: what a host lacks counts for required ones only."""
+    unproven = [
+        f"{probe.name}: {probe.detail}"
+        for probe in probes
+        if probe.verdict is Verdict.INCONCLUSIVE and (not probe.missing or probe.name in required)
     ]
+    return unproven + [f"{name}: did not run" for name in required if name not in {probe.name for probe in probes}]

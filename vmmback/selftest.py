@@ -23,7 +23,7 @@ from vmmback.errors import AdmissionRefused, HostUnfit, QemuFailed, VmmbackError
 from vmmback.guest import Guest
 from vmmback.host import kernel_release
 from vmmback.isolation import settings
-from vmmback.isolation.audit import in_thread
+from vmmback.isolation.audit import REQUIRED, in_thread
 from vmmback.isolation.catalogue import ACCESS_PROBES, DISTURBING_PROBES, HOLDER_PROBES, LIVE_PROBES
 from vmmback.isolation.direct_map import DirectMapProbe
 from vmmback.isolation.probe import Documented, Probe, Target
@@ -39,6 +39,7 @@ _GUEST_SIZE = "16MiB"
 _READY_TIMEOUT_S = 20.0
 _NO_TARGET = Target(0, 0, 0)
 
+_REQUIRED = (*sorted(REQUIRED), FreedFramesProbe.name)  # as for a guest: see vmmback.guest
 _GUEST_VECTORS: tuple[type[Probe[Any]], ...] = (DirectMapProbe, *ACCESS_PROBES, *LIVE_PROBES, *HOLDER_PROBES)
 
 
@@ -62,14 +63,14 @@ async def selftest(progress: Progress) -> SelftestReport:
         tried = {vector.name for vector in vectors}
         kinds: tuple[type[Documented], ...] = (*_GUEST_VECTORS, QmpProof, FreedFramesProbe)
         untried = [kind for kind in kinds if kind.name not in tried]
-        # That a QEMU failed which is there is nothing that the host lacks, and must not pass.
-        missing = "" if isinstance(error, QemuFailed) else error.message
-        vectors += [_result(kind, _not_tried(kind.name, error.message, missing)) for kind in untried]
+        vectors += [_result(kind, _not_tried(kind.name, error)) for kind in untried]
     for kind in DISTURBING_PROBES:
         tell(kind.name)
         vectors.append(_result(kind, await in_thread(partial(_alone, kind()))))
+    verdict, reasons = report.judge_selftest(vectors, _REQUIRED)
     return SelftestReport(
-        verdict=report.judge_selftest(vectors),
+        verdict=verdict,
+        reasons=reasons,
         vectors=tuple(vectors),
         settings=settings.observe(),
         host=host,
@@ -152,12 +153,14 @@ def _alone(probe: Probe[Any]) -> Observation:
     try:
         return probe.observe(_NO_TARGET)
     except (VmmbackError, OSError) as error:
-        reason = error.message if isinstance(error, VmmbackError) else str(error)
-        return _not_tried(probe.name, reason, reason)
+        return _not_tried(probe.name, error)
 
 
-def _not_tried(name: str, reason: str, missing: str) -> Observation:
+def _not_tried(name: str, error: VmmbackError | OSError) -> Observation:
     inconclusive = Verdict.INCONCLUSIVE
+    reason = error.message if isinstance(error, VmmbackError) else str(error)
+    # What failed though it is there, a QEMU or a system call, is nothing that the host lacks, and must not pass.
+    missing = reason if isinstance(error, (HostUnfit, AdmissionRefused)) else ""
     return Observation(name, inconclusive, inconclusive, f"not tried: {reason}", 0.0, missing=missing)
 
 

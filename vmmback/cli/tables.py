@@ -67,8 +67,6 @@ def selftest_tables(report: SelftestReport) -> list[RenderableType]:
     """Return what a self-test found."""
     from rich.text import Text
 
-    from vmmback.report import selftest_reasons
-
     vectors = _table("vector", "secret RAM", "control", "what was seen", "ms")
     vectors.columns[4].justify = "right"
     holes = _table("known hole", "who holds the key", "secret RAM", "what was seen")
@@ -90,12 +88,11 @@ def selftest_tables(report: SelftestReport) -> list[RenderableType]:
         f"{len(report.vectors) - len(probes)} known holes measured, {missing} not to be tried on this host: "
     )
     end: list[RenderableType] = [Text.assemble(summary, _coloured(report.verdict.value))]
-    end += [f"  {reason}" for reason in selftest_reasons(report.vectors)]
+    end += [f"  {reason}" for reason in report.reasons]
     return [vectors, holes, notable, *end]
 
 
 def _probe_table(report: IsolationReport, start: int) -> RenderableType:
-
     table = _table("probe", "guest RAM", "control", "what was seen", "ms")
     table.columns[4].justify = "right"
     for probe in report.probes[start:]:
@@ -110,7 +107,6 @@ def _probe_table(report: IsolationReport, start: int) -> RenderableType:
 
 
 def _hunt_tables(hunt: Hunt) -> list[RenderableType]:
-
     places = _table("the canary begins in", "of", "frames", "for example, frame number")
     places.columns[2].justify = "right"
     for place in hunt.places:

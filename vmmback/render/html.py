@@ -26,7 +26,6 @@ from vmmback.report import (
     SelftestVerdict,
     VectorResult,
     Verdict,
-    selftest_reasons,
 )
 
 Docs = Mapping[str, tuple[str, str, str]]
@@ -74,7 +73,6 @@ def selftest_page(report: SelftestReport) -> str:
         "selftest.html",
         report=report,
         headline=_SELFTEST_HEADLINES[report.verdict],
-        reasons=selftest_reasons(report.vectors),
         probes=probes,
         exposures=[vector for vector in report.vectors if vector.kind == "exposure"],
         counts=_counts(probes),

@@ -29,7 +29,6 @@ from vmmback.report import (
     SelftestVerdict,
     VectorResult,
     Verdict,
-    selftest_reasons,
 )
 
 _DECLARATION = '<?xml version="1.0" encoding="UTF-8"?>\n'
@@ -71,7 +70,7 @@ def guest_xml(report: IsolationReport) -> str:
 def selftest_xml(report: SelftestReport) -> str:
     """Return a self-test's report as JUnit XML, in ASCII. Suites: verdict, probes, exposures."""
     suites = {
-        "verdict": [_verdict(report.verdict, selftest_reasons(report.vectors))],
+        "verdict": [_verdict(report.verdict, report.reasons)],
         "probes": [_probe(vector) for vector in report.vectors if vector.kind == "probe"],
         "exposures": [_exposure(vector) for vector in report.vectors if vector.kind == "exposure"],
     }
