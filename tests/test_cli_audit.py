@@ -18,6 +18,7 @@ import vmmback.selftest
 from tests.sample_reports import exposed_report, guest_report, selftest_report, vector
 from vmmback import cli, control, errors
 from vmmback.cli.files import ReportFiles
+from vmmback.cli.output import finish
 from vmmback.errors import HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
 from vmmback.report import IsolationReport, SelftestReport, Verdict
 from vmmback.selftest import Progress
@@ -229,14 +230,19 @@ def test_places_where_no_file_can_be_made(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+def write(files: ReportFiles) -> None:
+    for output in files.outputs(guest_report()):
+        output()
+
+
 def test_a_file_is_replaced_in_one_go_once_the_report_is_whole(tmp_path: Path) -> None:
     page, xml = tmp_path / "page", tmp_path / "xml"
     page.write_text("before")
-    write = ReportFiles(page, xml)
+    files = ReportFiles(page, xml)
     assert page.read_text() == "before"
     assert not xml.exists()
     before = page.stat().st_ino
-    write(guest_report())
+    write(files)
     assert page.stat().st_ino != before
     assert page.read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page", "xml"]
@@ -246,7 +252,7 @@ def test_a_file_is_replaced_in_one_go_once_the_report_is_whole(tmp_path: Path) -
 def test_a_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder/page")
-    ReportFiles(tmp_path / "link", None)(guest_report())
+    write(ReportFiles(tmp_path / "link", None))
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "folder/page").is_file()
     assert list((tmp_path / "folder").iterdir()) == [tmp_path / "folder/page"]
@@ -255,10 +261,65 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
 def test_a_folder_that_goes_away_meanwhile_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    write = ReportFiles(folder / "page", None)
+    files = ReportFiles(folder / "page", None)
     folder.rmdir()
     with pytest.raises(errors.UsageError, match="could not be written: No such file or directory"):
-        write(guest_report())
+        write(files)
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    write(ReportFiles(tmp_path / ("x" * 255), None))
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
+# --- outputs that fail ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"), [(guest_report(hunt=None), 2), (exposed_report(), 5), (INCONCLUSIVE, 8)], ids=["0", "5", "8"]
+)
+@pytest.mark.parametrize("failing", ["stdout", "page", "xml", "stdout page xml"])
+def test_every_output_is_tried_and_none_hides_a_verdict(
+    made: Made,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    answer: IsolationReport,
+    code: int,
+) -> None:
+    async def audit() -> IsolationReport:
+        for name in set(failing.split()) - {"stdout"}:
+            (tmp_path / name).rmdir()
+        return answer
+
+    monkeypatch.setattr(made, "audit", audit)
+    for name in ("page", "xml"):
+        (tmp_path / name).mkdir()
+    if "stdout" in failing:
+        monkeypatch.setattr("sys.stdout", None)  # what Python makes of >&-
+    ended, out, err = run("audit", "demo", "--json", "--html", tmp_path / "page/0", "--junit", tmp_path / "xml/0")
+    assert ended == code
+    assert bool(out) == ("stdout" not in failing)
+    assert [name for name in ("page", "xml") if not (tmp_path / name / "0").exists()] == [
+        name for name in ("page", "xml") if name in failing
+    ]
+    assert err.count("vmmback: error: ") == len(failing.split())
+    assert err.count("could not be written") == len(failing.split())
+
+
+def test_an_output_that_fails_otherwise_hides_no_verdict_either(capsys: pytest.CaptureFixture[str]) -> None:
+    done = []
+
+    def without_memory() -> None:
+        raise MemoryError
+
+    for code, expected in ((5, 5), (0, 3)):
+        with pytest.raises(SystemExit) as ended:
+            finish(code, without_memory, lambda: done.append(True))
+        assert ended.value.code == expected
+        assert "refused what the command needs: out of memory" in capsys.readouterr().err
+    assert done == [True, True]
 
 
 def test_json_of_a_report_is_one_document(made: Made, run: Run) -> None:

@@ -1,9 +1,10 @@
-"""The command line: the only module that prints or exits. What a command needs is imported when it runs."""
+"""The command line: the only package that prints or exits. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,9 @@ import click
 
 from vmmback.cli.audit import audit, selftest
 from vmmback.cli.files import ReportFiles, report_files
-from vmmback.cli.output import exit_with, write
+from vmmback.cli.output import as_user_error, exit_code_of, finish, print_error
 from vmmback.cli.screen import Screen
-from vmmback.errors import HostUnfit, QemuFailed, UsageError, VmmbackError
+from vmmback.errors import QemuFailed, VmmbackError
 
 if TYPE_CHECKING:
     from vmmback.report import IsolationReport
@@ -24,24 +25,11 @@ def main() -> None:
     try:
         commands.main(prog_name="vmmback")
     except (VmmbackError, OSError, MemoryError, RuntimeError) as caught:
-        error = _as_user_error(caught)
+        error = as_user_error(caught)
         if error is None:
             raise
-        hint = f"vmmback: hint: {error.hint}\n" if error.hint else ""
-        write(sys.stderr, f"vmmback: error: {error.message}\n{hint}")
+        print_error(error)
         sys.exit(error.exit_code)
-
-
-def _as_user_error(error: Exception) -> VmmbackError | None:
-    """Return what to tell the user; None for an error that is a mistake of ours."""
-    if isinstance(error, VmmbackError):
-        return error
-    if isinstance(error, RuntimeError) and "can't start new thread" not in str(error):
-        return None
-    return HostUnfit(
-        f"the kernel refused what a launch needs: {error or 'out of memory'}",
-        "look at the limits of this process (`ulimit -a`), its cgroup, and what confines it",
-    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -63,7 +51,7 @@ def commands() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
 @report_files
 @click.option("--validate/--no-validate", default=True, help="Run the probes (the default), or only the guest.")
-def launch(file: Path, as_json: bool, validate: bool, write_files: ReportFiles) -> None:
+def launch(file: Path, as_json: bool, validate: bool, files: ReportFiles) -> None:
     """Run the guest of FILE on secret RAM until it ends, and report what was measured.
 
     Ctrl-C presses the guest's power button; again, it tells QEMU to quit; once more, it kills it.
@@ -101,15 +89,8 @@ def launch(file: Path, as_json: bool, validate: bool, write_files: ReportFiles) 
         screen.note(error.message)
     finally:
         screen.close()
-    try:
-        screen.finished(report)
-    except UsageError as error:
-        if report.verdict != "exposed":  # which says more than that the report could not be written
-            raise
-        screen.note(error.message)
-    write_files(report)
-    if validate or report.verdict == "exposed":
-        exit_with(report.verdict)
+    exit_code = exit_code_of(report.verdict) if validate or report.verdict == "exposed" else 0
+    finish(exit_code, partial(screen.finished, report), *files.outputs(report))
 
 
 @commands.command()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vmmback.cli.files import ReportFiles, report_files
-from vmmback.cli.output import exit_with, is_terminal, print_result, show
+from vmmback.cli.output import exit_code_of, finish, is_terminal, print_result, show
 from vmmback.cli.progress import ByteProgress
 from vmmback.errors import Interrupted, UsageError
 
@@ -43,7 +43,7 @@ T = TypeVar("T")
 @click.option(
     "--hunt-from-guest", "from_guest", is_flag=True, help="Search for the canary of a guest that printed its halves."
 )
-def audit(name: str, as_json: bool, write_files: ReportFiles, source: str | None, from_guest: bool) -> None:
+def audit(name: str, as_json: bool, files: ReportFiles, source: str | None, from_guest: bool) -> None:
     """Try every vector that is safe on a live guest on the guest NAME, and report what was measured.
 
     Nothing is stopped or written. A guest that turns out to be exposed gets what on-exposed of its file says; what a
@@ -84,9 +84,11 @@ def audit(name: str, as_json: bool, write_files: ReportFiles, source: str | None
         report = _run(audited())
     if found:
         report = with_hunt(report, found)
-    print_result(report.model_dump_json(indent=2) + "\n" if as_json else rendered(*while_it_runs(report)))
-    write_files(report)
-    exit_with(report.verdict)
+
+    def show_report() -> None:
+        print_result(report.model_dump_json(indent=2) + "\n" if as_json else rendered(*while_it_runs(report)))
+
+    finish(exit_code_of(report.verdict), show_report, *files.outputs(report))
 
 
 @click.command(
@@ -95,7 +97,7 @@ def audit(name: str, as_json: bool, write_files: ReportFiles, source: str | None
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
 @report_files
-def selftest(as_json: bool, write_files: ReportFiles) -> None:
+def selftest(as_json: bool, files: ReportFiles) -> None:
     """Try every known vector on this host: on throwaway memory, throwaway processes and two tiny guests.
 
     Each is tried on secret RAM and, as its control, on ordinary memory. Guests that run are left alone.
@@ -118,9 +120,11 @@ def selftest(as_json: bool, write_files: ReportFiles) -> None:
         finally:
             if is_terminal(sys.stderr):
                 show(sys.stderr, "\r\x1b[K")
-    print_result(report.model_dump_json(indent=2) + "\n" if as_json else rendered(*selftest_tables(report)))
-    write_files(report)
-    exit_with(report.verdict)
+
+    def show_report() -> None:
+        print_result(report.model_dump_json(indent=2) + "\n" if as_json else rendered(*selftest_tables(report)))
+
+    finish(exit_code_of(report.verdict), show_report, *files.outputs(report))
 
 
 @contextmanager

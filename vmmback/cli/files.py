@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import wraps
+from contextlib import suppress
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +28,20 @@ class ReportFiles:
         if html and html == junit:
             raise UsageError(f"--html and --junit both name {html}", "name two files")
 
-    def __call__(self, report: IsolationReport | SelftestReport) -> None:
-        """Write the files that were asked for. Raises UsageError."""
-        if self._html:
-            _write(self._html, _page(report))
-        if self._junit:
-            _write(self._junit, _xml(report))
+    def outputs(self, report: IsolationReport | SelftestReport) -> list[Callable[[], None]]:
+        """Return what writes each file that was asked for. It raises UsageError."""
+        wanted = ((self._html, _page), (self._junit, _xml))
+        return [partial(_write, path, made_of, report) for path, made_of in wanted if path]
 
 
 def report_files(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options, and the ReportFiles made of them as its argument `write_files`."""
+    """Give a command the options, and the ReportFiles made of them as its argument `files`."""
 
     @click.option("--html", type=click.Path(path_type=Path), help="Write the report as one self-contained page, too.")
     @click.option("--junit", type=click.Path(path_type=Path), help="Write the report as JUnit XML for CI, too.")
     @wraps(command)
     def with_files(*arguments: Any, html: Path | None, junit: Path | None, **options: Any) -> None:
-        command(*arguments, write_files=ReportFiles(html, junit), **options)
+        command(*arguments, files=ReportFiles(html, junit), **options)
 
     return with_files
 
@@ -81,17 +80,23 @@ def _check(option: str, path: Path) -> None:
 
 
 def _draft(path: Path) -> Path:
-    """Return the path of a new file beside the one that `path` leads to, so that a link stays one."""
-    real = path.resolve()
-    return real.with_name(f".{real.name}.{os.getpid()}")
+    """Return the path of a new file beside the one that `path` leads to, so that a link stays one.
+
+    Its name is short, however long that of the other is: there is one draft at a time.
+    """
+    return path.resolve().with_name(f".vmmback.{os.getpid()}")
 
 
-def _write(path: Path, text: str) -> None:
-    """Write it whole or not at all."""
+def _write(
+    path: Path, made_of: Callable[[IsolationReport | SelftestReport], str], report: IsolationReport | SelftestReport
+) -> None:
+    """Write what is made of the report, whole or not at all."""
+    text = made_of(report)
     draft = _draft(path)
     try:
         draft.write_text(text)
         draft.replace(path.resolve())
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         raise UsageError(f"{path} could not be written: {error.strerror}", "name another file") from error

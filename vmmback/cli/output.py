@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import select
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TextIO
+from typing import NoReturn, TextIO
 
-from vmmback.errors import UsageError
+from vmmback.errors import HostUnfit, UsageError, VmmbackError
 
 EXIT_EXPOSED, EXIT_INCONCLUSIVE = 5, 8
 
@@ -66,9 +67,40 @@ def print_result(text: str) -> None:
         raise UsageError(f"the report could not be written to standard output: {problem}", "give it a place to go to")
 
 
-def exit_with(verdict: str) -> None:
-    """End with the exit code of a verdict of a report, unless that is 0."""
+def print_error(error: VmmbackError) -> None:
+    """Write what was wrong, and what to do, to standard error."""
+    hint = f"vmmback: hint: {error.hint}\n" if error.hint else ""
+    write(sys.stderr, f"vmmback: error: {error.message}\n{hint}")
+
+
+def as_user_error(error: Exception) -> VmmbackError | None:
+    """Return what to tell the user; None for an error that is a mistake of ours."""
+    if isinstance(error, VmmbackError):
+        return error
+    if not isinstance(error, (OSError, MemoryError)) and "can't start new thread" not in str(error):
+        return None
+    return HostUnfit(
+        f"the kernel refused what the command needs: {str(error) or 'out of memory'}",
+        "look at the limits of this process (`ulimit -a`), its cgroup, and what confines it",
+    )
+
+
+def exit_code_of(verdict: str) -> int:
+    """Return the exit code of a verdict of a report."""
     if verdict in {"exposed", "failed"}:
-        sys.exit(EXIT_EXPOSED)
-    if verdict == "inconclusive":
-        sys.exit(EXIT_INCONCLUSIVE)
+        return EXIT_EXPOSED
+    return EXIT_INCONCLUSIVE if verdict == "inconclusive" else 0
+
+
+def finish(exit_code: int, *outputs: Callable[[], None]) -> NoReturn:
+    """Try every output, and end with the verdict's exit code; only one of 0 gives way to that of an output's error."""
+    for output in outputs:
+        try:
+            output()
+        except (VmmbackError, OSError, MemoryError, RuntimeError) as caught:
+            error = as_user_error(caught)
+            if error is None:
+                raise
+            print_error(error)
+            exit_code = exit_code or error.exit_code
+    sys.exit(exit_code)

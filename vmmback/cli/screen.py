@@ -6,10 +6,9 @@ import codecs
 import sys
 from typing import TYPE_CHECKING
 
-from vmmback.cli.output import is_terminal, show, write
+from vmmback.cli.output import is_terminal, print_result, show, write
 from vmmback.cli.progress import ByteProgress
 from vmmback.cli.tables import at_the_end, rendered, while_it_runs
-from vmmback.errors import UsageError
 
 if TYPE_CHECKING:
     from vmmback.report import Drift, IsolationReport
@@ -63,15 +62,12 @@ class Screen:
         self.note(f"drift at {drift.at}: {drift.probe}: {drift.detail}")
 
     def finished(self, report: IsolationReport) -> None:
+        """Show the last word. Raises UsageError if JSON was asked for and cannot be written."""
         if self._left_out:
             self.note(f"{self._left_out} characters of the console are not shown: the output took them too slowly")
         self._fresh_line()
         if self._as_json:
-            problem = write(sys.stdout, report.model_dump_json(indent=2) + "\n")
-            if problem:
-                raise UsageError(
-                    f"the report could not be written to standard output: {problem}", "give it a place to go to"
-                )
+            print_result(report.model_dump_json(indent=2) + "\n")
         else:
             write(sys.stdout, rendered(*at_the_end(report, self._validated_rows)))
 
