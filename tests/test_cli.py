@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
@@ -149,8 +150,22 @@ Play = Callable[[Watcher], IsolationReport]
 
 
 @pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    """A launch ignores, to its exit, what would stop it: here the tests go on."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@pytest.fixture
 def run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    signals_as_before: None,
 ) -> Callable[..., tuple[int, str, str]]:
     """Run `vmmback launch` of a guest whose life is what `play` does; return exit code, standard output and error."""
     (tmp_path / "vmlinuz").touch()
@@ -347,11 +362,12 @@ def test_a_terminal_that_is_gone_is_no_error(run: Run, monkeypatch: pytest.Monke
 
 
 LAUNCH = """
-import sys
+import os, sys
 import tests.test_cli, vmmback.cli, vmmback.launch
 verdict = sys.argv.pop()
 async def launch(config, watcher, stop, *, validate):
-    return tests.test_cli.report(verdict)
+    reasons = [str(number) * 1000 for number in range(100)] if "LONG" in os.environ else []
+    return tests.test_cli.report(verdict, *reasons)
 vmmback.launch.launch = launch
 vmmback.cli.main()
 """
@@ -363,6 +379,21 @@ def launched(folder: Path, output: int, verdict: str, *options: str) -> subproce
     (folder / "guest.toml").write_text(GUEST)
     command = [sys.executable, "-c", LAUNCH, "launch", str(folder / "guest.toml"), *options, verdict]
     return subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60)
+
+
+def test_no_signal_after_the_guests_end_ends_its_report(tmp_path: Path) -> None:
+    """It is longer than a pipe holds, so that it is being written while they come."""
+    (tmp_path / "vmlinuz").touch()
+    (tmp_path / "guest.toml").write_text(GUEST)
+    command = [sys.executable, "-c", LAUNCH, "launch", str(tmp_path / "guest.toml"), "--json", "isolated"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "LONG": "1"}) as launch:
+        assert launch.stdout is not None
+        out = os.read(launch.stdout.fileno(), 1)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * 2:
+            launch.send_signal(signum)
+        out += launch.stdout.read()
+    assert launch.returncode == 0
+    assert len(IsolationReport.model_validate_json(out).reasons) == 100
 
 
 def test_a_table_that_nobody_reads_changes_no_exit_code(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from vmmback.errors import QemuFailed, VmmbackError
 if TYPE_CHECKING:
     from vmmback.report import IsolationReport
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def main() -> None:
     """Run the command line, and turn an error into one message and its exit code."""
@@ -75,10 +77,13 @@ def launch(file: Path, as_json: bool, validate: bool, files: ReportFiles) -> Non
     async def supervise() -> IsolationReport:
         stop = Stop()
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in _STOP_SIGNALS:
             if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # which nohup(1) asks for
                 loop.add_signal_handler(signum, stop.request, signum)
-        return await run(guest, screen, stop, validate=validate)
+        try:
+            return await run(guest, screen, stop, validate=validate)
+        finally:  # closing the loop gives the signals their default action back, which would end the report
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 
     try:
         report = asyncio.run(supervise())
@@ -88,6 +93,8 @@ def launch(file: Path, as_json: bool, validate: bool, files: ReportFiles) -> Non
         report = screen.exposed  # that QEMU failed afterwards must not hide it
         screen.note(error.message)
     finally:
+        for signum in _STOP_SIGNALS:  # the guest has ended: there is nothing left to stop, in whichever thread
+            signal.signal(signum, signal.SIG_IGN)
         screen.close()
     exit_code = exit_code_of(report.verdict) if validate or report.verdict == "exposed" else 0
     finish(exit_code, partial(screen.finished, report), *files.outputs(report))
