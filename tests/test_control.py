@@ -201,6 +201,82 @@ def test_noise_on_the_socket_disturbs_nobody(tmp_path: Path, noise: bytes) -> No
     play(tmp_path, scene)
 
 
+CALLS: list[Callable[[Supervisor], Coroutine[Any, Any, Any]]] = [
+    Supervisor.audit,
+    Supervisor.frames,
+    Supervisor.canary_halves,
+]
+
+
+def refusal(folder: Path, answer: bytes, call: Callable[[Supervisor], Coroutine[Any, Any, Any]]) -> QemuFailed:
+    """Return the error of a call to a socket at which this is the answer to whatever comes."""
+
+    async def staged() -> QemuFailed:
+        async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(1)
+            writer.write(answer)
+            await reader.read()  # to the end of the client
+            writer.close()
+            over.set()
+
+        over = asyncio.Event()
+        with listening_socket(folder / SOCKET) as listening:
+            server = await asyncio.start_unix_server(answered, sock=listening)
+            async with asyncio.timeout(DEADLINE_S):
+                async with control.connect(folder) as guest:
+                    with pytest.raises(QemuFailed) as caught:
+                        await call(guest)
+                    await asyncio.sleep(0)
+                await over.wait()
+                server.close()
+                await server.wait_closed()
+        return caught.value
+
+    return asyncio.run(staged())
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_a_supervisor_that_is_silent_keeps_nobody_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Supervisor], Coroutine[Any, Any, Any]]
+) -> None:
+    for name in ("_ANSWER_TIMEOUT_S", "_AUDIT_TIMEOUT_S"):
+        monkeypatch.setattr(control, name, 0.05)
+    error = refusal(tmp_path, b"", call)
+    assert error.message.startswith("the guest's supervisor did not answer within 0.05 s: ")
+    assert error.message.split()[-1].lower() == call.__name__.replace("_", "")
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH\0",
+        b"\xff\xfe\0",
+        b"[" * 100_000 + b"\0",
+        b"[]\0",
+        b"{}\0",
+        b"{}\0{}\0{}\0",
+        b'{"parameters":1}\0',
+        b'{"parameters":{"report":{},"frames":"x","halves":["0"]}}\0',
+        b'{"parameters":{"report":{"guest":"a"},"frames":7,"halves":["00"]}}\0',
+        b'{"error":1}\0',
+        b'{"error":"x"}\0',
+        b'{"error":"org.vmmback.Guest.Failed","parameters":{}}\0',
+    ],
+    ids=lambda answer: answer[:50].decode(errors="replace"),
+)
+def test_an_answer_of_another_kind_is_an_error_without_a_traceback(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    answer: bytes,
+    call: Callable[[Supervisor], Coroutine[Any, Any, Any]],
+) -> None:
+    error = refusal(tmp_path, answer, call)
+    assert error.message == "the guest's supervisor answered in a way not known here"
+    assert "another version" in error.hint
+    assert caplog.text == ""
+
+
 def test_several_clients_at_once(tmp_path: Path) -> None:
     async def scene(made: Made, guest: Supervisor) -> None:
         assert await asyncio.gather(*(audited(tmp_path) for _ in range(40))) == [REPORT] * 40

@@ -8,14 +8,15 @@ import asyncio
 import fcntl
 import os
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from asyncvarlink import (
     FileDescriptor,
+    FileDescriptorArray,
     TypedVarlinkErrorReply,
     VarlinkClientProtocol,
     VarlinkErrorReply,
@@ -25,7 +26,9 @@ from asyncvarlink import (
     create_unix_server,
     varlinkmethod,
 )
+from asyncvarlink.conversion import ConversionError
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
+from asyncvarlink.types import JSONObject
 
 from vmmback.errors import NoSuchGuest, QemuFailed
 from vmmback.report import IsolationReport
@@ -36,6 +39,9 @@ T = TypeVar("T")
 SOCKET = "control"
 
 _BACKLOG = 128
+
+_ANSWER_TIMEOUT_S = 60.0
+_AUDIT_TIMEOUT_S = 600.0  # it looks at every page of a guest of any size, and lets others have the processor first
 
 
 class Failed(TypedVarlinkErrorReply, interface="org.vmmback.Guest", paramprefix=""):
@@ -124,6 +130,20 @@ async def serve(folder: Path, interface: GuestInterface) -> AsyncIterator[None]:
             await interface.end()
 
 
+class _Client(VarlinkClientProtocol):
+    """Makes of an answer that cannot be read an error of the call: asyncvarlink leaves some to the event loop."""
+
+    def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
+        try:
+            super().message_received(data, fds)
+        except (ValueError, RecursionError) as error:  # it is not in UTF-8, or nested too deeply
+            self.connection_lost(ValueError(str(error)))
+
+    def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> None:
+        if self._pending:  # else nothing was asked
+            super().request_received(obj, fds)
+
+
 class Supervisor:
     """The supervisor of a live guest, as another process sees it. Made by `connect`."""
 
@@ -132,28 +152,32 @@ class Supervisor:
 
     async def audit(self) -> IsolationReport:
         """Have the guest audited. Raises QemuFailed, also when the guest ends meanwhile."""
-        with _refusals():
-            answer = await self._guest.Audit()
-        return IsolationReport.model_validate(answer["report"])
+        async with _answer_to("Audit", _AUDIT_TIMEOUT_S):
+            return IsolationReport.model_validate((await self._guest.Audit())["report"])
 
     async def frames(self) -> "array[int]":
         """Return the pagemap entry of each page of the guest's RAM. Raises QemuFailed as above."""
-        with _refusals(), await self._guest.Frames() as answer:
-            return _entries_in(answer["frames"].fileno())
+        async with _answer_to("Frames", _ANSWER_TIMEOUT_S):
+            with await self._guest.Frames() as answer:
+                return _entries_in(answer["frames"].fileno())
 
     async def canary_halves(self) -> tuple[bytes, bytes] | None:
         """Return two halves whose XOR is the guest's canary, None if it printed none. Raises QemuFailed as above."""
-        with _refusals():
+        async with _answer_to("CanaryHalves", _ANSWER_TIMEOUT_S):
             halves = [bytes.fromhex(half) for half in (await self._guest.CanaryHalves())["halves"]]
-        return (halves[0], halves[1]) if halves else None
+            if not halves:
+                return None
+            first, second = halves
+            return first, second
 
 
 @asynccontextmanager
 async def connect(folder: Path) -> AsyncIterator[Supervisor]:
-    """Reach the supervisor of the guest with this folder. Raises NoSuchGuest when there is none."""
+    """Reach the supervisor of the guest with this folder. Raises NoSuchGuest when there is none, and QemuFailed."""
     try:
-        with socket_address(folder / SOCKET) as address:
-            transport, protocol = await connect_unix_varlink(VarlinkClientProtocol, address)
+        async with _answer_to("the connection", _ANSWER_TIMEOUT_S):
+            with socket_address(folder / SOCKET) as address:
+                transport, protocol = await connect_unix_varlink(_Client, address)
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
         live = ", ".join(_live_guests(folder.parent)) or "none"
         raise NoSuchGuest(f"no guest named {folder.name} is running", f"running in {folder.parent}: {live}") from error
@@ -164,17 +188,28 @@ async def connect(folder: Path) -> AsyncIterator[Supervisor]:
         await transport.closed_future
 
 
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn what a supervisor answers, or its end, into an error for the user."""
+@asynccontextmanager
+async def _answer_to(what: str, timeout_s: float) -> AsyncIterator[None]:
+    """Turn what a supervisor answers, its silence or its end into an error for the user."""
     try:
-        yield
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise QemuFailed(
+            f"the guest's supervisor did not answer within {timeout_s:g} s: {what}", "look whether it is stopped"
+        ) from error
     except Failed as failed:
         raise QemuFailed(failed.message, failed.hint) from failed
     except VarlinkErrorReply as reply:
         raise QemuFailed(f"the guest's supervisor refused: {reply}", "it may be another version of vmmback") from reply
+    except ConnectionRefusedError:
+        raise
     except ConnectionError as error:
         raise QemuFailed("the guest ended meanwhile") from error
+    except (ConversionError, LookupError, TypeError, ValueError) as error:  # pydantic's and json's are ValueErrors
+        raise QemuFailed(
+            "the guest's supervisor answered in a way not known here", "it may be another version of vmmback"
+        ) from error
 
 
 def _live_guests(runtime: Path) -> list[str]:
