@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -139,6 +141,29 @@ def test_a_wrong_argument(made: Made, run: Run, arguments: list[str], words: str
     assert (code, out) == (2, "")
     assert words in err
     assert err.count("vmmback: error: ") == 1
+
+
+def test_a_descriptor_that_cannot_be_read_is_a_wrong_argument(made: Made, run: Run, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for descriptor, problem in ((writer, "Bad file descriptor"), (folder, "Is a directory")):
+            code, out, err = run("audit", "demo", "--hunt", str(descriptor))
+            assert (code, out) == (2, "")
+            assert f"vmmback: error: --hunt {descriptor}: it cannot be read: {problem}\n" in err
+    finally:
+        for descriptor in (reader, writer, folder):
+            os.close(descriptor)
+    assert made.asked == []
+
+
+@pytest.mark.parametrize("source", ["-", "0"])
+def test_a_standard_input_that_is_closed_is_a_wrong_argument(source: str) -> None:
+    """Another file of Python's may have its number."""
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "vmmback", "audit", "demo", "--hunt", source]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"vmmback: error: --hunt {source}: no such descriptor is open\n")
 
 
 def test_a_canary_on_the_command_line_is_not_repeated(made: Made, run: Run) -> None:

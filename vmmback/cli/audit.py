@@ -155,16 +155,21 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def _descriptor(source: str) -> int:
     """Return the descriptor that --hunt names. Raises UsageError, without what was written: it may be the canary."""
-    if source == "-":
-        return 0
-    if not (source.isascii() and source.isdecimal() and len(source) <= 6):
+    if source != "-" and not (source.isascii() and source.isdecimal() and len(source) <= 6):
         raise UsageError(
             "--hunt wants - or the number of an open descriptor, and never the canary itself",
             "others can read a command line: change the canary if it was one, and write for example --hunt 3 3<file",
         )
-    if not Path(f"/proc/self/fd/{source}").exists():
-        raise UsageError(f"--hunt {source}: no such descriptor is open", "write for example --hunt 3 3<file")
-    return int(source)
+    descriptor = 0 if source == "-" else int(source)
+    hint = "write for example --hunt 3 3<file"
+    # Python leaves None where it found a standard stream closed, whose number another file may have by now.
+    if not Path(f"/proc/self/fd/{descriptor}").exists() or (descriptor == 0 and sys.__stdin__ is None):
+        raise UsageError(f"--hunt {source}: no such descriptor is open", hint)
+    try:
+        os.read(descriptor, 0)  # takes nothing, and waits for nothing
+    except OSError as error:  # it is open for writing alone, or a folder
+        raise UsageError(f"--hunt {source}: it cannot be read: {error.strerror}", hint) from error
+    return descriptor
 
 
 @contextmanager
