@@ -329,4 +329,5 @@ def _unproven(probes: Sequence[ProbeResult | VectorResult], required: Collection
         for probe in probes
         if probe.verdict is Verdict.INCONCLUSIVE and (not probe.missing or probe.name in required)
     ]
-    return unproven + [f"{name}: did not run" for name in required if name not in {probe.name for probe in probes}]
+    untried = set(required) - {probe.name for probe in probes}
+    return unproven + [f"{name}: did not run" for name in sorted(untried)]
