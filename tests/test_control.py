@@ -186,6 +186,21 @@ def test_a_client_that_hangs_up_disturbs_nobody(tmp_path: Path, caplog: pytest.L
     assert caplog.text == ""
 
 
+def test_a_call_that_is_cancelled_before_it_is_sent_is_no_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        hasty = asyncio.create_task(guest.audit())
+        await asyncio.sleep(0)  # it began, and waits for the socket to take it
+        hasty.cancel()
+        await asyncio.wait({hasty})
+        assert hasty.cancelled()
+        assert await audited(tmp_path) == REPORT
+
+    play(tmp_path, scene)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     "noise", [b"", b"\0", b"x" * 100_000, b'{"method":1}\0', b'{"method":"org.vmmback.Guest.No"}\0']
 )

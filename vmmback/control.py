@@ -131,7 +131,16 @@ async def serve(folder: Path, interface: GuestInterface) -> AsyncIterator[None]:
 
 
 class _Client(VarlinkClientProtocol):
-    """Makes of an answer that cannot be read an error of the call: asyncvarlink leaves some to the event loop."""
+    """Keeps from the event loop, and so from a traceback, what asyncvarlink leaves to it.
+
+    That is some answers that cannot be read, which become an error of the call, and a call that is cancelled while it
+    is sent, whose future would be cancelled with it and yet be given a result.
+    """
+
+    def send_message(
+        self, obj: JSONObject, fds: list[int] | None = None, autoclose: bool = True
+    ) -> asyncio.Future[None]:
+        return asyncio.shield(super().send_message(obj, fds, autoclose))
 
     def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
         try:
