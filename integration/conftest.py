@@ -46,8 +46,11 @@ READY = tiny_guest.READY
 # An end that the product promises "at once" may take so long on a loaded machine.
 GONE_S = 2.0
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; what tests start would inherit it
+# Ignored in a shell's background job, and under nohup(1); what tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No test takes a tenth of it.
 TEST_TIMEOUT_S = 90.0
