@@ -22,7 +22,6 @@ from vmmback.report import Observation
 
 # Much more than any attempt takes. A child that is killed ends whatever waits for it.
 _DEADLINE_S = 10.0
-_READ_SYSCALL_FIELDS = 9
 
 
 @dataclass(frozen=True)
