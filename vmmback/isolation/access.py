@@ -14,8 +14,6 @@ from vmmback.linux.procfs import AnyMapping
 from vmmback.report import Verdict
 
 _READ_BYTES = 8
-_PRESENT = 1 << 63
-_PFN_MASK = (1 << 55) - 1
 
 
 class ReadProbe(Probe[tuple[int, Sequence[int]]]):
@@ -196,7 +194,7 @@ def _guest_ram(mappings: Sequence[AnyMapping], target: Target) -> list[AnyMappin
 def _frames(pid: int, mappings: Sequence[procfs.Mapping]) -> list[int]:
     """Return the frames of the present pages of mappings. Raises PermissionError where the kernel hides them."""
     entries = [entry for mapping in mappings for entry in procfs.pagemap(pid, mapping.start, mapping.size)]
-    frames = [entry & _PFN_MASK for entry in entries if entry & _PRESENT]
+    frames = [entry & procfs.PFN_MASK for entry in entries if entry & procfs.PRESENT]
     if not all(frames):
         raise PermissionError(errno.EPERM, f"/proc/{pid}/pagemap hides frame numbers (CAP_SYS_ADMIN)")
     return frames

@@ -19,7 +19,6 @@ from vmmback.linux.procfs import PAGE_SIZE, Mapping
 from vmmback.report import Observation, Verdict
 
 _CONTROL_PAGES = 64
-_PRESENT = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def guest_frames(target: Target, prefaulted: array[int]) -> array[int]:
     if len(prefaulted) != len(entries):
         return entries
     pairs = zip(entries, prefaulted, strict=True)
-    return array("Q", [mapped if mapped & _PRESENT else earlier for mapped, earlier in pairs])
+    return array("Q", [mapped if mapped & procfs.PRESENT else earlier for mapped, earlier in pairs])
 
 
 def _auxiliary_entries(target: Target) -> array[int]:
@@ -199,7 +198,7 @@ def pagemap_entries(pid: int, inode: int) -> array[int]:
 def _fill(entries: array[int], at: int, others: array[int]) -> None:
     """Take over what is present in another VMA: a page is present only in those through which it was touched."""
     for index, entry in enumerate(others, at):
-        if not entries[index] & _PRESENT:
+        if not entries[index] & procfs.PRESENT:
             entries[index] = entry
 
 

@@ -23,8 +23,6 @@ from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Hunt, HuntPlace
 
 _EXAMPLES = 4
-_PFN_MASK = (1 << 55) - 1
-_PRESENT = 1 << 63
 _MODULES = Path("/sys/module")
 _CONFIDENTIAL = {
     "kvm_intel/parameters/tdx": "TDX",  # vt_init() of arch/x86/kvm/vmx
@@ -87,7 +85,7 @@ def _check(scanner: Scanner) -> None:
     halves = hashlib.shake_256(b"one").digest(64), hashlib.shake_256(b"the other").digest(64)
     contents = bytes(a ^ b for a, b in zip(*halves, strict=True))
     with Needle.xor(*halves) as control, control.anchored(), own_pages(contents.rjust(PAGE_SIZE)) as entries:
-        if not scanner.holds(control, entries[0] & _PFN_MASK):
+        if not scanner.holds(control, entries[0] & procfs.PFN_MASK):
             raise HostUnfit("a canary of our own in ordinary memory was not found", "the hunt can prove nothing here")
 
 
@@ -107,8 +105,8 @@ def _bitmap(entries: Entries, last: int) -> bytearray:
     """Return a bit for each frame up to `last`, set where the entries have it."""
     bits = bytearray((last >> 3) + 1)
     for entry in memoryview(entries).cast("B").cast("Q"):
-        frame = entry & _PFN_MASK
-        if entry & _PRESENT and frame <= last:
+        frame = entry & procfs.PFN_MASK
+        if entry & procfs.PRESENT and frame <= last:
             bits[frame >> 3] |= 1 << (frame & 7)
     return bits
 

@@ -25,7 +25,6 @@ _PTRACE = "root, CAP_SYS_PTRACE, the same user"
 
 # Documentation/admin-guide/mm/pagemap.rst
 _KPF_LRU, _KPF_MMAP, _KPF_UNEVICTABLE = 1 << 5, 1 << 11, 1 << 18
-_PFN_MASK = (1 << 55) - 1
 
 
 def _told(right: bool, what: str) -> str:
@@ -191,7 +190,7 @@ def evictable(place: Specimen) -> int:
 
 def frames(address: int, size: int) -> list[int]:
     """Return the numbers of the frames of present memory of ours. Raises Missing where the kernel hides them."""
-    numbers = [entry & _PFN_MASK for entry in procfs.pagemap("self", address, size)]
+    numbers = [entry & procfs.PFN_MASK for entry in procfs.pagemap("self", address, size)]
     if not all(numbers):
         raise Missing("frame numbers in /proc/self/pagemap (CAP_SYS_ADMIN)")
     return numbers

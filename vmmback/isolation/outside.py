@@ -19,7 +19,6 @@ from vmmback.linux.ptrace import Tracee
 from vmmback.report import Verdict
 
 _WORD_BYTES = 8
-_PRESENT, _PFN_MASK = 1 << 63, (1 << 55) - 1
 _KPF_UNEVICTABLE = 1 << 18  # include/uapi/linux/kernel-page-flags.h
 
 
@@ -166,7 +165,7 @@ class ProcessMadvisePageoutProbe(_RefusedProbe):
     def reach(self, child: Throwaway) -> str:
         size = process_vm.advise(child.pid, child.address, child.specimen.ram.size, process_vm.MADV_PAGEOUT)
         (entry,) = procfs.pagemap(child.pid, child.address, procfs.PAGE_SIZE)
-        if entry & _PRESENT and _frame_flags(entry & _PFN_MASK) & _KPF_UNEVICTABLE:
+        if entry & procfs.PRESENT and _frame_flags(entry & procfs.PFN_MASK) & _KPF_UNEVICTABLE:
             return ""
         return f"accepted for {size} bytes, and their first frame can be written to swap"
 

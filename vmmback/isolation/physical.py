@@ -23,8 +23,6 @@ from vmmback.linux import kcore, procfs
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Verdict
 
-_PFN_MASK = (1 << 55) - 1
-
 
 class _PhysicalProbe(SpecimenProbe):
     """Opens a file and reads all frames of the memory in it."""
@@ -37,7 +35,7 @@ class _PhysicalProbe(SpecimenProbe):
 
     def attempt(self, place: Specimen) -> Reading:
         entries = procfs.pagemap("self", place.address, place.ram.size)
-        frames = [(entry & _PFN_MASK) * PAGE_SIZE for entry in entries]
+        frames = [(entry & procfs.PFN_MASK) * PAGE_SIZE for entry in entries]
         if not all(frames):
             raise Missing("/proc/self/pagemap that shows frame numbers (CAP_SYS_ADMIN)")
         try:

@@ -40,7 +40,6 @@ _HEADER = struct.Struct("=6Q")
 _ENTRIES = 64
 _FRAMES = _ENTRIES + _BATCH * 8
 _LANE_BYTES = _FRAMES + _BATCH * PAGE_SIZE
-_PFN_MASK = (1 << 55) - 1
 _PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
 
 # A run leaves in place of each entry what came of it: 0 read, -errno not read, 1 absent, 2 present but not tried.
@@ -339,7 +338,7 @@ def own_pages(contents: bytes) -> Iterator[array[int]]:
     with mmap.mmap(-1, len(contents)) as memory:
         memory[:] = contents
         entries = procfs.pagemap("self", ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(contents))
-        if not all(entry & _PFN_MASK for entry in entries):
+        if not all(entry & procfs.PFN_MASK for entry in entries):
             raise HostUnfit(
                 "/proc/self/pagemap hides frame numbers: CAP_SYS_ADMIN is missing",
                 "run as root in the host's own user namespace (proc_pid_pagemap(5))",

@@ -41,7 +41,6 @@ WINDOW = 2 << 20
 
 _PIECE = 64 << 10
 _PIECES = WINDOW // _PIECE
-_PFN_MASK = (1 << 55) - 1
 
 # A lane: what the program is told, what came of each piece (0 or -errno), the copies. Behind the window comes the page
 # that follows it, for what begins in the window and ends behind it.
@@ -114,7 +113,7 @@ class Scanner:
             value = stack.enter_context(SharedValue(count * _LANE_BYTES, "vmmback_scan"))
             program = stack.enter_context(Program(_copy_window(value, count), "vmmback_copy"))
             address = address_of(value.memory)
-            own = frozenset(entry & _PFN_MASK for entry in procfs.pagemap("self", address, len(value.memory)))
+            own = frozenset(entry & procfs.PFN_MASK for entry in procfs.pagemap("self", address, len(value.memory)))
             lanes = [_Lane(value.memory, address, program, number, base) for number in range(count)]
             try:
                 yield cls(lanes, base, own)

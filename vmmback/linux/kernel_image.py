@@ -26,8 +26,6 @@ from vmmback.linux.procfs import PAGE_SIZE
 _MAP_START = 0xFFFF_FFFF_8000_0000
 _MAP_BYTES = 1 << 30
 _ALIGN = 2 << 20
-_PRESENT = 1 << 63
-_PFN_MASK = (1 << 55) - 1
 _ADDRESSES = 1 << 64
 
 
@@ -69,7 +67,7 @@ def image_range() -> ImageRange | None:
 def frames_in(image: ImageRange, entries: Iterable[int]) -> array[int]:
     """Return those raw pagemap entries that are present in frames of the range."""
     first, end = image.start // PAGE_SIZE, image.end // PAGE_SIZE
-    return array("Q", [entry for entry in entries if first <= entry & _PFN_MASK < end and entry & _PRESENT])
+    return array("Q", [entry for entry in entries if first <= entry & procfs.PFN_MASK < end and entry & procfs.PRESENT])
 
 
 def mapping(direct_map: AnyReader, image: ImageRange) -> AnyReader:
@@ -77,7 +75,7 @@ def mapping(direct_map: AnyReader, image: ImageRange) -> AnyReader:
 
     Takes up to 512 reads. Raises HostUnfit where it is not found.
     """
-    parts = array("Q", [_PRESENT | image.code // PAGE_SIZE, _PRESENT | image.rodata // PAGE_SIZE])
+    parts = array("Q", [procfs.PRESENT | image.code // PAGE_SIZE, procfs.PRESENT | image.rodata // PAGE_SIZE])
     shown = list(direct_map.read_frames(parts))
     if len(shown) == len(parts) and all(page and any(page) for _, page in shown):
         for code in range(_MAP_START, _MAP_START + _MAP_BYTES, _ALIGN):

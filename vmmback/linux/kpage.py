@@ -23,12 +23,10 @@ from vmmback.linux import procfs
 from vmmback.linux.procfs import PAGE_SIZE, Mapping
 
 _WORD = struct.Struct("=Q")
-_PRESENT = 1 << 63
-_PFN_MASK = (1 << 55) - 1
 
 # Pagemap entries that are looked at at a time: enough to be quick, few enough to need no memory to speak of.
 _BATCH = 8192
-_BATCH_MASK = int.from_bytes(array("Q", [_PFN_MASK]).tobytes() * _BATCH, sys.byteorder)
+_BATCH_MASK = int.from_bytes(array("Q", [procfs.PFN_MASK]).tobytes() * _BATCH, sys.byteorder)
 
 # PAGEMAP_SCAN and struct pm_scan_arg, struct page_region of include/uapi/linux/fs.h
 _PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
@@ -204,5 +202,5 @@ def _among(entries: bytes, frames: set[int]) -> Iterator[int]:
     number = int.from_bytes(entries, sys.byteorder) & _BATCH_MASK
     if number and not frames.isdisjoint(array("Q", number.to_bytes(len(entries), sys.byteorder))):
         for entry in array("Q", entries):
-            if entry & _PRESENT and entry & _PFN_MASK in frames:
-                yield entry & _PFN_MASK
+            if entry & procfs.PRESENT and entry & procfs.PFN_MASK in frames:
+                yield entry & procfs.PFN_MASK

@@ -23,7 +23,6 @@ from vmmback.linux.memfd_secret import address_of
 from vmmback.linux.procfs import PAGE_SIZE
 
 _WORD = 8
-_PFN_MASK = (1 << 55) - 1
 _DEEPEST = 64  # folders above a file
 _LONGEST_NAME = 255
 # mapping: the lowest bits tell memory of processes from files (PAGE_MAPPING_FLAGS of include/linux/page-flags.h);
@@ -165,6 +164,6 @@ def _memfd_page() -> Iterator[tuple[int, int]]:
         os.ftruncate(descriptor, PAGE_SIZE)
         with mmap.mmap(descriptor, PAGE_SIZE) as memory:
             memory[0] = 1
-            yield descriptor, procfs.pagemap("self", address_of(memory), PAGE_SIZE)[0] & _PFN_MASK
+            yield descriptor, procfs.pagemap("self", address_of(memory), PAGE_SIZE)[0] & procfs.PFN_MASK
     finally:
         os.close(descriptor)

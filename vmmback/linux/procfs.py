@@ -16,6 +16,9 @@ from typing import TypeVar
 PROC = Path("/proc")
 PAGE_SIZE = os.sysconf("SC_PAGESIZE")
 
+# Of an entry of pagemap: whether the page is present, and its frame (Documentation/admin-guide/mm/pagemap.rst).
+PRESENT, PFN_MASK = 1 << 63, (1 << 55) - 1
+
 # mm/secretmem.c names its files so; they have no link in any folder.
 SECRETMEM = "/secretmem (deleted)"
 
