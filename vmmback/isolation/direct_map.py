@@ -59,7 +59,7 @@ class FrameProbe(Probe[Place]):
         started = time.perf_counter()
         try:
             with ExitStack() as self._resources:
-                self._direct_map = self._resources.enter_context(DirectMap.open())
+                self._direct_map = self._resources.enter_context(DirectMap.open(spare=int(self.live_safe)))
                 return super().observe(target)
         except (VmmbackError, OSError) as error:
             inconclusive = Verdict.INCONCLUSIVE

@@ -88,16 +88,17 @@ class DirectMap:
 
     @classmethod
     @contextmanager
-    def open(cls) -> Iterator[Self]:
+    def open(cls, *, spare: int = 0) -> Iterator[Self]:
         """Load the programs and find the base, by frames of our own whose contents we know.
+
+        `spare` processors, where there are more, are left to others: to a guest that is looked at while it runs.
 
         Takes 513 KiB for each of up to 4 processors, and about 15 ms, most of them the verifier's. Raises HostUnfit,
         saying what is missing, where the direct map cannot be read; OSError where memory or descriptors run out.
         """
         with ExitStack() as stack:
             limit = _ram_end() >> _PAGE_SHIFT
-            # One processor is left to the guest that is looked at.
-            count = max(1, min(len(os.sched_getaffinity(0)) - 1, _MAX_LANES))
+            count = max(1, min(len(os.sched_getaffinity(0)) - spare, _MAX_LANES))
             value = stack.enter_context(SharedValue(count * _LANE_BYTES, "vmmback_frames"))
             # Leave no copies of what was read in memory that the kernel frees without clearing it.
             stack.callback(_scrub, value.memory)
