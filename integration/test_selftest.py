@@ -28,6 +28,7 @@ ON_GUESTS = NEEDED | {probe.name for probe in LIVE_PROBES}
 MAY_BE_MISSING = {
     "numa-migration",  # a second NUMA node
     "soft-dirty",  # CONFIG_MEM_SOFT_DIRTY
+    "page-idle",  # CONFIG_IDLE_PAGE_TRACKING
     "proc-kcore",  # CONFIG_PROC_KCORE
     "dev-mem",  # CONFIG_DEVMEM
     "dev-mem-mmap",

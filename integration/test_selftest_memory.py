@@ -36,6 +36,7 @@ MAY_BE_MISSING = {
     "io-uring-ring": "IORING_SETUP_NO_MMAP came with Linux 6.5",
     "cachestat": "cachestat(2) came with Linux 6.5",
     "numa-migration": "few machines of CI have two NUMA nodes; tried by hand in a guest that has",
+    "page-idle": "CONFIG_IDLE_PAGE_TRACKING; no kernel of Debian's has it",
     "soft-dirty": "CONFIG_MEM_SOFT_DIRTY; tried by hand in a guest with Debian's kernel, which has it",
 }
 
@@ -47,7 +48,7 @@ WITHOUT_CANARY = {
     "direct-io-read", "io-uring-ring", "kvm-slot", "file-write", "punch-hole", "truncate", "seek-hole", "madv-pageout",
     "evictable", "munlock", "madv-dodump", "madv-remove", "userfaultfd-missing", "userfaultfd-wp",
     "madv-mergeable", "mincore", "cachestat", "pagemap", "move-pages-node", "kpageflags", "kpagecount", "kpagecgroup",
-    "numa-migration", "soft-dirty",
+    "numa-migration", "soft-dirty", "page-idle",
 }  # fmt: skip
 
 

@@ -117,6 +117,7 @@ METADATA_PROBES: tuple[type[Probe[Any]], ...] = (
     metadata.PagemapProbe,
     metadata.NodeProbe,
     metadata.SoftDirtyProbe,
+    metadata.PageIdleProbe,
     metadata.PageFlagsProbe,
     metadata.PageCountProbe,
     metadata.PageCgroupProbe,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +116,31 @@ class SoftDirtyProbe(CallProbe):
         place.memory[0] = place.canary[0]
         entries = procfs.pagemap("self", place.address, place.ram.size)
         return [index for index, entry in enumerate(entries) if entry >> 55 & 1]
+
+
+class PageIdleProbe(CallProbe):
+    """A frame that is marked idle in the bitmap loses the mark when it is used; to write zeroes changes nothing."""
+
+    name = "page-idle"
+    vector = "/sys/kernel/mm/page_idle/bitmap: is a frame used after it was marked idle"
+    source = "mm/page_idle.c, page_idle_get_folio: of frames on LRU lists alone; admin-guide/mm/idle_page_tracking.rst"
+    holders = _ROOT
+    idle = Verdict.BLOCKED
+    bitmap = Path("/sys/kernel/mm/page_idle/bitmap")
+
+    def require(self) -> None:
+        if not self.bitmap.exists():
+            raise Missing(f"{self.bitmap} (CONFIG_IDLE_PAGE_TRACKING)")
+
+    def reach(self, place: Specimen) -> str:
+        frame = procfs.pagemap("self", place.address, PAGE_SIZE)[0] & procfs.PFN_MASK
+        offset, bit = frame // 64 * 8, 1 << frame % 64  # words of 64 frames, native order
+        with self.bitmap.open("r+b", buffering=0) as bitmap:
+            os.pwrite(bitmap.fileno(), bit.to_bytes(8, sys.byteorder), offset)
+            marked = int.from_bytes(os.pread(bitmap.fileno(), 8, offset), sys.byteorder) & bit
+            place.memory[0] = place.canary[0]
+            still = int.from_bytes(os.pread(bitmap.fileno(), 8, offset), sys.byteorder) & bit
+        return _told(bool(marked and not still), "it told that a frame was used")
 
 
 class PageFlagsProbe(CallProbe):
