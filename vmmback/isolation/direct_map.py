@@ -8,7 +8,7 @@ import os
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from vmmback.errors import HostUnfit, VmmbackError
@@ -52,14 +52,13 @@ class _Found:
 
 
 class FrameProbe(Probe[Place]):
-    """A probe that reads frames: the direct map is open, and `_resources` live, while it observes."""
+    """A probe that reads frames: the direct map is open while it observes."""
 
     def observe(self, target: Target) -> Observation:
         """Attempt the control, then the guest's RAM; inconclusive where the direct map cannot be read at all."""
         started = time.perf_counter()
         try:
-            with ExitStack() as self._resources:
-                self._direct_map = self._resources.enter_context(DirectMap.open(spare=int(self.live_safe)))
+            with DirectMap.open(spare=int(self.live_safe)) as self._direct_map:
                 return super().observe(target)
         except (VmmbackError, OSError) as error:
             inconclusive = Verdict.INCONCLUSIVE

@@ -11,24 +11,16 @@ import errno
 import os
 import subprocess
 from collections.abc import Collection
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vmmback.isolation.direct_map import ordinary_memory
-from vmmback.isolation.probe import Place, Probe, Reading, Target
+from vmmback.isolation.probe import Probe, Reading, Target
 from vmmback.linux import procfs, ptrace
 from vmmback.linux.kcmp import share_descriptors
-from vmmback.report import Observation, Verdict
+from vmmback.report import Verdict
 
 _CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h
-
-
-class _ResourceProbe(Probe[Place]):
-    """A probe whose control must be made first; `_resources` lives while it observes."""
-
-    def observe(self, target: Target) -> Observation:
-        with ExitStack() as self._resources:
-            return super().observe(target)
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,7 @@ class Memory:
     known: frozenset[int]
 
 
-class HoldersProbe(_ResourceProbe[Memory]):
+class HoldersProbe(Probe[Memory]):
     """Looks at the descriptors and mappings of all threads: only QEMU and its supervisor may have the guest's RAM.
 
     QEMU's other secret RAM blocks are the guest's as well. The supervisor forks nothing while it looks, as a child has
@@ -91,7 +83,7 @@ class HoldersProbe(_ResourceProbe[Memory]):
         return Reading(Verdict.INCONCLUSIVE if unseen else Verdict.BLOCKED, detail)
 
 
-class TracerProbe(_ResourceProbe[int]):
+class TracerProbe(Probe[int]):
     """Looks for a tracer on each of QEMU's threads. A place is a pid."""
 
     name = "tracer"

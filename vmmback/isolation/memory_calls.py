@@ -12,8 +12,8 @@ from contextlib import closing
 from typing import ClassVar
 
 from vmmback.isolation.metadata import evictable, frames
-from vmmback.isolation.probe import Missing, Reading, Target
-from vmmback.isolation.specimen import CallProbe, Specimen, SpecimenProbe, ThrowawayProbe, require, specimen
+from vmmback.isolation.probe import Missing, Probe, Reading, Target
+from vmmback.isolation.specimen import CallProbe, Specimen, SpecimenProbe, require, specimen
 from vmmback.linux import memory, procfs
 from vmmback.linux.memory import PAGE_SIZE
 from vmmback.linux.userfaultfd import Mode, UserFault
@@ -165,7 +165,7 @@ class UserFaultMinorProbe(_UserFaultProbe):
             return "the canary came through" if place.holds(again[:]) else ""
 
 
-class KsmProbe(ThrowawayProbe[mmap.mmap]):
+class KsmProbe(Probe[mmap.mmap]):
     """MADV_MERGEABLE: KSM then reads the pages, compares and shares them; it leaves all shared mappings alone.
 
     That a merge really happens is not waited for: it takes the host-wide /sys/kernel/mm/ksm/run.
@@ -175,6 +175,7 @@ class KsmProbe(ThrowawayProbe[mmap.mmap]):
     vector = "madvise(2) with MADV_MERGEABLE: with the flag mg KSM reads, compares and shares the pages"
     control_is = "the same on private anonymous memory; KSM leaves a shared memfd alone as well"
     source = "mm/ksm.c, vma_ksm_compatible (of late ksm_compatible): not for shared mappings; madvise(2)"
+    live_safe = False
 
     def target(self, target: Target) -> mmap.mmap:  # noqa: ARG002 (a guest must not be disturbed)
         ram = self._resources.enter_context(allocate("secret", PAGE_SIZE))

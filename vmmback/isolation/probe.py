@@ -10,6 +10,7 @@ import errno
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -63,7 +64,10 @@ class Documented:
 
 
 class Probe(Documented, ABC, Generic[Place]):
-    """One vector. `attempt` must not tell the target from the control: that is what gives the control its worth."""
+    """One vector. `attempt` must not tell the target from the control: that is what gives the control its worth.
+
+    What `target` and `control` make for the attempts enters `_resources`, which live while the probe observes.
+    """
 
     @abstractmethod
     def target(self, target: Target) -> Place:
@@ -81,8 +85,9 @@ class Probe(Documented, ABC, Generic[Place]):
         """Attempt the control, then the guest's RAM."""
         started = time.perf_counter()
         try:
-            control = self._try(self.control, target)
-            reading = self._try(self.target, target)
+            with ExitStack() as self._resources:
+                control = self._try(self.control, target)
+                reading = self._try(self.target, target)
         except Missing as missing:
             seconds = time.perf_counter() - started
             detail = f"not tried: this host has no {missing}"

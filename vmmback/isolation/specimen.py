@@ -6,14 +6,14 @@ import mmap
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vmmback.isolation.probe import Missing, Place, Probe, Reading, Target, errorcode
+from vmmback.isolation.probe import Missing, Probe, Reading, Target, errorcode
 from vmmback.linux.memory import address_of
 from vmmback.ram import Ram, allocate
-from vmmback.report import Observation, Verdict
+from vmmback.report import Verdict
 
 SPECIMEN_BYTES = 1 << 20
 _CANARY_BYTES = 64
@@ -64,19 +64,13 @@ def require(attempt: Callable[[], AbstractContextManager[object]], what: str) ->
         raise Missing(f"{what}: {error.strerror}") from error
 
 
-class ThrowawayProbe(Probe[Place]):
-    """A probe that disturbs what it tries, so it never sees a guest; `_resources` lives while it observes."""
+class SpecimenProbe(Probe[Specimen]):
+    """Disturbs what it tries, so it never sees a guest: it tries a secret and an ordinary specimen.
+
+    Only the first `filled` of their `size` bytes are present (None: all).
+    """
 
     live_safe = False
-
-    def observe(self, target: Target) -> Observation:
-        with ExitStack() as self._resources:
-            return super().observe(target)
-
-
-class SpecimenProbe(ThrowawayProbe[Specimen]):
-    """Tries a secret and an ordinary specimen; only the first `filled` of its `size` bytes are present (None: all)."""
-
     control_is = "the same on a memfd"
     size: ClassVar[int] = SPECIMEN_BYTES
     filled: ClassVar[int | None] = None

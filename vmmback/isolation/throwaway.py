@@ -18,7 +18,6 @@ from vmmback.isolation import throwaway_worker
 from vmmback.isolation.probe import Missing, Probe, Reading, Target
 from vmmback.isolation.specimen import Specimen, specimen
 from vmmback.linux import procfs
-from vmmback.report import Observation
 
 # Much more than any attempt takes. A child that is killed ends whatever waits for it.
 _DEADLINE_S = 10.0
@@ -82,17 +81,10 @@ def _expect(process: subprocess.Popen[bytes], answer: bytes) -> None:
 
 
 class ChildProbe(Probe[Throwaway]):
-    """A probe that disturbs the process it tries: it never sees a guest, only a secret and an ordinary child.
-
-    `_resources` lives while it observes.
-    """
+    """A probe that disturbs the process it tries: it never sees a guest, only a secret and an ordinary child."""
 
     live_safe = False
     control_is = "a child that maps a memfd"
-
-    def observe(self, target: Target) -> Observation:
-        with ExitStack() as self._resources:
-            return super().observe(target)
 
     def target(self, target: Target) -> Throwaway:  # noqa: ARG002 (a guest must not be disturbed)
         return self._child("secret")
