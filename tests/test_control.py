@@ -127,6 +127,14 @@ def test_an_error_of_the_guest_comes_with_its_hint_and_the_next_call_is_answered
         with pytest.raises(QemuFailed, match="QEMU said nothing") as caught:
             await guest.audit()
         assert caught.value.hint == "look at its log"
+        for error in (
+            OSError(24, "Too many open files"),
+            MemoryError("none left"),
+            RuntimeError("can't start a thread"),
+        ):
+            made.error = error
+            with pytest.raises(QemuFailed, match=r"the guest could not be examined: .*(files|left|thread)"):
+                await guest.audit()
         made.error = OSError(2, "No such file or directory")
         with pytest.raises(QemuFailed, match="page tables cannot be read: No such file or directory"):
             await guest.frames()

@@ -30,7 +30,7 @@ from asyncvarlink.conversion import ConversionError
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 from asyncvarlink.types import JSONObject
 
-from vmmback.errors import NoSuchGuest, QemuFailed
+from vmmback.errors import NoSuchGuest, QemuFailed, VmmbackError
 from vmmback.report import IsolationReport
 from vmmback.runtime import listening_socket, socket_address
 
@@ -89,8 +89,10 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
         """Run every probe that is safe on a live guest, and return the report."""
         try:
             report = await self._until_the_end(self._examine())
-        except QemuFailed as error:
+        except VmmbackError as error:
             raise Failed(message=error.message, hint=error.hint) from error
+        except (OSError, MemoryError, RuntimeError) as error:  # out of descriptors, memory or threads, say
+            raise Failed(message=f"the guest could not be examined: {error}", hint="") from error
         return report.model_dump(mode="json")
 
     @varlinkmethod(return_parameter="frames")
