@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vmmback import command, config, ram, tiny_guest
+from vmmback.guest import SilentWatcher
 from vmmback.host import find_qemu
 from vmmback.isolation.direct_map import pagemap_entries
 from vmmback.isolation.hunt import hunt
@@ -36,7 +37,6 @@ from vmmback.isolation.needle import Needle
 from vmmback.launch import prepare
 from vmmback.linux import procfs
 from vmmback.linux.direct_map import DirectMap
-from vmmback.report import Drift, IsolationReport
 
 MIB = 1 << 20
 THREADS = len(os.sched_getaffinity(0))
@@ -54,25 +54,6 @@ class Figure:
     goal: str
     rounds: int
     note: str = ""
-
-
-class Quiet:
-    """A watcher that shows nothing."""
-
-    def console(self, data: bytes | memoryview) -> None:
-        """Drop it."""
-
-    def note(self, message: str) -> None:
-        """Drop it."""
-
-    def prefaulted(self, done: int, size: int) -> None:
-        """Drop it."""
-
-    def validated(self, report: IsolationReport) -> None:
-        """Drop it."""
-
-    def drifted(self, drift: Drift, report: IsolationReport) -> None:
-        """Drop it."""
 
 
 def main() -> None:
@@ -158,7 +139,7 @@ async def launch_to_ready(guest: config.GuestConfig, steps: dict[str, list[float
     """Return the seconds from nothing to READY without the prefault; add each step's seconds to `steps`."""
     async with AsyncExitStack() as stack:
         started = time.perf_counter()
-        running = await prepare(guest, Quiet(), stack)
+        running = await prepare(guest, SilentWatcher(), stack)
         prepared = time.perf_counter()
         await running.monitor.cont()
         async with asyncio.timeout(60):

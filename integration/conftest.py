@@ -311,9 +311,8 @@ class Recorder:
     def validated(self, report: IsolationReport) -> None:
         self.reports.append(report)
 
-    def drifted(self, drift: Drift, report: IsolationReport) -> None:
+    def drifted(self, drift: Drift) -> None:
         self.drifts.append(drift)
-        self.reports.append(report)
 
 
 @dataclass

@@ -243,6 +243,20 @@ def test_its_twin_is_exposed_and_is_killed(vmmback: Start, tmp_path: Path) -> No
     assert "the guest is exposed and is ended (on-exposed is kill)" in ended.stderr
 
 
+def test_an_exposure_outlives_the_failure_of_qemu(vmmback: Start, tmp_path: Path, runtime_dir: Path) -> None:
+    """Also where another process had the guest audited, before it was ready."""
+    file = guest_file(tmp_path, backing="ordinary", isolation='on-exposed = "warn"', ready="NEVER")
+    running = vmmback("launch", file, "--json")
+    running.wait_for("READY")
+    assert vmmback("audit", file.stem).ended().code == 5
+    (qemu,) = qemu_of(runtime_dir)
+    os.kill(qemu, signal.SIGKILL)
+    ended = running.ended()
+    assert ended.code == 5, ended.stderr
+    assert report_of(ended)["verdict"] == "exposed"
+    assert "it was ended by SIGKILL" in ended.stderr
+
+
 def test_an_exposed_guest_may_run_on(start: Start, tmp_path: Path) -> None:
     file = guest_file(tmp_path, backing="ordinary", isolation='on-exposed = "warn"')
     running = patient(start, 0.1, "launch", file, "--json")

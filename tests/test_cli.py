@@ -426,17 +426,3 @@ def test_a_reader_that_stands_still_keeps_nobody_waiting(monkeypatch: pytest.Mon
         left_out = screen._left_out
         screen.console(b"y")
         assert screen._left_out == left_out
-
-
-@pytest.mark.parametrize(("verdict", "code"), [("exposed", 5), ("isolated", 6), ("inconclusive", 6)])
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
-def test_a_qemu_that_fails_later_hides_no_exposure(run: Run, verdict: str, code: int, options: list[str]) -> None:
-    def play(watcher: Watcher) -> IsolationReport:
-        watcher.validated(report(verdict))
-        raise errors.QemuFailed("QEMU did not run to the guest's end")
-
-    ended, out, err = run(play, *options)
-    assert ended == code
-    assert "QEMU did not run to the guest's end" in err
-    if options:
-        assert bool(out) == (verdict == "exposed")

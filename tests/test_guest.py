@@ -46,11 +46,9 @@ def evidence(*readable: str, readable_pages: int = 0, details: Mapping[str, str]
 @dataclass
 class Watcher:
     drifts: list[Drift] = field(default_factory=list)
-    reports: list[IsolationReport] = field(default_factory=list)
 
-    def drifted(self, drift: Drift, report: IsolationReport) -> None:
+    def drifted(self, drift: Drift) -> None:
         self.drifts.append(drift)
-        self.reports.append(report)
 
 
 @dataclass
@@ -150,7 +148,6 @@ def test_what_becomes_readable_is_one_drift_and_stays(scene: Scene) -> None:
     assert [readable(report) for report in (second, third, fourth)] == [{"holders"}] * 3
     assert fourth.verdict is GuestVerdict.EXPOSED
     assert scene.watcher.drifts == [drift]
-    assert scene.watcher.reports == [second]
     assert scene.clients.events == [{"event": DRIFT_EVENT, "data": drift.model_dump()}]
     assert scene.guest.exposed.is_set()
 
@@ -165,7 +162,7 @@ def test_what_comes_again_is_no_new_drift_and_another_one_is(scene: Scene) -> No
 def test_several_at_once_are_a_drift_each_in_one_report(scene: Scene) -> None:
     _, report = scene.examine(evidence(), evidence("holders", "tracer"))
     assert {drift.probe for drift in report.drifts} == {"holders", "tracer"}
-    assert scene.watcher.reports == [report, report]
+    assert scene.watcher.drifts == list(report.drifts)
 
 
 def test_pages_that_were_read_once_stay_counted(scene: Scene) -> None:

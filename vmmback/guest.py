@@ -42,8 +42,27 @@ class Watcher(console.Watcher, Protocol):
     def validated(self, report: IsolationReport) -> None:
         """Show what was found while the guest runs; the check of its former frames comes after its end."""
 
-    def drifted(self, drift: Drift, report: IsolationReport) -> None:
+    def drifted(self, drift: Drift) -> None:
         """Show that the guest, validated before, became exposed."""
+
+
+class SilentWatcher:
+    """Shows nothing."""
+
+    def console(self, data: bytes | memoryview) -> None:
+        """Drop it."""
+
+    def note(self, message: str) -> None:
+        """Drop it."""
+
+    def prefaulted(self, done: int, size: int) -> None:
+        """Drop it."""
+
+    def validated(self, report: IsolationReport) -> None:
+        """Drop it."""
+
+    def drifted(self, drift: Drift) -> None:
+        """Drop it."""
 
 
 @dataclass
@@ -100,7 +119,7 @@ class Guest:
             self.drifts += drifts[: _MOST_DRIFTS - len(self.drifts)]
             found = self.report()
             for drift in drifts:
-                self.watcher.drifted(drift, found)
+                self.watcher.drifted(drift)
                 if self.clients:
                     self.clients.broadcast({"event": DRIFT_EVENT, "data": drift.model_dump()})
             if found.verdict is GuestVerdict.EXPOSED:

@@ -69,15 +69,13 @@ async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate:
     """
     async with AsyncExitStack() as stack:
         guest = await _unless(stop, prepare(config, watcher, stack))
-        async with _last_words(guest.qemu), _served(guest):
-            await guest.monitor.cont()
-            guest.policy.permit("cont")
-            if config.isolation.every and not validate:
-                watcher.note("no probe is tried, nor repeated every so often (--no-validate)")
-            if validate and await _booted(guest, stop) and (found := await _examined(guest)):
-                watcher.validated(found)
-            async with _watched(guest):
-                await _supervise(guest, watcher, stop)
+        try:
+            await _run(guest, watcher, stop, validate=validate)
+        except QemuFailed as error:
+            if not guest.exposed.is_set():
+                raise
+            watcher.note(error.message)  # that QEMU fails must not hide what was found before
+            await guest.qemu.kill()
         return guest.report(await in_thread(guest.observe_freed_frames))
 
 
@@ -146,6 +144,19 @@ def confirm(guest_ram: ram.Ram, proof: qmp_proof.Proof) -> None:
     raise HandoffFailed(f"QEMU's RAM is not where it must be: {problem}", "the guest was not started; report this")
 
 
+async def _run(guest: Guest, watcher: Watcher, stop: Stop, *, validate: bool) -> None:
+    """Let a prepared guest run, and examine it, until it has ended. Raises QemuFailed."""
+    async with _last_words(guest.qemu), _served(guest):
+        await guest.monitor.cont()
+        guest.policy.permit("cont")
+        if guest.config.isolation.every and not validate:
+            watcher.note("no probe is tried, nor repeated every so often (--no-validate)")
+        if validate and await _booted(guest, stop) and (found := await _examined(guest)):
+            watcher.validated(found)
+        async with _watched(guest):
+            await _supervise(guest, watcher, stop)
+
+
 def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
     """Tell whether QEMU's other RAM blocks are to be secret: if the guest's RAM is, and QEMU and the limits allow."""
     memory = config.memory
@@ -183,9 +194,7 @@ async def _examined(guest: Guest) -> IsolationReport | None:
     """Examine the guest; None if it ended by itself before that was done. Raises QemuFailed."""
     try:
         return await guest.examine()
-    except QemuFailed:
-        with suppress(TimeoutError):
-            await guest.qemu.ended(timeout_s=1.0)
+    except QemuFailed:  # `examine` has waited for an end that was near
         if guest.qemu.status != 0:
             raise
         return None

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from vmmback import report, tiny_guest
 from vmmback.config import GuestConfig
 from vmmback.errors import AdmissionRefused, HostUnfit, QemuFailed, VmmbackError
-from vmmback.guest import Guest
+from vmmback.guest import Guest, SilentWatcher
 from vmmback.host import kernel_release
 from vmmback.isolation import settings
 from vmmback.isolation.audit import REQUIRED, in_thread
@@ -30,7 +30,7 @@ from vmmback.isolation.probe import Documented, Probe, Target
 from vmmback.isolation.qmp_proof import QmpProof
 from vmmback.isolation.residue import FreedFramesProbe
 from vmmback.launch import prepare
-from vmmback.report import Drift, IsolationReport, Observation, SelftestReport, VectorResult, Verdict
+from vmmback.report import Observation, SelftestReport, VectorResult, Verdict
 
 Progress = Callable[[str, int, int], None]
 """Told the name of the vector that is tried, how many were tried before, and how many there are."""
@@ -85,7 +85,7 @@ async def _two_guests() -> AsyncIterator[tuple[Guest, Guest]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmmback-selftest-")))
         guests = []
         for backing in ("secret", "ordinary"):
-            guest = await prepare(_config(folder, backing), _Quiet(), stack)
+            guest = await prepare(_config(folder, backing), SilentWatcher(), stack)
             await guest.monitor.cont()
             try:
                 async with asyncio.timeout(_READY_TIMEOUT_S):
@@ -174,17 +174,3 @@ def _result(kind: type[Documented], observation: Observation) -> VectorResult:
         holders=kind.holders,
         source=kind.source,
     )
-
-
-class _Quiet:
-    """A watcher that shows nothing."""
-
-    def console(self, data: bytes | memoryview) -> None: ...
-
-    def note(self, message: str) -> None: ...
-
-    def prefaulted(self, done: int, size: int) -> None: ...
-
-    def validated(self, report: IsolationReport) -> None: ...
-
-    def drifted(self, drift: Drift, report: IsolationReport) -> None: ...

@@ -14,7 +14,7 @@ from vmmback.cli.audit import audit, selftest
 from vmmback.cli.files import ReportFiles, report_files
 from vmmback.cli.output import as_user_error, exit_code_of, finish, print_error
 from vmmback.cli.screen import Screen
-from vmmback.errors import QemuFailed, VmmbackError
+from vmmback.errors import VmmbackError
 
 if TYPE_CHECKING:
     from vmmback.report import IsolationReport
@@ -87,11 +87,6 @@ def launch(file: Path, as_json: bool, validate: bool, files: ReportFiles) -> Non
 
     try:
         report = asyncio.run(supervise())
-    except QemuFailed as error:
-        if screen.exposed is None:
-            raise
-        report = screen.exposed  # that QEMU failed afterwards must not hide it
-        screen.note(error.message)
     finally:
         for signum in _STOP_SIGNALS:  # the guest has ended: there is nothing left to stop, in whichever thread
             signal.signal(signum, signal.SIG_IGN)

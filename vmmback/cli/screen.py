@@ -28,8 +28,6 @@ class Screen:
         self._prefault = ByteProgress("prefault")
         self._validated_rows = 0
         self._left_out = 0
-        self.exposed: IsolationReport | None = None
-        """The report of a guest that was found exposed while it ran."""
 
     def prefaulted(self, done: int, size: int) -> None:
         self._prefault.show(done, size)
@@ -48,8 +46,6 @@ class Screen:
         show(sys.stderr, f"vmmback: {message}\n")
 
     def validated(self, report: IsolationReport) -> None:
-        if report.verdict == "exposed":
-            self.exposed = report
         if self._as_json:
             self.note(f"guest {report.guest} is {report.verdict.value} while it runs")
             return
@@ -57,8 +53,7 @@ class Screen:
         if not show(sys.stdout, rendered(*while_it_runs(report))):
             self._validated_rows = len(report.probes)
 
-    def drifted(self, drift: Drift, report: IsolationReport) -> None:
-        self.exposed = report
+    def drifted(self, drift: Drift) -> None:
         self.note(f"drift at {drift.at}: {drift.probe}: {drift.detail}")
 
     def finished(self, report: IsolationReport) -> None:
