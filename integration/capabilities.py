@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import platform
 import subprocess
 import tempfile
 import threading
@@ -21,7 +22,7 @@ import pytest
 from integration import browser
 from vmmback.errors import VmmbackError
 from vmmback.host import can_share_aux_ram, find_qemu
-from vmmback.linux import seccomp
+from vmmback.linux import kernel_image, seccomp
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.memfd_secret import memfd_secret
 
@@ -71,6 +72,11 @@ def _qemu() -> None:
     subprocess.run([find_qemu(), "--version"], check=True, capture_output=True, timeout=30)
 
 
+def _kernel_image() -> None:
+    if kernel_image.image_range() is None:
+        raise OSError(errno.ENOENT, "/proc/iomem names no code, rodata and bss of the kernel's")
+
+
 def _aux_ram_share() -> None:
     if not can_share_aux_ram(find_qemu(), "q35", 0):
         raise OSError(errno.ENOTSUP, "this QEMU's machines have no aux-ram-share, or RLIMIT_MEMLOCK is too small")
@@ -101,6 +107,9 @@ DIRECT_MAP = Capability("BPF programs, and frame numbers in pagemap", _direct_ma
 QEMU = Capability("QEMU", _qemu)
 AUX_RAM_SHARE = Capability("a QEMU whose other RAM blocks can be secret", _aux_ram_share, required=False)
 GUEST_KERNEL = Capability("the demo guest's kernel and initrd (./dev makes them)", _guest_kernel)
+KERNEL_IMAGE = Capability(
+    "a kernel whose image has a mapping of its own (x86-64)", _kernel_image, required=platform.machine() == "x86_64"
+)
 CHROMIUM = Capability("a headless Chromium (Debian's chromium-headless-shell)", _chromium)
 NETWORK_NAMESPACE = Capability("a network namespace of our own", _network_namespace)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from integration.conftest import children, open_descriptors
-from vmmback.errors import HostUnfit
 from vmmback.linux import kvm
 from vmmback.linux.kvm import SLOT_BYTES, can_map_secret_ram, child_argv, experiment, run_guest
 from vmmback.linux.memfd_secret import memfd_secret
@@ -57,14 +56,8 @@ def more_ordinary() -> Iterator[int]:
 
 
 @pytest.fixture
-def secret() -> Iterator[int]:
-    try:
-        descriptor = memfd_secret()
-    except HostUnfit as error:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"needs memfd_secret(2): {error.message}")
-    with sized(descriptor):
+def secret(needs_secretmem: None) -> Iterator[int]:
+    with sized(memfd_secret()) as descriptor:
         yield descriptor
 
 
