@@ -202,6 +202,7 @@ def exposed_report() -> IsolationReport:
         memory_map=q35_map(6144, "ordinary"),
         hunt=hunt(16128),
         drifts=(Drift(at="2026-01-02T03:04:05Z", probe="vma-flags", detail="flags missing: dd"),),
+        denied_commands={"(unknown)": 2, "pmemsave": 1234},
     )
 
 
@@ -247,6 +248,7 @@ def hostile_report(text: str) -> IsolationReport:
             places=(HuntPlace(place="slab", owner=text, hits=1, examples=(4096,)),),
         ),
         drifts=(Drift(at=text, probe=text, detail=text),),
+        denied_commands={text: 1},
     )
 
 

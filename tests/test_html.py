@@ -144,6 +144,8 @@ def test_everything_that_was_measured_of_a_guest_is_on_its_page(report: Isolatio
     assert_has(section(page, "host"), report.host.kernel, report.host.qemu, report.host.accel)
     for drift in report.drifts:
         assert_has(section(page, "drifts"), drift.at, drift.probe, drift.detail)
+    for name, times in report.denied_commands.items():
+        assert_has(section(page, "denied"), name, f"{times:,}")
     for name, seconds in report.timings.items():
         assert_has(section(page, "timings"), name, text.duration(seconds))
     for place in report.hunt.places if report.hunt else ():
