@@ -144,6 +144,19 @@ def test_who_may_put_code_into_qemu_is_told_and_nothing_is_written(guest_running
     assert guest_running.run(guest_running.guest.monitor.execute("query-status"))["status"] == "running"
 
 
+def test_it_is_the_right_to_write_that_is_tried(guest_running: LiveGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    original = os.open
+
+    def watched(path: str, flags: int) -> int:
+        opened.append(flags & os.O_ACCMODE)
+        return original(path, flags)
+
+    monkeypatch.setattr(os, "open", watched)
+    exposures.code_injection_exposure(guest_running.guest.target)
+    assert opened == [os.O_RDWR]
+
+
 def test_a_qemu_that_is_gone_cannot_be_written_to(guest_running: LiveGuest) -> None:
     target = guest_running.guest.target
     guest_running.run(guest_running.guest.qemu.kill())

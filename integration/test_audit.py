@@ -80,6 +80,14 @@ def test_a_running_guest_is_isolated_and_goes_on(launched: Launches, vmmback: St
     assert (final["verdict"], final["drifts"]) == ("isolated", [])
 
 
+def test_who_has_qmp_may_pause_the_guest_and_let_it_go_on(launched: Launches) -> None:
+    guest = launched()
+    for command, status in (("stop", "paused"), ("cont", "running")):
+        assert qmp(guest.folder / "qmp.sock", command) == {"return": {}}
+        assert status_of(guest) == status
+    assert guest.end().code == 0
+
+
 def test_its_twin_is_exposed(launched: Launches) -> None:
     guest = launched(backing="ordinary", isolation=WARN)
     ended = guest.audit()

@@ -20,7 +20,7 @@ from vmmback.isolation.audit import REQUIRED, Evidence
 from vmmback.isolation.direct_map import PageCount
 from vmmback.isolation.qmp_proof import Proof
 from vmmback.qmp_policy import Policy
-from vmmback.report import Drift, GuestVerdict, Host, IsolationReport, Observation, RamBlock, Verdict
+from vmmback.report import Drift, GuestVerdict, Host, HostSetting, IsolationReport, Observation, RamBlock, Verdict
 
 PAGES = 4096
 SIZE = PAGES * 4096
@@ -157,6 +157,19 @@ def test_what_comes_again_is_no_new_drift_and_another_one_is(scene: Scene) -> No
     assert [drift.probe for drift in last.drifts] == ["holders", "tracer"]
     assert readable(last) == {"holders", "tracer"}
     assert len(scene.watcher.drifts) == len(scene.clients.events) == 2
+
+
+def test_whoever_comes_and_goes_fills_no_memory(scene: Scene) -> None:
+    many = [evidence("holders", details={"holders": f"process {pid}"}) for pid in range(150)]
+    *_, last = scene.examine(evidence(), *many)
+    assert len(last.drifts) == 100
+    assert len(scene.watcher.drifts) == 150  # each is told all the same
+
+
+def test_what_the_host_is_like_is_in_the_report(scene: Scene) -> None:
+    swap = HostSetting(name="swap", value="off", risk="ok", detail="nothing is swapped", source="swapon(8)")
+    (report,) = scene.examine(replace(evidence(), settings=(swap,)))
+    assert report.host.settings == (swap,)
 
 
 def test_several_at_once_are_a_drift_each_in_one_report(scene: Scene) -> None:

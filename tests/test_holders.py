@@ -104,6 +104,30 @@ def test_a_thread_with_descriptors_of_its_own_is_found(memory: int, way: str) ->
         assert detail.endswith("holds its descriptor")
 
 
+def test_who_has_only_another_of_the_guests_memory_files_is_found(memory: int) -> None:
+    """QEMU's other secret RAM blocks: this process stands for QEMU, which has both."""
+    auxiliary = os.memfd_create("vmmback-test-auxiliary", os.MFD_CLOEXEC)
+    try:
+        target = Target(os.getpid(), os.fstat(memory).st_ino, SIZE, auxiliary=frozenset({os.fstat(auxiliary).st_ino}))
+        assert HoldersProbe().observe(target).target is Verdict.BLOCKED
+        with child("cat", descriptors=(auxiliary,)) as holder:
+            seen = HoldersProbe().observe(target)
+        assert (seen.target, seen.detail) == (Verdict.READABLE, f"process {holder} (cat) holds its descriptor")
+    finally:
+        os.close(auxiliary)
+
+
+def test_a_tracer_of_any_thread_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracers = {"7/task/7": "0", "7/task/8": "0", "7/task/9": str(os.getppid())}
+    monkeypatch.setattr(procfs, "threads", lambda _: [7, 8, 9])
+    monkeypatch.setattr(procfs, "status", lambda task: {"TracerPid": tracers[task]})
+    reading = TracerProbe().attempt(7)
+    assert reading.verdict is Verdict.READABLE
+    assert f"process {os.getppid()} " in reading.detail
+    tracers["7/task/9"] = "0"
+    assert TracerProbe().attempt(7).verdict is Verdict.BLOCKED
+
+
 def test_nobody_else_has_it(memory: int) -> None:
     verdict, detail = found(memory)
     assert (verdict, detail.split()[0]) == (Verdict.BLOCKED, "none")

@@ -16,7 +16,7 @@ from vmmback.isolation.specimen import specimen
 from vmmback.linux import procfs
 from vmmback.linux.memory import PAGE_SIZE
 
-FRAME = 3 * 64 + 5
+FRAME = 3 * 64 + 37
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def test_the_bit_of_the_frame_is_marked_and_one_that_stays_tells_nothing(probe: 
     with specimen("ordinary", PAGE_SIZE) as place:
         assert probe.reach(place) == ""
     words = array("Q", probe.bitmap.read_bytes())
-    assert list(words) == [0, 0, 0, 1 << 5, 0, 0, 0, 0]
+    assert list(words) == [0, 0, 0, 1 << 37, 0, 0, 0, 0]
 
 
 def test_a_bit_that_is_gone_after_the_use_tells_of_it(probe: PageIdleProbe, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = iter([(1 << 5).to_bytes(8, sys.byteorder), bytes(8)])
+    read = iter([(1 << 37).to_bytes(8, sys.byteorder), bytes(8)])
     monkeypatch.setattr(metadata.os, "pread", lambda *_: next(read))  # type: ignore[attr-defined]
     with specimen("ordinary", PAGE_SIZE) as place:
         assert probe.reach(place) == "it told that a frame was used"
