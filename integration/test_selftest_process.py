@@ -164,6 +164,34 @@ def test_programs_in_a_processs_context_run_in_no_other() -> None:
         assert reader.result() == child.specimen.canary
 
 
+IN_A_NAMESPACE = """
+import sys
+from vmmback.isolation import holes, task_memory
+from vmmback.isolation.probe import Target
+from vmmback.isolation.throwaway import throwaway
+for kind in (holes.BpfAtSystemCallsProbe, holes.UprobeBpfProbe, holes.UprobeBpfSleepableProbe):
+    seen = kind().observe(Target(0, 0, 0))
+    print(seen.probe, seen.target.value, seen.control.value)
+with throwaway("secret") as child:
+    ram = child.specimen.ram
+    seen = task_memory.BpfCopyFromUserTaskProbe().observe(Target(child.pid, ram.inode, ram.size))
+    print(seen.probe, seen.target.value, seen.control.value)
+"""
+
+
+def test_processes_are_found_by_their_numbers_in_a_pid_namespace_of_ones_own() -> None:
+    """As in a container. The kernel's own numbers for them are others."""
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", IN_A_NAMESPACE]
+    done = subprocess.run(inside, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "bpf-at-system-calls readable readable",
+        "uprobe-bpf readable readable",
+        "uprobe-bpf-sleepable readable readable",
+        "bpf-copy-from-user-task blocked readable",
+    ]
+
+
 def test_a_watchpoint_counts_each_touch() -> None:
     with throwaway("secret") as child, PerfEvent.watchpoint(child.pid, child.address) as event:
         for touches in range(1, 4):

@@ -58,10 +58,10 @@ Operand = Register | int
 class Helper(IntEnum):
     """Kernel functions that a program calls: ___BPF_FUNC_MAPPER of include/uapi/linux/bpf.h."""
 
-    GET_CURRENT_PID_TGID = 14
     GET_CURRENT_TASK = 35
     PROBE_READ_USER = 112
     PROBE_READ_KERNEL = 113
+    GET_NS_CURRENT_PID_TGID = 120
     COPY_FROM_USER = 148
     COPY_FROM_USER_TASK = 191
 

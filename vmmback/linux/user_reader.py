@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import bpf, btf
@@ -24,6 +25,7 @@ from vmmback.linux.bpf import (
     R5,
     R6,
     R7,
+    R10,
     Helper,
     Instruction,
     Label,
@@ -40,10 +42,15 @@ _KPROBE, _RAW_TRACEPOINT, _TRACING = ProgramKind(2), ProgramKind(17), 26
 _SLEEPABLE_KPROBE = ProgramKind(2, sleepable=True)
 
 READ_BYTES = 64
-# The shared value: where to read, what came of it (0 or -errno), how often it was tried, the bytes.
+# The shared value: where to read, what came of it (0 or -errno), how often it was tried; our PID namespace; the bytes.
 _HEADER = struct.Struct("=Qqq")
 _ADDRESS, _RESULT, _TRIES = 0, 8, 16
+_NAMESPACE = struct.Struct("=QQ")
+_NS_DEVICE, _NS_INODE = 24, 32
 _DATA = 64
+
+# struct bpf_pidns_info on the stack: the thread's id, the process's
+_IDS, _IDS_BYTES = -8, 8
 
 _CONTEXT_TASK = 8  # struct bpf_iter__task: meta, task
 
@@ -193,8 +200,20 @@ def _copy_from_task(value: SharedValue) -> Sequence[Instruction | Label]:
 
 
 def _read_in_context(value: SharedValue, pid: int, helper: Helper) -> Sequence[Instruction | Label]:
+    """Return the program, for a `pid` of our own PID namespace: the kernel's own numbers are those of the first one."""
+    namespace = Path("/proc/self/ns/pid").stat()
+    device = os.major(namespace.st_dev) << 20 | os.minor(namespace.st_dev)  # as the kernel writes it inside
+    _NAMESPACE.pack_into(value.memory, _NS_DEVICE, device, namespace.st_ino)
     return [
-        bpf.call(Helper.GET_CURRENT_PID_TGID),
+        bpf.load_map_value(R6, value.descriptor),
+        bpf.load(R1, R6, _NS_DEVICE),
+        bpf.load(R2, R6, _NS_INODE),
+        bpf.move(R3, R10),
+        bpf.add(R3, _IDS),
+        bpf.move(R4, _IDS_BYTES),
+        bpf.call(Helper.GET_NS_CURRENT_PID_TGID),
+        bpf.jump_if(R0, "!=", 0, "done"),
+        bpf.load(R0, R10, _IDS),
         bpf.shift_right(R0, 32),
         bpf.jump_if(R0, "!=", pid, "done"),
         *_read(value, helper),
