@@ -8,6 +8,7 @@ firmware of 64 KiB.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -568,6 +569,38 @@ def prove(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Proof:
 
     monkeypatch.setattr(procfs, "maps", maps)
     return asyncio.run(qmp_proof.observe(Target(PID, INODE, machine.size, auxiliary=machine.auxiliary), machine.hmp))
+
+
+@pytest.mark.parametrize("changes", [1, 3])
+def test_a_map_that_changes_while_it_is_looked_at_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, changes: int
+) -> None:
+    """What firmware does as it boots. The answers are of the map as it stands in the end, and fit no earlier one."""
+    earlier = [PAUSED.replace("0000000000100000-", f"0000000000{n}00000-", 1) for n in range(2, 2 + changes)]
+    for tree in earlier:  # as it would be judged, did it stand still
+        assert prove(monkeypatch, replace(Machine(), tree=tree)).observation.target is Verdict.READABLE
+    trees = iter(earlier)
+    machine = Machine()
+    original = machine.hmp
+
+    async def hmp(line: str) -> str:
+        return next(trees, PAUSED) if line == "info mtree -f" else await original(line)
+
+    monkeypatch.setattr(Machine, "hmp", staticmethod(hmp))
+    assert prove(monkeypatch, machine).observation.target is Verdict.BLOCKED
+
+
+def test_a_map_that_never_stands_still_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = itertools.count()
+    machine = Machine()
+    original = machine.hmp
+
+    async def hmp(line: str) -> str:
+        return f"{PAUSED}\n{next(turns)}" if line == "info mtree -f" else await original(line)
+
+    monkeypatch.setattr(Machine, "hmp", staticmethod(hmp))
+    with pytest.raises(QemuFailed, match="changed its memory map"):
+        prove(monkeypatch, machine)
 
 
 def block(proof: Proof, name: str) -> RamBlock:

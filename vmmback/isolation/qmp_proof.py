@@ -25,6 +25,8 @@ from vmmback.report import MapRange, Observation, RamBlock, Verdict
 # later, as video RAM is once firmware has set its address, so it counts as writable.
 _NEVER_WRITABLE = re.compile(r"/rom@.*|pc\.rom|pc\.bios|.*/vga\.rom")
 
+_LOOKS = 20
+
 Hmp = Callable[[str], Awaitable[str]]
 
 
@@ -113,11 +115,12 @@ class Proof:
 
 
 async def observe(target: Target, hmp: Hmp) -> Proof:
-    """Take the proof of a paused or running guest. Raises QemuFailed when QEMU does not answer."""
+    """Take the proof of a paused or running guest.
+
+    Raises QemuFailed when QEMU does not answer, and for a guest whose memory map does not stand still.
+    """
     started = time.perf_counter()
-    views = parse_flat_views(await hmp("info mtree -f"))
-    listed = await hmp("info ramblock")
-    placements = await _place(views, parse_ram_blocks(listed), parse_addresses(listed), hmp)
+    views, placements = await _standing_still(hmp)
     try:
         mappings = procfs.maps(target.pid)
     except OSError as error:
@@ -150,6 +153,23 @@ async def observe(target: Target, hmp: Hmp) -> Proof:
         ours=_bytes_in(procfs.memory_mappings(mappings, target.inode), placements),
         auxiliary=_bytes_in(auxiliary, placements),
     )
+
+
+async def _standing_still(hmp: Hmp) -> tuple[list[list[Range]], list[Placement]]:
+    """Return the flat views, and where their blocks lie: of one moment, since the views are the same afterwards.
+
+    A guest sets addresses of its devices and shadows its firmware while it runs. What was looked up in a view that is
+    not there any more would not fit together, and secret memory would seem to be ordinary.
+    """
+    shown = await hmp("info mtree -f")
+    for _ in range(_LOOKS):
+        views = parse_flat_views(shown)
+        listed = await hmp("info ramblock")
+        placements = await _place(views, parse_ram_blocks(listed), parse_addresses(listed), hmp)
+        before, shown = shown, await hmp("info mtree -f")
+        if shown == before:
+            return views, placements
+    raise QemuFailed(f"the guest changed its memory map during each of {_LOOKS} looks at it")
 
 
 def parse_flat_views(text: str) -> list[list[Range]]:
