@@ -108,8 +108,9 @@ class Launched:
         return self.process.ended()
 
     def inode(self) -> int:
-        (mapping,) = {m.inode for m in procfs.maps(self.qemu) if m.path == procfs.SECRETMEM}
-        return mapping
+        """Return that of the RAM, the largest file of secret memory that QEMU maps."""
+        secret = [m for m in procfs.maps(self.qemu) if m.path == procfs.SECRETMEM]
+        return max(secret, key=lambda m: m.size).inode
 
     def descriptor(self) -> int:
         """Return the number of QEMU's descriptor of the RAM."""
