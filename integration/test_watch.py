@@ -132,7 +132,8 @@ def test_a_healthy_guest_raises_no_alarm(tmp_path: Path) -> None:
         async def examined(until: float) -> int:
             times = 0
             while time.monotonic() < until:
-                assert (await live.guest.examine()).verdict == "isolated"
+                report = await live.guest.examine()
+                assert (report.verdict, report.reasons) == ("isolated", ())
                 times += 1
             return times
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,14 @@ def test_a_tracer_of_any_thread_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert f"process {os.getppid()} " in reading.detail
     tracers["7/task/9"] = "0"
     assert TracerProbe().attempt(7).verdict is Verdict.BLOCKED
+
+
+def test_a_child_of_the_supervisor_is_no_stranger_and_that_of_another_is(memory: int) -> None:
+    with child("cat", descriptors=(memory,)):
+        place = memory_of(memory)
+        assert HoldersProbe().attempt(place).verdict is Verdict.READABLE
+        assert HoldersProbe().attempt(replace(place, parent=os.getpid())).verdict is Verdict.BLOCKED
+        assert HoldersProbe().attempt(replace(place, parent=os.getppid())).verdict is Verdict.READABLE
 
 
 def test_nobody_else_has_it(memory: int) -> None:

@@ -33,13 +33,14 @@ class Memory:
 
     files: frozenset[tuple[str, int]]
     known: frozenset[int]
+    parent: int = 0
+    """Whose children are no strangers either: until one executes a program it has what its parent has. 0: nobody's."""
 
 
 class HoldersProbe(Probe[Memory]):
     """Looks at the descriptors and mappings of all threads: only QEMU and its supervisor may have the guest's RAM.
 
-    QEMU's other secret RAM blocks are the guest's as well. The supervisor forks nothing while it looks, as a child has
-    its descriptors until it executes a program.
+    QEMU's other secret RAM blocks are the guest's as well.
     """
 
     name = "holders"
@@ -56,7 +57,7 @@ class HoldersProbe(Probe[Memory]):
         files = {(file.device, file.inode) for file in of_qemu if _is_one_of(wanted, file)}
         if target.inode not in {inode for _, inode in files}:
             raise OSError(errno.ENOENT, "QEMU does not have the guest's RAM")
-        return Memory(frozenset(files), frozenset({target.pid, target.supervisor}))
+        return Memory(frozenset(files), frozenset({target.pid, target.supervisor}), target.supervisor)
 
     def control(self, target: Target) -> Memory:  # noqa: ARG002
         _, inode = self._resources.enter_context(ordinary_memory(bytes(procfs.PAGE_SIZE)))
@@ -69,7 +70,7 @@ class HoldersProbe(Probe[Memory]):
         closed = 0
         for pid in others:
             try:
-                if holding := _holding(pid, place):
+                if (holding := _holding(pid, place)) and not (place.parent and _is_child(pid, place.parent)):
                     found.append(f"process {pid} ({procfs.command_name(pid)}) {holding}")
             except PermissionError:
                 closed += 1
@@ -114,6 +115,14 @@ class TracerProbe(Probe[int]):
             names = ", ".join(f"{tracer} ({procfs.command_name(tracer)})" for tracer in sorted(tracers))
             return Reading(Verdict.READABLE, f"traced by process {names}")
         return Reading(Verdict.BLOCKED, f"none of {len(threads)} threads is traced")
+
+
+def _is_child(pid: int, parent: int) -> bool:
+    """Tell whether a process is the parent's, or gone meanwhile."""
+    try:
+        return int(procfs.status(pid)["PPid"]) == parent
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def _is_one_of(inodes: Collection[int], file: procfs.Descriptor | procfs.Mapping) -> bool:
