@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vmmback.command import QemuCommand, build
+from vmmback.command import Device, QemuCommand, build
 from vmmback.config import GuestConfig
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
@@ -133,7 +133,7 @@ def test_the_whole_command(tables: dict[str, Any], accel: str, expected: str) ->
 
 
 def test_where_qemu_can_share_its_other_ram_blocks_it_is_told_to() -> None:
-    built = build(GuestConfig.model_validate(KERNEL_GUEST), QEMU, "tcg", MEM_PATH, 7, 9, True)
+    built = build(GuestConfig.model_validate(KERNEL_GUEST), QEMU, "tcg", MEM_PATH, 7, 9, share_aux_ram=True)
     machine = "q35,memory-backend=ram0,mem-merge=off,dump-guest-core=off"
     assert "\n".join(built.argv) == KERNEL_ARGV.replace(machine, f"{machine},aux-ram-share=on")
     assert built.descriptors == (7, 9)
@@ -217,3 +217,13 @@ def test_a_cpu_model_may_have_commas_but_stays_the_one_argument_of_cpu(model: st
     assert value(argv, "-cpu") == model
     assert set(differences(argv, command(KERNEL_GUEST).argv)) <= {"-cpu"}
     assert not model.startswith(("-", ","))
+
+
+def test_devices_add_their_arguments_and_descriptors_in_their_order() -> None:
+    devices = [
+        Device(("-object", "rng-builtin,id=rng0"), (11,)),
+        Device(("-device", "virtio-rng-pci,rng=rng0"), (12, 13)),
+    ]
+    built = build(GuestConfig.model_validate(FIRMWARE_GUEST), QEMU, "tcg", MEM_PATH, 7, 9, devices)
+    assert built.argv[-4:] == ("-object", "rng-builtin,id=rng0", "-device", "virtio-rng-pci,rng=rng0")
+    assert built.descriptors == (7, 9, 11, 12, 13)

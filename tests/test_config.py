@@ -14,13 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vmmback import config, config_values, toml_errors
+from vmmback import config, toml_errors
 from vmmback.config import GuestConfig, json_schema, load
-from vmmback.config_values import parse_duration, parse_size
+from vmmback.config import values as config_values
+from vmmback.config.guest import SMALLEST
+from vmmback.config.values import parse_duration, parse_size
 from vmmback.errors import ConfigError
 from vmmback.toml_errors import key_lines
 
-MINIMAL = config.SMALLEST
+MINIMAL = SMALLEST
 
 FULL = """\
 # every table that is built
@@ -702,7 +704,10 @@ key = 4
         ("table", "sub"): 15,
         ("table", "sub", "key"): 16,
         ("list",): 17,
-        ("list", "key"): 18,
+        ("list", "0"): 17,
+        ("list", "0", "key"): 18,
+        ("list", "1"): 19,
+        ("list", "1", "key"): 20,
     }
 
 

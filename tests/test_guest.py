@@ -85,6 +85,7 @@ class Scene:
             config=config,
             folder=Path("/nowhere"),
             host=Host(kernel="k", qemu="q", accel="tcg"),
+            devices=(),
             proof=evidence().proof,
             timings={},
             watcher=cast("Any", self.watcher),

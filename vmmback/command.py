@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmmback.config import GuestConfig
+from vmmback.report import Exposure
 
 # The id of the memory backend, and so the name of QEMU's RAM block and the last part of its mem-path.
 RAM_ID = "ram0"
@@ -20,8 +22,24 @@ class QemuCommand:
     descriptors: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Device:
+    """What a device of a guest adds to QEMU's command line, the descriptors that it needs, and what gets out by it."""
+
+    argv: tuple[str, ...]
+    descriptors: tuple[int, ...] = ()
+    exposures: tuple[Exposure, ...] = ()
+
+
 def build(
-    config: GuestConfig, qemu: Path, accel: str, mem_path: Path, qmp: int, serial: int, share_aux_ram: bool = False
+    config: GuestConfig,
+    qemu: Path,
+    accel: str,
+    mem_path: Path,
+    qmp: int,
+    serial: int,
+    devices: Iterable[Device] = (),
+    share_aux_ram: bool = False,
 ) -> QemuCommand:
     """Return the command for a guest that starts paused; `qmp` and `serial` are descriptors of connected sockets.
 
@@ -66,4 +84,8 @@ def build(
         argv += ["-kernel", str(config.boot.kernel), "-append", config.boot.cmdline]
     if config.boot.initrd:
         argv += ["-initrd", str(config.boot.initrd)]
-    return QemuCommand(tuple(argv), (qmp, serial))
+    descriptors = [qmp, serial]
+    for device in devices:
+        argv += device.argv
+        descriptors += device.descriptors
+    return QemuCommand(tuple(argv), tuple(descriptors))

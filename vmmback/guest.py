@@ -6,13 +6,14 @@ import asyncio
 import os
 import time
 from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from vmmback import console, handoff, monitor, ram, report
+from vmmback import command, console, handoff, monitor, ram, report
 from vmmback.config import GuestConfig
 from vmmback.errors import VmmbackError
 from vmmback.isolation import exposures, qmp_proof
@@ -72,6 +73,7 @@ class Guest:
     config: GuestConfig
     folder: Path
     ram: ram.Ram
+    devices: Sequence[command.Device]
     qemu: handoff.Qemu
     monitor: monitor.Monitor
     console: console.Console
@@ -170,6 +172,7 @@ class Guest:
             exposures=(
                 *(evidence.exposures if evidence else ()),
                 exposures.console_exposure(self.console.bytes_seen),
+                *(exposure for device in self.devices for exposure in device.exposures),
             ),
             drifts=tuple(self.drifts),
             host=self.host.model_copy(update={"settings": evidence.settings if evidence else ()}),

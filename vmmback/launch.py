@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,8 +96,10 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
         secret_aux = await share_aux_ram
 
     started = time.perf_counter()
-    qmp, qemu_qmp = _socket_pair(stack)
-    serial, qemu_serial = _socket_pair(stack)
+    inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
+    qmp, qemu_qmp = _socket_pair(stack, inherited)
+    serial, qemu_serial = _socket_pair(stack, inherited)
+    devices: list[command.Device] = []
     logs = [folder / "serial.log", *([config.console.log] if config.console.log else [])]
     guest_console = await stack.enter_async_context(
         console.attach(serial, logs, watcher, (config.isolation.ready or "").encode())
@@ -105,14 +107,13 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     # Nothing is ever at this path: QEMU's open of it is answered, and could make no file in a folder that is not there.
     mem_path = folder / "ram" / command.RAM_ID
     qemu_command = command.build(
-        config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), secret_aux
+        config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), devices, secret_aux
     )
     offers, log = {mem_path: guest_ram.fileno()}, folder / "qemu.log"
     qemu = await stack.enter_async_context(
         handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux)
     )
-    qemu_qmp.close()
-    qemu_serial.close()
+    inherited.close()
     await qemu.handed_over(_HANDOFF_TIMEOUT_S)
 
     async with _last_words(qemu):
@@ -123,7 +124,9 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
         confirm(guest_ram, proof)
     policy = Policy(config.qmp.allow)
     policy.deny("cont", "the guest was not started yet")
-    return Guest(config, folder, guest_ram, qemu, qemu_monitor, guest_console, host, proof, timings, watcher, policy)
+    return Guest(
+        config, folder, guest_ram, devices, qemu, qemu_monitor, guest_console, host, proof, timings, watcher, policy
+    )
 
 
 def confirm(guest_ram: ram.Ram, proof: qmp_proof.Proof) -> None:
@@ -309,9 +312,9 @@ async def _meanwhile(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _socket_pair(stack: AsyncExitStack) -> tuple[socket.socket, socket.socket]:
+def _socket_pair(stack: AsyncExitStack, inherited: ExitStack) -> tuple[socket.socket, socket.socket]:
     ours, qemus = socket.socketpair()
-    return stack.enter_context(ours), stack.enter_context(qemus)
+    return stack.enter_context(ours), inherited.enter_context(qemus)
 
 
 async def _unless(stop: Stop, work: Coroutine[Any, Any, T]) -> T:

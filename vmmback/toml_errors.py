@@ -11,7 +11,8 @@ import json
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, time
 from pathlib import Path
@@ -34,10 +35,14 @@ KeyPath = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a file may say: the fields of each table ("" is the top of the file), and what is not built yet."""
+    """What a file may say: the fields of each table ("" is the top of the file), and what is not built yet.
+
+    `arrays` names those of the tables that may be there several times, as [[table]].
+    """
 
     tables: Mapping[str, Mapping[str, FieldInfo]]
     not_built: Mapping[KeyPath, str]
+    arrays: Collection[str] = ()
 
 
 def quote(text: str, max_chars: int = MAX_SHOWN_CHARS) -> str:
@@ -52,8 +57,12 @@ def ascii_path(path: Path) -> str:
 
 
 def key_text(path: KeyPath) -> str:
-    """Return a key path as TOML writes it: `memory.size`, with quotes where a part needs them."""
-    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", part) else quote(part) for part in path)
+    """Return a key path as TOML writes it, `memory.size`, with quotes where a part needs them.
+
+    A number stands for one of several tables, from 0 on: `disk[1].path`.
+    """
+    shown = [part if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", part) else quote(part) for part in path]
+    return re.sub(r"\.([0-9]+)(?=\.|$)", r"[\1]", ".".join(shown))
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -142,6 +151,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     parse goes on in the next line. A key that is not found this way is left out.
     """
     lines: dict[KeyPath, int] = {}
+    arrays: Counter[KeyPath] = Counter()
     table: KeyPath = ()
     statement, start = "", 1
     for number, line in enumerate(text.split("\n"), start=1):
@@ -158,6 +168,10 @@ def key_lines(text: str) -> dict[KeyPath, int]:
         paths = list(_paths(parsed, () if is_header else table))
         if is_header:
             table = paths[-1]
+        if statement.lstrip().startswith("[["):
+            table = (*table, str(arrays[table]))
+            arrays[table[:-1]] += 1
+            paths.append(table)
         for path in paths:
             lines.setdefault(path, start)
         statement = ""
@@ -222,8 +236,13 @@ def _written(value: object) -> str:
     return _shown(value)
 
 
+def _table(keys: KeyPath) -> str:
+    """Return the name of the table that a key is in."""
+    return ".".join(part for part in keys[:-1] if not part.isdecimal())
+
+
 def _field(keys: KeyPath, grammar: Grammar) -> FieldInfo:
-    return grammar.tables[".".join(keys[:-1])][keys[-1]]
+    return grammar.tables[_table(keys)][keys[-1]]
 
 
 def _example(keys: KeyPath, grammar: Grammar) -> str:
@@ -235,22 +254,25 @@ def _example(keys: KeyPath, grammar: Grammar) -> str:
 def _missing(keys: KeyPath, _: ErrorDetails, grammar: Grammar) -> str:
     example = _example(keys, grammar)
     if keys[-1] in grammar.tables:
-        return f"the table is missing; write [{keys[-1]}] and under it {example}"
+        return f"the table is missing; write {_header(keys[-1], grammar)} and under it {example}"
     return f"missing; write {keys[-1]} = {example}"
 
 
 def _unknown(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
     if keys in grammar.not_built:
         return f"{grammar.not_built[keys]} is not built yet; the tables so far are {_named_tables(grammar)}"
-    *above, key = keys
-    table = ".".join(above)
+    key, table = keys[-1], _table(keys)
     known = grammar.tables[table]
     is_table = isinstance(detail["input"], dict | list)
-    what = f"unknown table [{key_text(keys)}]" if is_table and not above else f"unknown key {quote(key)}"
+    what = f"unknown table [{key_text(keys)}]" if is_table and not table else f"unknown key {quote(key)}"
     near = difflib.get_close_matches(key.lower(), known, n=1)
     elsewhere = [name for name, fields in grammar.tables.items() if key in fields and name != table]
     if elsewhere:
-        where = f"under [{elsewhere[0]}]" if elsewhere[0] else "at the top of the file, before the first table"
+        where = (
+            f"under {_header(elsewhere[0], grammar)}"
+            if elsewhere[0]
+            else "at the top of the file, before the first table"
+        )
         return f"{what} here; {quote(key)} belongs {where}"
     if near:
         return f"{what}; did you mean {_named(near[0], table, grammar)}?"
@@ -258,11 +280,25 @@ def _unknown(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
 
 
 def _named(key: str, table: str, grammar: Grammar) -> str:
-    return f"[{key}]" if not table and key in grammar.tables else quote(key)
+    return _header(key, grammar) if not table and key in grammar.tables else quote(key)
+
+
+def _header(table: str, grammar: Grammar) -> str:
+    return f"[[{table}]]" if table in grammar.arrays else f"[{table}]"
 
 
 def _named_tables(grammar: Grammar) -> str:
-    return ", ".join(f"[{name}]" for name in grammar.tables if name)
+    return ", ".join(_header(name, grammar) for name in grammar.tables if name)
+
+
+def _want_table(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
+    name = keys[-1] if not keys[-1].isdecimal() else keys[-2]
+    return wrong_type(detail["input"], f"a table: {_header(name, grammar)} and its keys under it")
+
+
+def _want_tables(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
+    header = _header(keys[-1], grammar)
+    return wrong_type(detail["input"], f"{header} with two brackets, for there may be several, and its keys under it")
 
 
 def _want(wanted: str) -> Callable[[KeyPath, ErrorDetails, Grammar], str]:
@@ -280,7 +316,8 @@ def _choice(_: KeyPath, detail: ErrorDetails, __: Grammar) -> str:
 _SAYINGS: Mapping[str, Callable[[KeyPath, ErrorDetails, Grammar], str]] = {
     "missing": _missing,
     "extra_forbidden": _unknown,
-    "model_type": _want("a table: [{key}] and its keys under it"),
+    "model_type": _want_table,
+    "tuple_type": _want_tables,
     "string_type": _want("a string in quotes, like {example}"),
     "int_type": _want("an integer without quotes, like {example}"),
     "bool_type": _want("a boolean without quotes: true or false"),

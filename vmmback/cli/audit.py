@@ -58,7 +58,7 @@ def audit(name: str, as_json: bool, files: ReportFiles, source: str | None, from
     """
     from vmmback import control
     from vmmback.cli.tables import rendered, while_it_runs
-    from vmmback.config_values import check_name
+    from vmmback.config.values import check_name
     from vmmback.report import with_hunt
     from vmmback.runtime import runtime_folder
 

@@ -169,6 +169,13 @@ def _allowed_commands(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Tables = BeforeValidator(_as_tuple)
+"""For `Annotated[tuple[SomeTable, ...], Tables]`: what TOML writes as [[table]] is an array, a strict tuple is not."""
+
 GuestName = Annotated[
     str,
     AfterValidator(_guest_name),
