@@ -1,5 +1,6 @@
 """The assembler of vmmback.linux.bpf, against encodings of the kernel's instruction-set.rst and linux/filter.h."""
 
+import errno
 import struct
 
 import pytest
@@ -83,3 +84,26 @@ def test_a_label_that_is_there_twice_is_an_error() -> None:
 def test_a_number_that_does_not_fit_is_an_error(instruction: Instruction) -> None:
     with pytest.raises(struct.error):
         assemble([instruction])
+
+
+def test_a_load_that_a_signal_interrupted_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five times at most, like libbpf: a signal that comes again and again must not hold us for ever."""
+    answers = iter([BlockingIOError(errno.EAGAIN, "a signal is pending")] * 4 + [7])
+
+    def answer(*_: object) -> int:
+        given = next(answers)
+        if isinstance(given, int):
+            return given
+        raise given
+
+    monkeypatch.setattr(bpf, "syscall", answer)
+    assert bpf.Program([bpf.leave()], "again").descriptor == 7
+
+
+def test_a_load_that_signals_interrupt_for_ever_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, "a signal is pending")
+
+    monkeypatch.setattr(bpf, "syscall", interrupted)
+    with pytest.raises(BlockingIOError):
+        bpf.Program([bpf.leave()], "again")

@@ -32,6 +32,8 @@ _LICENCE = b"Dual MIT/GPL"
 _LOG_BYTES = 1 << 20
 _LOG_TAIL_LINES = 6
 
+_LOADS = 5
+
 
 class Register(IntEnum):
     """R0 results, R1 to R5 arguments (lost in a call), R6 to R9 kept over calls, R10 the frame pointer."""
@@ -365,7 +367,7 @@ def _load(code: bytes, name: str, kind: ProgramKind) -> int:
         attach_btf_id=kind.attach_btf_id,
     )
     try:
-        return command(_PROG_LOAD, attributes)
+        return _verified(attributes)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EINVAL, errno.E2BIG):
             raise
@@ -377,6 +379,16 @@ def _load(code: bytes, name: str, kind: ProgramKind) -> int:
         ) from error
 
 
+def _verified(attributes: _ProgLoad) -> int:
+    """Load a program, again where a signal was about to come: the verifier gives up then (do_check, verifier.c)."""
+    for _ in range(_LOADS - 1):
+        try:
+            return command(_PROG_LOAD, attributes)
+        except BlockingIOError:  # EAGAIN
+            continue
+    return command(_PROG_LOAD, attributes)
+
+
 def _rejection(attributes: _ProgLoad) -> str:
     """Load once more, for the log: writing it makes a load that succeeds slow. Return its last lines."""
     log = ctypes.create_string_buffer(_LOG_BYTES)
@@ -384,7 +396,7 @@ def _rejection(attributes: _ProgLoad) -> str:
     attributes.log_size = _LOG_BYTES
     attributes.log_buf = ctypes.addressof(log)
     try:
-        os.close(command(_PROG_LOAD, attributes))
+        os.close(_verified(attributes))
     except OSError:
         lines = log.value.decode(errors="replace").splitlines()
         return " | ".join(lines[-_LOG_TAIL_LINES:]) or "no log"
