@@ -140,12 +140,12 @@ def _verdict(report: IsolationReport) -> list[RenderableType]:
 
 
 def _table(*headings: str) -> Table:
-    """Return an empty table whose cells are shown whole, on several lines where they must."""
+    """Return an empty table whose cells are shown whole, on several lines where they must; names on one."""
     from rich.table import Table
 
     table = Table()
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == headings[0])
     return table
 
 
