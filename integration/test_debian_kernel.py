@@ -16,13 +16,20 @@ from vmmback.report import Verdict
 
 ALL = inside_debian.BYTES // 4096
 
+# Where the kernel lies is drawn at each boot, and in some draws other frames are given away first.
+BOOTS = 3
+
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What inside_debian.py returned there; one run for all tests."""
     capabilities.require(capabilities.QEMU)
     capabilities.require(capabilities.GUEST_KERNEL)
-    return run_inside(Path(inside_debian.__file__), tmp_path_factory.mktemp("debian"))
+    for _ in range(BOOTS):
+        told = run_inside(Path(inside_debian.__file__), tmp_path_factory.mktemp("debian"))
+        if told["taken as they come"] and told["secret"]["in the image"]:
+            break
+    return told
 
 
 def test_frames_of_the_image_that_the_direct_map_lacks_are_found_readable(said: Any) -> None:
