@@ -130,7 +130,7 @@ def nothing_is_left(runtime_dir: Path) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
+def watchdog(share_of_the_machine: None) -> Iterator[None]:
     """Fail the test that hangs, be it in a system call, instead of letting it stop all others."""
 
     def bark(*_: object) -> None:

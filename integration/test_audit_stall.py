@@ -45,6 +45,7 @@ async def ticks_per_ms(guest: LiveGuest) -> float:
     return ((counters[-1] - counters[0]) & 0xFFFF_FFFF) / ((time.monotonic() - began) * 1000)
 
 
+@pytest.mark.alone
 def test_no_stall_of_more_than_10_ms_beyond_the_guests_own_jitter(tmp_path: Path) -> None:
     """The median of the rounds: others on this machine hold the guest up as well, now and then.
 
