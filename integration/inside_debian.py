@@ -7,7 +7,6 @@ import mmap
 import os
 import resource
 import time
-from array import array
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Literal
@@ -80,8 +79,8 @@ def _look(kind: Literal["secret", "ordinary"]) -> dict[str, Any]:
             seen = [page for _, page in kernel_image.mapping(direct_map, image).read_frames(within)]
             canaries = sum(page is not None and memory.holds(page) for page in seen)
             directly = direct_map.check(within).readable
-        probe = DirectMapProbe(array("Q"))
-        target = Target(os.getpid(), memory.ram.inode, memory.ram.size)
+        probe = DirectMapProbe({})
+        target = Target(os.getpid(), {memory.ram.inode: memory.ram.size})
         (mapping,) = access.VmaFlagsProbe().target(target)[1]
         return {
             "direct-map": _told(probe.observe(target)),

@@ -114,7 +114,7 @@ class Launched:
 
     def descriptor(self) -> int:
         """Return the number of QEMU's descriptor of the RAM."""
-        return access.descriptors_of(Target(self.qemu, self.inode(), 0))[0]
+        return access.descriptors_of(Target(self.qemu, {self.inode(): 0}))[0]
 
 
 Launches = Callable[..., Launched]

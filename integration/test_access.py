@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +39,7 @@ def test_its_twin_is_readable(probe: type[Probe[Any]], ordinary_guest_running: L
 def test_ram_that_qemu_does_not_hold_proves_nothing(probe: type[Probe[Any]], guest_running: LiveGuest) -> None:
     """A wrong inode, as after a mistake of ours: a probe that finds no RAM must not call it blocked."""
     target = guest_running.guest.target
-    seen = probe().observe(Target(target.pid, target.inode + 1_000_000, target.size))
+    seen = probe().observe(Target(target.pid, {inode + 1_000_000: size for inode, size in target.ram.items()}))
     assert seen.target is Verdict.INCONCLUSIVE, seen.detail
 
 
@@ -70,7 +69,7 @@ def test_the_whole_audit(guest_running: LiveGuest, ordinary_guest_running: LiveG
         (ordinary_guest_running, Verdict.READABLE, pages),
     ):
         guest = live.guest
-        evidence = live.run(audit(guest.target, guest.monitor.hmp, guest.ram.frames))
+        evidence = live.run(audit(guest.target, guest.monitor.hmp, guest.prefaulted))
         assert {seen.probe for seen in evidence.observations} == REQUIRED | {probe.name for probe in LIVE_PROBES}
         for seen in evidence.observations:
             # Of ordinary RAM, too, nobody but QEMU and its supervisor has a descriptor or a mapping.
@@ -87,7 +86,7 @@ def test_pages_that_were_not_prefaulted_are_counted_as_they_come(guest_paused: L
     """
     guest_paused.start()
     guest = guest_paused.guest
-    without = guest_paused.run(audit(guest.target, guest.monitor.hmp, array("Q"))).pages
+    without = guest_paused.run(audit(guest.target, guest.monitor.hmp, {})).pages
     assert without.present == without.checked < TINY_BYTES // PAGE_SIZE
 
 

@@ -14,6 +14,7 @@ from typing import Literal, NoReturn
 import pytest
 
 from vmmback.errors import HostUnfit
+from vmmback.isolation.access import ProcMemProbe, VmaFlagsProbe
 from vmmback.isolation.direct_map import DirectMapProbe, PageCount, pagemap_entries
 from vmmback.isolation.probe import Target
 from vmmback.linux import bpf, direct_map
@@ -40,8 +41,8 @@ def descriptor(kind: Kind, pages: int) -> Iterator[int]:
 
 
 def observe(pid: int, inode: int, pages: int = PAGES) -> tuple[Observation, DirectMapProbe]:
-    probe = DirectMapProbe(array("Q"))
-    return probe.observe(Target(pid, inode, pages * PAGE_SIZE)), probe
+    probe = DirectMapProbe({})
+    return probe.observe(Target(pid, {inode: pages * PAGE_SIZE})), probe
 
 
 def expect(kind: Kind, present: int, observation: Observation, probe: DirectMapProbe) -> None:
@@ -187,13 +188,52 @@ def test_qemus_other_blocks_are_tried_but_not_counted(kind: Kind) -> None:
         for memory in (ram_memory, block_memory, other_memory):
             memory[: 3 * PAGE_SIZE] = b"x" * (3 * PAGE_SIZE)
         auxiliary = {os.fstat(block).st_ino, os.fstat(other).st_ino, os.fstat(ram).st_ino + 1_000_000}
-        probe = DirectMapProbe(array("Q"))
-        seen = probe.observe(Target(os.getpid(), os.fstat(ram).st_ino, 4 * PAGE_SIZE, auxiliary=frozenset(auxiliary)))
+        probe = DirectMapProbe({})
+        seen = probe.observe(Target(os.getpid(), {os.fstat(ram).st_ino: 4 * PAGE_SIZE}, auxiliary=frozenset(auxiliary)))
     assert (probe.pages, len(probe.frames)) == (PageCount(3, 3, 0), 4)
     assert seen.target is (Verdict.BLOCKED if kind == "secret" else Verdict.READABLE)
     readable = 0 if kind == "secret" else 3
     expected = f"0 of 3 present pages readable, and {readable} of 6 of QEMU's other secret RAM blocks"
     assert seen.detail.removesuffix(" (EFAULT)") == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_descriptors_of_the_ram_are_read(kind: Kind) -> None:
+    """The first is secret, the second of `kind`: of that, three pages were prefaulted and only one touched here."""
+    with (
+        descriptor("secret", 4) as first,
+        descriptor(kind, 6) as second,
+        mmap.mmap(first, 4 * PAGE_SIZE) as first_memory,
+        mmap.mmap(second, 6 * PAGE_SIZE) as second_memory,
+        mmap.mmap(second, 6 * PAGE_SIZE) as untouched,
+    ):
+        first_memory[: 2 * PAGE_SIZE] = b"x" * (2 * PAGE_SIZE)
+        second_memory[: 3 * PAGE_SIZE] = b"x" * (3 * PAGE_SIZE)
+        ram = {os.fstat(first).st_ino: 4 * PAGE_SIZE, os.fstat(second).st_ino: 6 * PAGE_SIZE}
+        prefaulted = pagemap_entries(os.getpid(), list(ram)[1])
+        second_memory.close()
+        untouched[0] = 1
+        probe = DirectMapProbe({list(ram)[1]: prefaulted})
+        seen = probe.observe(Target(os.getpid(), ram))
+    assert (probe.pages, len(probe.frames)) == (PageCount(5, 5, 0 if kind == "secret" else 3), 10)
+    assert seen.target is (Verdict.BLOCKED if kind == "secret" else Verdict.READABLE)
+
+
+@pytest.mark.parametrize("second", ["mapped", "not mapped"])
+def test_no_descriptor_of_the_ram_may_be_left_out(second: str) -> None:
+    with (
+        descriptor("secret", 4) as first,
+        descriptor("secret", 4) as other,
+        mmap.mmap(first, 4 * PAGE_SIZE) as first_memory,
+        mmap.mmap(other, 4 * PAGE_SIZE) as other_memory,
+    ):
+        first_memory[0] = other_memory[0] = 1
+        if second == "not mapped":
+            other_memory.close()
+        ram = {os.fstat(each).st_ino: 4 * PAGE_SIZE for each in (first, other)}
+        for probe in (DirectMapProbe({}), ProcMemProbe(), VmaFlagsProbe()):
+            seen = probe.observe(Target(os.getpid(), ram))
+            assert seen.target is (Verdict.BLOCKED if second == "mapped" else Verdict.INCONCLUSIVE), seen
 
 
 def test_no_present_page_is_inconclusive() -> None:
@@ -213,10 +253,10 @@ def test_memory_that_is_not_mapped_is_inconclusive() -> None:
 
 
 def test_a_probe_forgets_its_last_target() -> None:
-    probe = DirectMapProbe(array("Q"))
+    probe = DirectMapProbe({})
     with descriptor("ordinary", 1) as fd, mmap.mmap(fd, PAGE_SIZE) as memory:
         memory[0] = 1
-        target = Target(os.getpid(), os.fstat(fd).st_ino, PAGE_SIZE)
+        target = Target(os.getpid(), {os.fstat(fd).st_ino: PAGE_SIZE})
         probe.observe(target)
         assert probe.pages == PageCount(1, 1, 1)
     probe.observe(target)
@@ -241,7 +281,7 @@ def test_without_capabilities_it_is_inconclusive_and_says_which(dropped: str) ->
         "import os\n"
         "from vmmback.isolation.direct_map import DirectMapProbe\n"
         "from vmmback.isolation.probe import Target\n"
-        "seen = DirectMapProbe([]).observe(Target(os.getpid(), 1, 4096))\n"
+        "seen = DirectMapProbe({}).observe(Target(os.getpid(), {1: 4096}))\n"
         "print(seen.target, seen.control, seen.detail)\n"
     )
     assert "CAP_SYS_ADMIN is missing" in without_capabilities(dropped, program)

@@ -179,7 +179,7 @@ def test_a_hit_is_a_frame_and_the_same_memory_when_secret_has_none(halves: Halve
 def hunt_for_canary_of(live: LiveGuest) -> Hunt:
     halves = live.guest.console.canary_halves
     assert halves is not None
-    entries = pagemap_entries(live.pid, live.guest.ram.inode)
+    entries = pagemap_entries(live.pid, live.guest.ram[0].inode)
     return search(Halves(*halves), guest=entries)
 
 

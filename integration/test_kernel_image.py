@@ -55,8 +55,8 @@ def claim(monkeypatch: pytest.MonkeyPatch, image: ImageRange, page: Specimen) ->
 
 
 def observe(page: Specimen) -> tuple[Observation, PageCount]:
-    probe = DirectMapProbe(array("Q"))
-    return probe.observe(Target(os.getpid(), page.ram.inode, page.ram.size)), probe.pages
+    probe = DirectMapProbe({})
+    return probe.observe(Target(os.getpid(), {page.ram.inode: page.ram.size})), probe.pages
 
 
 def test_the_image_is_found_and_read_where_the_kernel_says_it_is(image: ImageRange) -> None:

@@ -42,7 +42,8 @@ def test_all_guest_writable_memory_is_the_one_secret_block(
     proof = take(guest_paused)
     assert (proof.observation.target, proof.observation.control) == (Verdict.BLOCKED, Verdict.READABLE)
     assert (
-        f"all {TINY_BYTES >> 10} KiB lie in secretmem inode {guest_paused.guest.ram.inode}" in proof.observation.detail
+        f"all {TINY_BYTES >> 10} KiB lie in secretmem inode {guest_paused.guest.ram[0].inode}"
+        in proof.observation.detail
     )
     told_apart = r"pc\.\w+" if other_blocks == "ordinary" else "QEMU's heap"
     assert re.search(rf"; {told_apart} was told apart as ordinary$", proof.observation.detail)
@@ -50,7 +51,7 @@ def test_all_guest_writable_memory_is_the_one_secret_block(
     assert writable == [RamBlock(name="ram0", size=TINY_BYTES, backing="secretmem", guest_writable=True)]
     assert {block.backing for block in proof.ram_blocks if not block.guest_writable} == {other_blocks}
     assert proof.secret == TINY_BYTES
-    assert proof.ours == {"ram0": TINY_BYTES}
+    assert list(proof.ours.values()) == [{"ram0": TINY_BYTES}]
 
 
 def test_its_twin_is_readable(ordinary_guest_running: LiveGuest) -> None:
@@ -58,20 +59,20 @@ def test_its_twin_is_readable(ordinary_guest_running: LiveGuest) -> None:
     assert (proof.observation.target, proof.observation.control) == (Verdict.READABLE, Verdict.READABLE)
     assert proof.observation.detail.startswith("the guest can write to ordinary memory: ram0")
     assert proof.secret == 0
-    assert proof.ours == {"ram0": TINY_BYTES}
+    assert list(proof.ours.values()) == [{"ram0": TINY_BYTES}]
 
 
 def test_another_inode_is_not_ours(guest_paused: LiveGuest) -> None:
     """Secret RAM, but of somebody else: the kernel's list of mappings decides, not QEMU's word."""
     target = guest_paused.guest.target
-    proof = take(guest_paused, Target(target.pid, target.inode + 1_000_000, target.size))
+    proof = take(guest_paused, Target(target.pid, {inode + 1_000_000: size for inode, size in target.ram.items()}))
     assert proof.observation.target is Verdict.READABLE
-    assert (proof.secret, proof.ours) == (0, {})
+    assert (proof.secret, list(proof.ours.values())) == (0, [{}])
 
 
 def test_another_size_is_no_proof(guest_paused: LiveGuest) -> None:
     target = guest_paused.guest.target
-    proof = take(guest_paused, Target(target.pid, target.inode, 2 * target.size))
+    proof = take(guest_paused, Target(target.pid, {inode: 2 * size for inode, size in target.ram.items()}))
     assert proof.observation.target is Verdict.INCONCLUSIVE
     assert f"{TINY_BYTES} of {2 * TINY_BYTES} bytes" in proof.observation.detail
 

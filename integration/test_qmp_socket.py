@@ -81,7 +81,7 @@ def guest_with_known_canary(folder: Path, backing: Backing = "secret") -> Iterat
 
 async def protection(live: LiveGuest) -> object:
     """Return all that keeps the guest's RAM as it is: its mappings with their flags, its backend's properties."""
-    mappings = procfs.memory_mappings(procfs.smaps(live.pid), live.guest.ram.inode)
+    mappings = procfs.memory_mappings(procfs.smaps(live.pid), live.guest.ram[0].inode)
     execute = live.guest.monitor.execute
     properties: Any = await execute("qom-list", {"path": RAM})
     values = {}
@@ -189,7 +189,7 @@ def test_the_same_over_the_full_connection_leaks_and_unprotects(
                 before = await protection(live)
                 await over_the_full_connection(live, Plausible(schema, files), command)
                 assert await protection(live) != before, command
-            mappings = procfs.memory_mappings(procfs.smaps(live.pid), live.guest.ram.inode)
+            mappings = procfs.memory_mappings(procfs.smaps(live.pid), live.guest.ram[0].inode)
             assert not any("dd" in mapping.flags for mapping in mappings)  # qom-set took it off
 
         live.run(control())

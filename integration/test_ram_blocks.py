@@ -132,7 +132,7 @@ def test_all_blocks_are_secret(shared_guest: LiveGuest) -> None:
     assert blocks.keys() == FIRMWARE | TABLES | {"ram0"}
     assert {block.backing for block in blocks.values()} == {"secretmem"}
     assert proof.secret == TINY_BYTES  # the guest's RAM alone
-    assert proof.ours == {"ram0": TINY_BYTES}
+    assert list(proof.ours.values()) == [{"ram0": TINY_BYTES}]
     assert proof.auxiliary.keys() == FIRMWARE | TABLES
     assert sum(proof.auxiliary.values()) < host.AUX_RAM_BYTES
     assert exposures.ordinary_blocks_exposure(proof.ram_blocks) is None
@@ -156,7 +156,7 @@ def test_qemu_alone_holds_them(shared_guest: LiveGuest) -> None:
     ours = [link for link in open_descriptors().values() if link == procfs.SECRETMEM]
     assert len(ours) == 1  # the guest's RAM
     inodes = {m.inode for m in procfs.maps(shared_guest.pid) if m.path == procfs.SECRETMEM}
-    assert inodes == shared_guest.guest.qemu.auxiliary_inodes | {shared_guest.guest.ram.inode}
+    assert inodes == shared_guest.guest.qemu.auxiliary_inodes | shared_guest.guest.target.ram.keys()
 
 
 @pytest.mark.usefixtures("needs_aux_ram_share")

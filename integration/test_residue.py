@@ -43,7 +43,7 @@ def test_no_former_frame_of_secret_ram_holds_the_canary_however_the_guest_ends(
         assert fingerprint is not None
         frames: array[int] = live.run(live.guest.frames())
         residue.end(live, how)
-        live.guest.ram.close()
+        live.guest.ram[0].close()
         left = frames_with(fingerprint, frames)
     assert len(frames) == 4096
     if backing == "secret":

@@ -28,7 +28,7 @@ from vmmback.report import Observation, Verdict, judge_probe
 pytestmark = pytest.mark.usefixtures("needs_secretmem")
 
 EVERY = pytest.mark.parametrize("probe", MEMORY_PROBES, ids=lambda probe: probe.name)
-NOWHERE = Target(0, 0, 0)  # none of these looks at a guest
+NOWHERE = Target(0, {})  # none of these looks at a guest
 
 # Of all that is tried here, CI's machine may lack this; another machine may lack more.
 MAY_BE_MISSING = {

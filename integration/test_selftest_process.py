@@ -32,7 +32,7 @@ from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.linux.user_reader import TaskReader
 from vmmback.report import Observation, Verdict
 
-NOBODY = Target(pid=0, inode=0, size=0)  # these probes look at children of their own
+NOBODY = Target(0, {})  # these probes look at children of their own
 
 ERRNO = {
     "proc-mem-write": ("EIO",),
@@ -131,7 +131,9 @@ def test_bpf_copy_from_user_task_on_guests(guest_running: LiveGuest, ordinary_gu
 @pytest.mark.usefixtures("task_reader")
 def test_bpf_copy_from_user_task_without_a_target_proves_nothing(guest_running: LiveGuest) -> None:
     target = guest_running.guest.target
-    seen = BpfCopyFromUserTaskProbe().observe(Target(target.pid, target.inode + 1_000_000, target.size))
+    seen = BpfCopyFromUserTaskProbe().observe(
+        Target(target.pid, {inode + 1_000_000: size for inode, size in target.ram.items()})
+    )
     assert seen.target is Verdict.INCONCLUSIVE, seen
     guest_running.run(guest_running.guest.qemu.kill())
     seen = BpfCopyFromUserTaskProbe().observe(target)
@@ -170,11 +172,11 @@ from vmmback.isolation import holes, task_memory
 from vmmback.isolation.probe import Target
 from vmmback.isolation.throwaway import throwaway
 for kind in (holes.BpfAtSystemCallsProbe, holes.UprobeBpfProbe, holes.UprobeBpfSleepableProbe):
-    seen = kind().observe(Target(0, 0, 0))
+    seen = kind().observe(Target(0, {}))
     print(seen.probe, seen.target.value, seen.control.value)
 with throwaway("secret") as child:
     ram = child.specimen.ram
-    seen = task_memory.BpfCopyFromUserTaskProbe().observe(Target(child.pid, ram.inode, ram.size))
+    seen = task_memory.BpfCopyFromUserTaskProbe().observe(Target(child.pid, {ram.inode: ram.size}))
     print(seen.probe, seen.target.value, seen.control.value)
 """
 

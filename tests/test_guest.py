@@ -39,7 +39,7 @@ def evidence(*readable: str, readable_pages: int = 0, details: Mapping[str, str]
         for name in sorted(REQUIRED)
     )
     block = RamBlock(name="ram0", size=SIZE, backing="secretmem", guest_writable=True)
-    proof = Proof(observations[0], (block,), (), SIZE, {"ram0": SIZE}, {})
+    proof = Proof(observations[0], (block,), (), SIZE, {7: {"ram0": SIZE}}, {})
     return Evidence(proof, observations, PageCount(PAGES, PAGES, readable_pages), array("Q"), (), ())
 
 
@@ -76,7 +76,7 @@ class Scene:
             {"name": "demo", "memory": {"size": "16MiB"}, "boot": {"kernel": Path("vmlinuz")}}
         )
         made: dict[str, Any] = {
-            "ram": SimpleNamespace(size=SIZE, inode=7, frames=array("Q"), backing="secret"),
+            "ram": [SimpleNamespace(size=SIZE, inode=7, frames=array("Q"), backing="secret")],
             "qemu": SimpleNamespace(pid=1, status=None, auxiliary_inodes=frozenset(), ended=never),
             "monitor": SimpleNamespace(hmp=None),
             "console": SimpleNamespace(bytes_seen=0),

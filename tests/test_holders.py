@@ -109,13 +109,26 @@ def test_who_has_only_another_of_the_guests_memory_files_is_found(memory: int) -
     """QEMU's other secret RAM blocks: this process stands for QEMU, which has both."""
     auxiliary = os.memfd_create("vmmback-test-auxiliary", os.MFD_CLOEXEC)
     try:
-        target = Target(os.getpid(), os.fstat(memory).st_ino, SIZE, auxiliary=frozenset({os.fstat(auxiliary).st_ino}))
+        target = Target(os.getpid(), {os.fstat(memory).st_ino: SIZE}, auxiliary=frozenset({os.fstat(auxiliary).st_ino}))
         assert HoldersProbe().observe(target).target is Verdict.BLOCKED
         with child("cat", descriptors=(auxiliary,)) as holder:
             seen = HoldersProbe().observe(target)
         assert (seen.target, seen.detail) == (Verdict.READABLE, f"process {holder} (cat) holds its descriptor")
     finally:
         os.close(auxiliary)
+
+
+def test_each_of_several_descriptors_counts_and_none_may_be_missing(memory: int) -> None:
+    second = os.memfd_create("vmmback-test-second", os.MFD_CLOEXEC)
+    try:
+        ram = {os.fstat(descriptor).st_ino: SIZE for descriptor in (memory, second)}
+        with child("cat", descriptors=(second,)) as holder:
+            seen = HoldersProbe().observe(Target(os.getpid(), ram))
+        assert (seen.target, seen.detail) == (Verdict.READABLE, f"process {holder} (cat) holds its descriptor")
+    finally:
+        os.close(second)
+    seen = HoldersProbe().observe(Target(os.getpid(), ram))
+    assert (seen.target, seen.detail) == (Verdict.INCONCLUSIVE, "[Errno 2] QEMU does not have the guest's RAM")
 
 
 def test_a_tracer_of_any_thread_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +195,7 @@ def test_a_process_that_is_gone_has_nothing(memory: int) -> None:
 
 def test_a_qemu_without_the_ram_is_inconclusive_and_the_control_is_found(memory: int) -> None:
     with child("cat") as qemu:
-        seen = HoldersProbe().observe(Target(qemu, os.fstat(memory).st_ino, SIZE, os.getpid()))
+        seen = HoldersProbe().observe(Target(qemu, {os.fstat(memory).st_ino: SIZE}, os.getpid()))
     assert (seen.target, seen.control, seen.errno) == (Verdict.INCONCLUSIVE, Verdict.READABLE, "ENOENT")
     assert "QEMU does not have the guest's RAM" in seen.detail
 
@@ -190,7 +203,7 @@ def test_a_qemu_without_the_ram_is_inconclusive_and_the_control_is_found(memory:
 def test_qemu_and_its_supervisor_may_have_it_and_the_control_leaves_nothing(memory: int) -> None:
     with child("cat", descriptors=(memory,)) as qemu:
         before = len(list(Path("/proc/self/fd").iterdir()))
-        seen = HoldersProbe().observe(Target(qemu, os.fstat(memory).st_ino, SIZE, os.getpid()))
+        seen = HoldersProbe().observe(Target(qemu, {os.fstat(memory).st_ino: SIZE}, os.getpid()))
         assert (seen.target, seen.control) == (Verdict.BLOCKED, Verdict.READABLE)
         assert len(list(Path("/proc/self/fd").iterdir())) == before
 
@@ -208,7 +221,7 @@ def test_a_mapping_without_a_descriptor_is_seen_in_this_process_too() -> None:
 
 def test_a_process_that_nobody_traces() -> None:
     with child("cat") as pid:
-        seen = TracerProbe().observe(Target(pid, 0, 0))
+        seen = TracerProbe().observe(Target(pid, {}))
     assert (seen.target, seen.control, seen.detail) == (
         Verdict.BLOCKED,
         Verdict.READABLE,

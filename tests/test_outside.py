@@ -44,7 +44,7 @@ def test_data_is_readable_nothing_is_blocked_and_so_is_the_one_errno() -> None:
 def test_any_other_errno_is_no_answer(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = Attempt(number)
     monkeypatch.setattr(probe, "_child", lambda _: CHILD)
-    seen = probe.observe(Target(0, 0, 0))
+    seen = probe.observe(Target(0, {}))
     assert (seen.target, seen.control) == (Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE)
     assert seen.errno == errno.errorcode[number]
 
@@ -55,7 +55,7 @@ def test_what_the_host_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     probe = Attempt("")
     monkeypatch.setattr(probe, "_child", unfit)
-    assert "this kernel has no such thing" in probe.observe(Target(0, 0, 0)).missing
+    assert "this kernel has no such thing" in probe.observe(Target(0, {})).missing
     with pytest.raises(Missing, match="no such thing"), naming_what_is_missing():
         unfit()
 

@@ -11,10 +11,13 @@ import asyncio
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from vmmback.errors import QemuFailed
+from vmmback.errors import HandoffFailed, QemuFailed
+from vmmback.guest import confirm
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.probe import Target
 from vmmback.isolation.qmp_proof import Proof, Range, parse_addresses, parse_flat_views, parse_ram_blocks
@@ -540,6 +543,7 @@ class Machine:
     answers: str = PAUSED_ANSWERS
     size: int = 256 * MIB
     auxiliary: frozenset[int] = frozenset()
+    ram: dict[int, int] | None = None
     line_end: str = "\n"
     mappings: tuple[Mapping, ...] = field(
         default=(
@@ -568,7 +572,9 @@ def prove(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Proof:
         return list(machine.mappings)
 
     monkeypatch.setattr(procfs, "maps", maps)
-    return asyncio.run(qmp_proof.observe(Target(PID, INODE, machine.size, auxiliary=machine.auxiliary), machine.hmp))
+    return asyncio.run(
+        qmp_proof.observe(Target(PID, machine.ram or {INODE: machine.size}, auxiliary=machine.auxiliary), machine.hmp)
+    )
 
 
 @pytest.mark.parametrize("changes", [1, 3])
@@ -649,7 +655,7 @@ def test_blocked_when_all_ram_lies_in_our_secret_inode(
     assert (proof.observation.target, proof.observation.control) == (Verdict.BLOCKED, Verdict.READABLE)
     assert proof.observation.probe == "qmp-proof"
     assert proof.secret == machine.size
-    assert proof.ours == {"ram0": machine.size}
+    assert proof.ours == {INODE: {"ram0": machine.size}}
     assert block(proof, "ram0") == RamBlock(name="ram0", size=machine.size, backing="secretmem", guest_writable=True)
     assert block(proof, "pc.bios") == RamBlock(name="pc.bios", size=256 << 10, backing="ordinary", guest_writable=False)
     assert {one.name for one in proof.ram_blocks if one.guest_writable} == {"ram0"}
@@ -707,7 +713,7 @@ def test_readable_when_the_guest_can_write_to_what_is_not_shown_to_be_ours(
 
 def test_the_memfd_of_a_control_is_ours_but_not_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     proof = prove(monkeypatch, EXPOSED["a memfd"])
-    assert proof.ours == {"ram0": 256 * MIB}
+    assert proof.ours == {INODE: {"ram0": 256 * MIB}}
     assert proof.secret == 0
 
 
@@ -718,7 +724,7 @@ def test_video_ram_is_found_by_its_device_and_exposes_the_guest(monkeypatch: pyt
         name="0000:00:01.0/vga.vram", size=16 * MIB, backing="ordinary", guest_writable=True
     )
     assert block(proof, "ram0").backing == "secretmem"
-    assert proof.ours == {"ram0": 256 * MIB}
+    assert proof.ours == {INODE: {"ram0": 256 * MIB}}
     assert "vga.vram" not in {one.name for one in proof.ram_blocks}  # one block, not two
 
 
@@ -803,7 +809,7 @@ def test_a_qemu_that_ends_meanwhile_is_no_exposure(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(procfs, "maps", maps)
     with pytest.raises(QemuFailed, match="QEMU ended during the QMP proof"):
-        asyncio.run(qmp_proof.observe(Target(PID, INODE, 256 * MIB), Machine().hmp))
+        asyncio.run(qmp_proof.observe(Target(PID, {INODE: 256 * MIB}), Machine().hmp))
 
 
 def test_a_range_that_cannot_be_read_is_an_error_and_not_left_out() -> None:
@@ -859,7 +865,7 @@ def test_all_blocks_are_secret_and_the_ram_is_counted_alone(monkeypatch: pytest.
     )
     assert {one.backing for one in proof.ram_blocks} == {"secretmem"}
     assert proof.secret == 256 * MIB
-    assert proof.ours == {"ram0": 256 * MIB}
+    assert proof.ours == {INODE: {"ram0": 256 * MIB}}
     assert proof.auxiliary == {name: size for name, size in TEN_SIZES.items() if name != "ram0"}
     assert {one.name for one in proof.ram_blocks if one.guest_writable} == {"ram0"}
 
@@ -901,7 +907,7 @@ def test_a_block_that_is_not_shown_to_be_secret_is_ordinary(
 def test_the_guests_ram_in_an_auxiliary_descriptor_is_not_its_ram(monkeypatch: pytest.MonkeyPatch) -> None:
     """Secret, but not the memory that was prefaulted, counted and will be checked."""
     proof = prove(monkeypatch, with_mapping(TEN_RAM, secret(TEN_RAM, 256 * MIB, 1)))
-    assert (proof.secret, proof.ours) == (0, {})
+    assert (proof.secret, proof.ours) == (0, {INODE: {}})
     assert proof.auxiliary["ram0"] == 256 * MIB
     assert proof.observation.target is Verdict.INCONCLUSIVE
 
@@ -918,6 +924,54 @@ def test_where_all_is_secret_the_control_needs_the_heap_and_firmware_elsewhere(
     monkeypatch: pytest.MonkeyPatch, machine: Machine
 ) -> None:
     assert prove(monkeypatch, machine).observation.control is Verdict.INCONCLUSIVE
+
+
+# ---- RAM in several descriptors -----------------------------------------------------------------------------------
+
+
+TWO_STARTS = {"ram0": PAUSED_RAM, "ram1": PAUSED_RAM + 256 * MIB, "pc.rom": PAUSED_ROM, "pc.bios": PAUSED_BIOS}
+TWO_RAM = {INODE: 128 * MIB, INODE + 1: 128 * MIB}
+
+
+def two_descriptors(*mappings: Mapping) -> Machine:
+    """The guest of two backends, mapped so; QEMU's answers follow from where its blocks lie."""
+    answers = [
+        f"Host virtual address for {address:#x} ({one.region}) is "
+        f"{TWO_STARTS[one.region] + one.offset + address - one.first:#x}"
+        for one in parse_flat_views(TWO)[0]
+        if one.is_memory
+        for address in (one.first, one.last)
+    ]
+    machine = replace(Machine(), tree=TWO, blocks=TWO_BLOCKS, answers="\n".join(answers), ram=TWO_RAM)
+    return replace(machine, mappings=(*mappings, *machine.mappings[1:]))
+
+
+def test_ram_in_two_descriptors_is_the_sum_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = secret(TWO_STARTS["ram0"], 128 * MIB), secret(TWO_STARTS["ram1"], 128 * MIB, INODE + 1)
+    proof = prove(monkeypatch, two_descriptors(first, second))
+    assert proof.observation.target is Verdict.BLOCKED, proof.observation
+    assert (proof.secret, proof.ours) == (256 * MIB, {INODE: {"ram0": 128 * MIB}, INODE + 1: {"ram1": 128 * MIB}})
+    assert f"inode {INODE}, {INODE + 1}" in proof.observation.detail
+
+
+@pytest.mark.parametrize(
+    ("second", "verdict", "secret_bytes"),
+    [
+        (ordinary(TWO_STARTS["ram1"], 128 * MIB), Verdict.READABLE, 128 * MIB),
+        (secret(TWO_STARTS["ram1"], 128 * MIB, INODE + 2), Verdict.READABLE, 128 * MIB),
+        (secret(TWO_STARTS["ram1"], 128 * MIB - 4096, INODE + 1), Verdict.READABLE, 128 * MIB),
+        (secret(TWO_STARTS["ram1"], 128 * MIB, INODE), Verdict.INCONCLUSIVE, 256 * MIB),
+    ],
+    ids=["ordinary", "secret of another", "one page short", "twice in the first"],
+)
+def test_one_of_two_descriptors_does_not_answer_for_the_other(
+    monkeypatch: pytest.MonkeyPatch, second: Mapping, verdict: Verdict, secret_bytes: int
+) -> None:
+    proof = prove(monkeypatch, two_descriptors(secret(TWO_STARTS["ram0"], 128 * MIB), second))
+    assert (proof.observation.target, proof.secret) == (verdict, secret_bytes)
+    rams = [SimpleNamespace(inode=inode, size=size, backing="secret") for inode, size in TWO_RAM.items()]
+    with pytest.raises(HandoffFailed, match="not where it must be"):
+        confirm(cast("Any", rams), proof)
 
 
 # ---- the memory map --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from vmmback import command, console, handoff, monitor, ram, report
 from vmmback.config import GuestConfig
-from vmmback.errors import VmmbackError
+from vmmback.errors import HandoffFailed, VmmbackError
 from vmmback.isolation import exposures, qmp_proof
 from vmmback.isolation.audit import REQUIRED, Evidence, audit, in_thread
 from vmmback.isolation.catalogue import HOLDER_PROBES
@@ -72,7 +72,7 @@ class Guest:
 
     config: GuestConfig
     folder: Path
-    ram: ram.Ram
+    ram: list[ram.Ram]
     devices: Sequence[command.Device]
     qemu: handoff.Qemu
     monitor: monitor.Monitor
@@ -96,6 +96,11 @@ class Guest:
         """The guest's RAM in the terms of a probe."""
         return target_of(self.qemu, self.ram)
 
+    @property
+    def prefaulted(self) -> dict[int, array[int]]:
+        """The pagemap entries of its RAM from before QEMU mapped it, by inode, as far as it was prefaulted."""
+        return {memory.inode: memory.frames for memory in self.ram}
+
     async def examine(self) -> IsolationReport:
         """Audit the running guest and report it; what is exposed now and was not before is a drift.
 
@@ -105,7 +110,7 @@ class Guest:
             self.validated_after = self.validated_after or "a request while it ran"
             started = time.perf_counter()
             try:
-                evidence = await audit(self.target, self.monitor.hmp, self.ram.frames)
+                evidence = await audit(self.target, self.monitor.hmp, self.prefaulted)
             except (VmmbackError, OSError, MemoryError, RuntimeError) as error:
                 with suppress(TimeoutError):
                     await self.qemu.ended(timeout_s=1.0)
@@ -134,7 +139,7 @@ class Guest:
 
     async def frames(self) -> array[int]:
         """Return the pagemap entry of each page of the RAM (procfs.pagemap). Raises OSError when QEMU is gone."""
-        return await in_thread(lambda: guest_frames(self.target, self.ram.frames))
+        return await in_thread(lambda: guest_frames(self.target, self.prefaulted))
 
     def observe_freed_frames(self) -> Observation | None:
         """Look at the former frames of a guest that has ended; None for one that was never examined.
@@ -150,7 +155,7 @@ class Guest:
         evidence = self.evidence
         proof = evidence.proof if evidence else self.proof
         memory = report.Memory(
-            size=self.ram.size,
+            size=self.target.size,
             secret=proof.secret,
             present_pages=evidence.pages.present if evidence else 0,
             checked_pages=evidence.pages.checked if evidence else 0,
@@ -181,9 +186,30 @@ class Guest:
         )
 
 
-def target_of(qemu: handoff.Qemu, guest_ram: ram.Ram) -> Target:
+def target_of(qemu: handoff.Qemu, guest_ram: Sequence[ram.Ram]) -> Target:
     """Return a guest's RAM in the terms of a probe; this process is the supervisor."""
-    return Target(qemu.pid, guest_ram.inode, guest_ram.size, os.getpid(), qemu.auxiliary_inodes)
+    descriptors = {memory.inode: memory.size for memory in guest_ram}
+    return Target(qemu.pid, descriptors, os.getpid(), qemu.auxiliary_inodes)
+
+
+def confirm(guest_ram: Sequence[ram.Ram], proof: qmp_proof.Proof) -> None:
+    """Raise HandoffFailed unless all memory that the guest can write to lies in our descriptors, and fills each.
+
+    Secret RAM must, besides, lie in secretmem mappings; the control's is ordinary by intent.
+    """
+    ours = proof.auxiliary.keys() | {name for blocks in proof.ours.values() for name in blocks}
+    strangers = [block.name for block in proof.ram_blocks if block.guest_writable and block.name not in ours]
+    size = sum(memory.size for memory in guest_ram)
+    mapped = {memory.inode: sum(proof.ours.get(memory.inode, {}).values()) for memory in guest_ram}
+    if strangers:
+        problem = f"the guest could write to memory that is not ours: {', '.join(strangers)}"
+    elif any(mapped[memory.inode] != memory.size for memory in guest_ram):
+        problem = f"{sum(mapped.values())} of {size} bytes of its RAM lie in the descriptors that were handed over"
+    elif guest_ram[0].backing == "secret" and proof.secret != size:
+        problem = f"{proof.secret} of {size} bytes of its RAM are secret"
+    else:
+        return
+    raise HandoffFailed(f"QEMU's RAM is not where it must be: {problem}", "the guest does not run with it; report this")
 
 
 def _newly_readable(earlier: Evidence, evidence: Evidence) -> list[Observation]:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from vmmback import command, console, control, handoff, monitor, qmp_socket, ram, report
 from vmmback.config import GuestConfig
 from vmmback.control import GuestInterface
-from vmmback.errors import HandoffFailed, Interrupted, QemuFailed, VmmbackError
-from vmmback.guest import Guest, Watcher, target_of
+from vmmback.errors import Interrupted, QemuFailed, VmmbackError
+from vmmback.guest import Guest, Watcher, confirm, target_of
 from vmmback.host import HostMemory, can_share_aux_ram, choose_accel, find_qemu, kernel_release
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.audit import in_thread
@@ -87,7 +87,9 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     HostMemory.read().admit(config.memory.size)
     folder = stack.enter_context(guest_folder(config.name))
 
-    guest_ram = stack.enter_context(ram.allocate(config.memory.backing, config.memory.size))
+    memories = stack.enter_context(ram.closed_together())
+    guest_ram = ram.allocate(config.memory.backing, config.memory.size)
+    memories.append(guest_ram)
     # QEMU is asked while the prefault runs: it takes its time to answer.
     async with _meanwhile(in_thread(lambda: _shares_aux_ram(config, qemu_binary))) as share_aux_ram:
         if config.memory.prefault:
@@ -120,31 +122,13 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
         qemu_monitor = await stack.enter_async_context(monitor.connect(qmp, _GREETING_TIMEOUT_S))
         host = report.Host(kernel=kernel_release(), qemu=await qemu_monitor.version(), accel=accel)
         timings["qmp_ready"] = time.perf_counter() - started
-        proof = await qmp_proof.observe(target_of(qemu, guest_ram), qemu_monitor.hmp)
-        confirm(guest_ram, proof)
+        proof = await qmp_proof.observe(target_of(qemu, memories), qemu_monitor.hmp)
+        confirm(memories, proof)
     policy = Policy(config.qmp.allow)
     policy.deny("cont", "the guest was not started yet")
     return Guest(
-        config, folder, guest_ram, devices, qemu, qemu_monitor, guest_console, host, proof, timings, watcher, policy
+        config, folder, memories, devices, qemu, qemu_monitor, guest_console, host, proof, timings, watcher, policy
     )
-
-
-def confirm(guest_ram: ram.Ram, proof: qmp_proof.Proof) -> None:
-    """Raise HandoffFailed unless all memory that the guest can write to lies in our descriptor.
-
-    Secret RAM must, besides, lie in secretmem mappings; the control's is ordinary by intent.
-    """
-    ours = proof.ours.keys() | proof.auxiliary.keys()
-    strangers = [block.name for block in proof.ram_blocks if block.guest_writable and block.name not in ours]
-    if strangers:
-        problem = f"the guest could write to memory that is not ours: {', '.join(strangers)}"
-    elif (mapped := sum(proof.ours.values())) != guest_ram.size:
-        problem = f"{mapped} of {guest_ram.size} bytes of its RAM lie in the descriptor that was handed over"
-    elif guest_ram.backing == "secret" and proof.secret != guest_ram.size:
-        problem = f"{proof.secret} of {guest_ram.size} bytes of its RAM are secret"
-    else:
-        return
-    raise HandoffFailed(f"QEMU's RAM is not where it must be: {problem}", "the guest was not started; report this")
 
 
 async def _run(guest: Guest, watcher: Watcher, stop: Stop, *, validate: bool) -> None:

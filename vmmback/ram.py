@@ -11,8 +11,8 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import ClassVar, Literal, Self
 
@@ -192,3 +192,14 @@ class OrdinaryRam(Ram):
 def allocate(backing: Literal["secret", "ordinary"], size: int) -> Ram:
     """Return RAM of `size` bytes of the kind asked for; one never stands in for the other."""
     return SecretRam(size) if backing == "secret" else OrdinaryRam(size)
+
+
+@contextmanager
+def closed_together() -> Iterator[list[Ram]]:
+    """Yield a list for the RAM of one guest; what is in it on exit is closed, the last first."""
+    memories: list[Ram] = []
+    try:
+        yield memories
+    finally:
+        for memory in reversed(memories):
+            memory.close()

@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 
 _GUEST_SIZE = "16MiB"
 _READY_TIMEOUT_S = 20.0
-_NO_TARGET = Target(0, 0, 0)
+_NO_TARGET = Target(0, {})
 
 _REQUIRED = (*sorted(REQUIRED), FreedFramesProbe.name)  # as for a guest: see vmmback.guest
 _GUEST_VECTORS: tuple[type[Probe[Any]], ...] = (DirectMapProbe, *ACCESS_PROBES, *LIVE_PROBES, *HOLDER_PROBES)
@@ -116,7 +116,7 @@ async def _on_guests(
     tell(kind.name)
 
     def observe(guest: Guest) -> Observation:
-        probe = kind(guest.ram.frames) if issubclass(kind, DirectMapProbe) else kind()
+        probe = kind(guest.prefaulted) if issubclass(kind, DirectMapProbe) else kind()
         return probe.observe(guest.target)
 
     seen, twin = await in_thread(lambda: (observe(secret), observe(ordinary)))

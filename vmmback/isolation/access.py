@@ -179,16 +179,16 @@ def descriptors_of(target: Target) -> list[int]:
     return sorted(
         descriptor.number
         for descriptor in procfs.descriptors(target.pid)
-        if descriptor.inode == target.inode and procfs.is_memory_file(descriptor.path)
+        if descriptor.inode in target.ram and procfs.is_memory_file(descriptor.path)
     )
 
 
 def _guest_ram(mappings: Sequence[AnyMapping], target: Target) -> list[AnyMapping]:
-    """Return the mappings of the guest's RAM. Raises OSError when QEMU has none."""
-    found = procfs.memory_mappings(mappings, target.inode)
-    if not found:
+    """Return the mappings of the guest's RAM. Raises OSError when QEMU does not map each of its descriptors."""
+    found = [procfs.memory_mappings(mappings, inode) for inode in target.ram]
+    if not found or not all(found):
         raise OSError(errno.ENOENT, "QEMU does not map the guest's RAM")
-    return found
+    return [mapping for mappings_of_one in found for mapping in mappings_of_one]
 
 
 def _frames(pid: int, mappings: Sequence[procfs.Mapping]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -48,10 +48,10 @@ class Evidence:
         return replace(self, observations=observations, pages=pages)
 
 
-async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: array[int]) -> Evidence:
+async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: Mapping[int, array[int]]) -> Evidence:
     """Take the QMP proof and run every probe that is safe on a live guest. Raises QemuFailed if QEMU is silent.
 
-    `prefaulted` are the RAM's pagemap entries from before QEMU mapped it, empty if it was not prefaulted.
+    `prefaulted` are the RAM's pagemap entries from before QEMU mapped it, by inode, as far as it was prefaulted.
     """
     proof = await qmp_proof.observe(target, hmp)
     direct_map = DirectMapProbe(prefaulted)

@@ -7,7 +7,7 @@ import mmap
 import os
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +15,7 @@ from vmmback.errors import HostUnfit, VmmbackError
 from vmmback.isolation.probe import Place, Probe, Reading, Target
 from vmmback.linux import kernel_image, procfs
 from vmmback.linux.direct_map import DirectMap
-from vmmback.linux.procfs import PAGE_SIZE, Mapping
+from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Observation, Verdict
 
 _CONTROL_PAGES = 64
@@ -79,8 +79,8 @@ class DirectMapProbe(FrameProbe[Pages]):
     control_is = "pages of our own, whose random contents must come back"
     source = "mm/secretmem.c, secretmem_fault: set_direct_map_invalid_noflush"
 
-    def __init__(self, prefaulted: array[int]) -> None:
-        """`prefaulted` are the pagemap entries of the RAM's pages that were made present before QEMU mapped them."""
+    def __init__(self, prefaulted: Mapping[int, array[int]]) -> None:
+        """`prefaulted` are the pagemap entries of pages that were made present before QEMU mapped them, by inode."""
         self._prefaulted = prefaulted
         self._target = Pages(array("Q"))
 
@@ -149,16 +149,18 @@ class DirectMapProbe(FrameProbe[Pages]):
         return _Found(replace(count, readable=count.readable + through_image), through_image)
 
 
-def guest_frames(target: Target, prefaulted: array[int]) -> array[int]:
+def guest_frames(target: Target, prefaulted: Mapping[int, array[int]]) -> array[int]:
     """Return the raw pagemap entry of each page of a guest's RAM: of QEMU's where it has touched it, else `prefaulted`.
 
-    Raises OSError as pagemap_entries does.
+    They come descriptor by descriptor. Raises OSError as pagemap_entries does.
     """
-    entries = pagemap_entries(target.pid, target.inode)
-    if len(prefaulted) != len(entries):
-        return entries
-    pairs = zip(entries, prefaulted, strict=True)
-    return array("Q", [mapped if mapped & procfs.PRESENT else earlier for mapped, earlier in pairs])
+    frames = array("Q")
+    for inode in target.ram:
+        entries = pagemap_entries(target.pid, inode)
+        if len(earlier := prefaulted.get(inode, ())) == len(entries):
+            _fill(entries, 0, earlier)
+        frames.extend(entries)
+    return frames
 
 
 def _auxiliary_entries(target: Target) -> array[int]:
@@ -194,14 +196,14 @@ def pagemap_entries(pid: int, inode: int) -> array[int]:
     return entries
 
 
-def _fill(entries: array[int], at: int, others: array[int]) -> None:
-    """Take over what is present in another VMA: a page is present only in those through which it was touched."""
+def _fill(entries: array[int], at: int, others: Sequence[int]) -> None:
+    """Take over what is present in another mapping: a page is present only in those through which it was touched."""
     for index, entry in enumerate(others, at):
         if not entries[index] & procfs.PRESENT:
             entries[index] = entry
 
 
-def _offset(mapping: Mapping) -> int:
+def _offset(mapping: procfs.Mapping) -> int:
     return mapping.offset
 
 

@@ -49,13 +49,13 @@ class HoldersProbe(Probe[Memory]):
     source = "proc_pid_fd(5), proc_pid_maps(5); a descriptor spreads by fork(2), SCM_RIGHTS of unix(7), pidfd_getfd(2)"
 
     def target(self, target: Target) -> Memory:
-        wanted = {target.inode, *target.auxiliary}
+        wanted = {*target.ram, *target.auxiliary}
         of_qemu: list[procfs.Descriptor | procfs.Mapping] = [
             *procfs.maps(target.pid),
             *procfs.descriptors(target.pid),
         ]
         files = {(file.device, file.inode) for file in of_qemu if _is_one_of(wanted, file)}
-        if target.inode not in {inode for _, inode in files}:
+        if not target.ram.keys() <= {inode for _, inode in files}:
             raise OSError(errno.ENOENT, "QEMU does not have the guest's RAM")
         return Memory(frozenset(files), frozenset({target.pid, target.supervisor}), target.supervisor)
 

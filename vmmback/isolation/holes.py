@@ -37,7 +37,7 @@ class PidfdGetfdMmapProbe(ChildProbe):
 
     def attempt(self, place: Throwaway) -> Reading:
         size = place.specimen.ram.size
-        number = access.descriptors_of(Target(place.pid, place.specimen.ram.inode, size))[0]
+        number = access.descriptors_of(Target(place.pid, {place.specimen.ram.inode: size}))[0]
         pidfd = os.pidfd_open(place.pid)
         try:
             descriptor = pidfd_getfd(pidfd, number)

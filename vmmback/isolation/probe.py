@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
@@ -21,17 +21,21 @@ Place = TypeVar("Place")
 
 @dataclass(frozen=True)
 class Target:
-    """A guest's RAM as the host sees it: QEMU's pid, the inode of the RAM's descriptor, its size in bytes.
+    """A guest's RAM as the host sees it: QEMU's pid, and the RAM's descriptors: the size in bytes of each, by inode.
 
-    `supervisor` is the pid of the process that holds the descriptor besides QEMU, 0 if none does.
+    `supervisor` is the pid of the process that holds the descriptors besides QEMU, 0 if none does.
     `auxiliary` are the inodes of the secret descriptors that QEMU got for its other RAM blocks.
     """
 
     pid: int
-    inode: int
-    size: int
+    ram: Mapping[int, int]
     supervisor: int = 0
     auxiliary: frozenset[int] = frozenset()
+
+    @property
+    def size(self) -> int:
+        """Size in bytes of all of the RAM."""
+        return sum(self.ram.values())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 query-memdev and qom-get repeat what QEMU was asked for and prove nothing. So the proof takes the flat views of the
 guest's address spaces, asks the host virtual address of the first and the last byte of each range, and looks both up in
-/proc/PID/maps: all of the guest's RAM must lie in mappings of the one secretmem inode that is ours, and a RAM block
+/proc/PID/maps: all of the guest's RAM must lie in mappings of the secretmem inodes that are ours, and a RAM block
 beside it is secret only if it lies in the secretmem inodes that QEMU got for such blocks (docs/RAM-BLOCKS.md).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -102,15 +102,15 @@ class Placement:
 class Proof:
     """What was found: all RAM blocks, and what the guest's processor sees at which address.
 
-    `secret` is how many bytes of blocks lie in the secret RAM of the guest. `ours` are name and bytes of the blocks in
-    its descriptor, `auxiliary` those of the blocks in the other secret descriptors that QEMU got.
+    `secret` is how many bytes of blocks lie in the secret RAM of the guest. `ours` are, for each of its descriptors (by
+    inode), name and bytes of the blocks in it, `auxiliary` those of the blocks in the other secret descriptors of QEMU.
     """
 
     observation: Observation
     ram_blocks: tuple[RamBlock, ...]
     memory_map: tuple[MapRange, ...]
     secret: int
-    ours: dict[str, int]
+    ours: dict[int, dict[str, int]]
     auxiliary: dict[str, int]
 
 
@@ -127,7 +127,7 @@ async def observe(target: Target, hmp: Hmp) -> Proof:
         raise QemuFailed("QEMU ended during the QMP proof") from error
     if not mappings:  # what a process that has dropped its memory, but was not reaped yet, shows
         raise QemuFailed("QEMU ended during the QMP proof")
-    ram = procfs.secret_mappings(mappings, target.inode)
+    ram = [m for m in mappings if m.path == procfs.SECRETMEM and m.inode in target.ram]
     auxiliary = [m for m in mappings if m.path == procfs.SECRETMEM and m.inode in target.auxiliary]
     secret = [m for m in mappings if m in ram or m in auxiliary]
 
@@ -140,7 +140,9 @@ async def observe(target: Target, hmp: Hmp) -> Proof:
         )
         for placement in placements
     )
-    secret_bytes = sum(_bytes_in(ram, placements).values())
+    secret_bytes = {
+        inode: sum(_bytes_in(procfs.secret_mappings(mappings, inode), placements).values()) for inode in target.ram
+    }
     verdict, detail = _judge(target, blocks, secret_bytes)
     control, told_apart = _control(placements, mappings, ram, secret)
     return Proof(
@@ -149,8 +151,8 @@ async def observe(target: Target, hmp: Hmp) -> Proof:
         ),
         ram_blocks=blocks,
         memory_map=_memory_map(views[0], placements, secret),
-        secret=secret_bytes,
-        ours=_bytes_in(procfs.memory_mappings(mappings, target.inode), placements),
+        secret=sum(secret_bytes.values()),
+        ours={inode: _bytes_in(procfs.memory_mappings(mappings, inode), placements) for inode in target.ram},
         auxiliary=_bytes_in(auxiliary, placements),
     )
 
@@ -333,11 +335,11 @@ def _memory_map(
     return tuple(described)
 
 
-def _judge(target: Target, blocks: Sequence[RamBlock], secret: int) -> tuple[Verdict, str]:
+def _judge(target: Target, blocks: Sequence[RamBlock], secret: Mapping[int, int]) -> tuple[Verdict, str]:
     writable = [block for block in blocks if block.guest_writable]
     ordinary = [block.name for block in writable if block.backing != "secretmem"]
     if ordinary:
         return Verdict.READABLE, f"the guest can write to ordinary memory: {', '.join(ordinary)}"
-    if not writable or secret != target.size:
-        return Verdict.INCONCLUSIVE, f"{secret} of {target.size} bytes of RAM were found in secret RAM"
-    return Verdict.BLOCKED, f"all {target.size >> 10} KiB lie in secretmem inode {target.inode}"
+    if not writable or secret != target.ram:
+        return Verdict.INCONCLUSIVE, f"{sum(secret.values())} of {target.size} bytes of RAM were found in secret RAM"
+    return Verdict.BLOCKED, f"all {target.size >> 10} KiB lie in secretmem inode {', '.join(map(str, target.ram))}"

@@ -11,6 +11,7 @@ import hashlib
 import mmap
 import os
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -53,15 +54,16 @@ class FreedFramesProbe(FrameProbe[Frames]):
     control_is = "a canary of our own in ordinary memory"
     source = "mm/secretmem.c, secretmem_free_folio: zeroed"
 
-    def __init__(self, guest_ram: Ram, entries: array[int], fingerprint: str | None) -> None:
+    def __init__(self, guest_ram: Sequence[Ram], entries: array[int], fingerprint: str | None) -> None:
         """`guest_ram` is closed right before its frames, `entries`, are read, so that few of them are in use again."""
         self._ram = guest_ram
         self._entries = entries
         self._fingerprint = fingerprint
 
     def target(self, target: Target) -> Frames:  # noqa: ARG002 (the guest is gone: all that is left are its frames)
-        self._ram.close()
-        return Frames(self._entries, self._fingerprint, self._ram.backing)
+        for memory in self._ram:
+            memory.close()
+        return Frames(self._entries, self._fingerprint, self._ram[0].backing)
 
     def control(self, target: Target) -> Frames:  # noqa: ARG002
         canary = os.urandom(CANARY_BYTES)
