@@ -39,6 +39,7 @@ from vmmback import command, handoff, ram
 from vmmback.command import QemuCommand
 from vmmback.errors import HandoffFailed, HostUnfit
 from vmmback.handoff import Qemu
+from vmmback.isolation.audit import in_thread
 from vmmback.linux import procfs, seccomp
 
 pytestmark = pytest.mark.usefixtures("needs_secretmem", "needs_seccomp")
@@ -78,6 +79,7 @@ def make_memfd(who, name, size=8192, flags=os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     except OSError as error:
         result["errno"] = error.errno
     print(json.dumps(result), flush=True)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1} if "await" in sys.argv else ())
 for step in sys.argv[1:]:
     verb, _, argument = step.partition(" ")
     if verb == "memfd":
@@ -110,6 +112,8 @@ for step in sys.argv[1:]:
         os._exit(int(argument))
     elif verb == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif verb == "await":
+        signal.sigwait({signal.SIGUSR1})
     elif verb == "stay":
         print("stays", flush=True)
         signal.pause()
@@ -155,7 +159,7 @@ class Place:
             self.auxiliary = qemu.auxiliary_inodes
 
         self.run(memory, [*steps, "exit 0"], end, secret_memfds=secret_memfds)
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return lines(self)
 
 
 def descriptors_of(pid: int) -> dict[str, str]:
@@ -247,6 +251,49 @@ def test_an_open_that_a_signal_interrupts_gets_it_at_the_next_try(
     (opened,) = place.results(secret_ram, f"open {place.mem_path}")
     assert opened.get("inode") == secret_ram.inode, opened
     assert answers == [False, True]
+
+
+def lines(place: Place) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in place.log.read_text().splitlines() if line.startswith("{")]
+
+
+def test_a_path_is_offered_while_the_program_runs_once_and_to_it_alone(
+    place: Place, secret_ram: ram.Ram, ordinary_ram: ram.Ram
+) -> None:
+    """The second memory is ordinary, so that the two cannot be taken for each other."""
+    second = place.folder / "ram1"
+    opens = [f"open {second}", f"fork {second}", f"open {place.folder}/ram2", f"open {second}", f"open {second}"]
+
+    async def body(qemu: Qemu) -> None:
+        await qemu.handed_over(20)
+        await in_thread(lambda: eventually(lambda: len(lines(place)) == 2, "the first two opens are over"))
+        with qemu.offering(second, ordinary_ram.fileno()):
+            os.kill(qemu.pid, signal.SIGUSR1)
+            await qemu.handed_over(20)
+        assert await qemu.ended(20) == 0
+
+    place.run(secret_ram, [f"open {place.mem_path}", opens[0], "await", *opens[1:], "exit 0"], body)
+    first, early, child, other, taken, again = lines(place)
+    assert (first["inode"], early["errno"]) == (secret_ram.inode, errno.EACCES)
+    assert (child["who"], child["errno"], other["errno"]) == ("child", errno.EACCES, errno.EACCES)
+    assert taken["inode"] == ordinary_ram.inode
+    assert again["errno"] == errno.EACCES
+
+
+def test_an_offer_that_is_not_taken_is_withdrawn(place: Place, secret_ram: ram.Ram, ordinary_ram: ram.Ram) -> None:
+    async def body(qemu: Qemu) -> None:
+        await qemu.handed_over(20)
+        with (
+            pytest.raises(HandoffFailed, match="take the descriptor"),
+            qemu.offering(place.folder / "ram1", ordinary_ram.fileno()),
+        ):
+            await qemu.handed_over(0.01)
+        os.kill(qemu.pid, signal.SIGUSR1)
+        assert await qemu.ended(20) == 0
+
+    place.run(secret_ram, [f"open {place.mem_path}", "await", f"open {place.folder}/ram1", "exit 0"], body)
+    assert lines(place)[1]["errno"] == errno.EACCES
+    assert list(place.folder.iterdir()) == []
 
 
 def test_the_handoff_is_awaited(place: Place, secret_ram: ram.Ram) -> None:

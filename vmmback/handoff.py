@@ -47,13 +47,14 @@ class Qemu:
         self.pid = 0
         self._secret_memfds = secret_memfds
         self._auxiliary: set[int] = set()
-        self._offers = {os.fsencode(path): descriptor for path, descriptor in offers.items()}
-        self._folders = {os.path.dirname(path) + b"/" for path in self._offers}  # noqa: PTH120
+        self._offers: dict[bytes, int] = {}
+        self._folders: set[bytes] = set()
         self._listener = self._pidfd = -1
         loop = asyncio.get_running_loop()
         self._started: asyncio.Future[None] = loop.create_future()
-        self._handed_over: asyncio.Future[None] = loop.create_future()
         self._ended: asyncio.Future[int] = loop.create_future()
+        for path, descriptor in offers.items():
+            self._offer(path, descriptor)
 
     @property
     def status(self) -> int | None:
@@ -69,6 +70,15 @@ class Qemu:
     def command_line(self) -> str:
         """What was executed, as a hint for an error."""
         return f"QEMU's command line was: {' '.join(self.argv)}"
+
+    @contextmanager
+    def offering(self, path: Path, descriptor: int) -> Iterator[None]:
+        """Have one more path answered, once, by the rules of `start`; withdrawn on exit if QEMU has not taken it."""
+        self._offer(path, descriptor)
+        try:
+            yield
+        finally:
+            self._offers.pop(os.fsencode(path), None)
 
     async def handed_over(self, timeout_s: float) -> None:
         """Wait until each descriptor offered was taken. Raises HandoffFailed, with QEMU's own words, if it was not."""
@@ -100,6 +110,11 @@ class Qemu:
             state = f"it exited with status {status}"
         words = last_words(self.log) or "nothing"
         return kind(f"QEMU did not {what}: {state}; it said: {words}", self.command_line)
+
+    def _offer(self, path: Path, descriptor: int) -> None:
+        self._offers[os.fsencode(path)] = descriptor
+        self._folders.add(os.fsencode(path.parent) + b"/")
+        self._handed_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def _before_end(
         self, future: asyncio.Future[None], timeout_s: float, what: str, kind: type[QemuFailed]
