@@ -7,8 +7,10 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +18,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
-from vmmback.runtime import guest_folder, runtime_folder
+from vmmback.runtime import guest_folder, live_guests, released, runtime_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -221,21 +223,15 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_the_reason(
 ) -> None:
     (runtime.parent / "a file").touch()
     monkeypatch.setenv("VMMBACK_RUNTIME_DIR", str(runtime.parent / place))  # /proc takes no folder, not even root's
-    with pytest.raises(HostUnfit, match="cannot be made: mkdir: ") as refused, guest_folder("x"):
+    with (
+        pytest.raises(
+            HostUnfit, match=r"cannot be made: (No such file or directory|Not a directory|File exists)"
+        ) as refused,
+        guest_folder("x"),
+    ):
         pass
     assert refused.value.exit_code == 3
     assert "VMMBACK_RUNTIME_DIR" in refused.value.hint
-
-
-def test_a_host_without_flock_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runtime: Path) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name in ("mkdir", "rm"):
-        (programs / name).symlink_to(f"/bin/{name}")
-    monkeypatch.setenv("PATH", str(programs))
-    with pytest.raises(HostUnfit, match="flock"), guest_folder("demo"):
-        pass
-    assert not (runtime / "demo").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to another user")
@@ -256,3 +252,133 @@ def test_a_runtime_folder_that_others_may_write_to_is_refused(runtime: Path, mod
     runtime.chmod(mode)
     with pytest.raises(HostUnfit, match="others may write to it"), guest_folder("demo"):
         pass
+
+
+# --- Stale folders ----------------------------------------------------------------------------------------------------
+
+
+def keeper_of(pid: int) -> int:
+    """Return the pid of a holder's keeper."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+def held(stack: ExitStack) -> subprocess.Popen[str]:
+    process = holder(stack)
+    assert line(process) == "up"
+    go(process)
+    assert line(process) == "held"
+    return process
+
+
+def killed(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{pid}/cmdline").exists() or is_zombie(pid), "it is gone")
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "ZX"
+    except OSError:
+        return True
+
+
+def test_a_live_guest_whose_keeper_was_killed_keeps_its_folder_and_removes_it_itself(runtime: Path) -> None:
+    """The lock is of the supervisor and the keeper: free only when both are gone."""
+    with ExitStack() as stack:
+        process = held(stack)
+        (runtime / "demo" / "serial.log").write_text("x")
+        killed(keeper_of(process.pid))
+        with pytest.raises(GuestNameTaken), guest_folder("demo"):
+            pass
+        assert live_guests() == ["demo"]
+        assert (runtime / "demo" / "serial.log").exists()
+    assert process.returncode == 0
+    assert not (runtime / "demo").exists()
+
+
+def test_what_both_left_is_no_guest_and_is_removed(runtime: Path) -> None:
+    with ExitStack() as stack:
+        process = held(stack)
+        (runtime / "demo" / "serial.log").write_text("x")
+        killed(keeper_of(process.pid))
+        process.kill()
+        process.wait()
+        assert (runtime / "demo" / "serial.log").exists()
+        assert live_guests() == []
+        assert list(runtime.iterdir()) == []
+
+
+def test_what_both_left_is_wiped_before_it_is_removed(runtime: Path) -> None:
+    (runtime / "demo").mkdir(parents=True, mode=0o700)
+    runtime.chmod(0o700)
+    (runtime / "demo" / "serial.log").write_text("secret")
+    with (runtime / "demo" / "serial.log").open() as log:
+        assert live_guests() == []
+        assert log.read() == "\0" * 6
+    assert list(runtime.iterdir()) == []
+
+
+def test_a_live_guest_is_listed_and_nothing_of_it_removed(runtime: Path) -> None:
+    assert live_guests() == []
+    with guest_folder("b") as folder, guest_folder("a"):
+        (folder / "log").touch()
+        (runtime / "c").mkdir(mode=0o700)
+        assert live_guests() == ["a", "b"]
+        assert (folder / "log").exists()
+        assert sorted(path.name for path in runtime.iterdir()) == ["a", "b"]
+
+
+def test_what_is_no_folder_of_a_guest_is_left_alone(runtime: Path, tmp_path: Path) -> None:
+    runtime.mkdir(mode=0o700)
+    (tmp_path / "other").mkdir()
+    (runtime / "link").symlink_to(tmp_path / "other")
+    (runtime / "file").touch()
+    assert live_guests() == []
+    assert sorted(path.name for path in runtime.iterdir()) == ["file", "link"]
+    for path in runtime.iterdir():
+        path.unlink()
+
+
+def test_a_removal_that_was_cut_short_is_finished_by_the_next(runtime: Path) -> None:
+    (runtime / ".stale-7").mkdir(parents=True, mode=0o700)
+    runtime.chmod(0o700)
+    assert live_guests() == []
+    assert list(runtime.iterdir()) == []
+
+
+def test_launches_that_race_with_the_removal_of_a_stale_folder_get_their_name(runtime: Path) -> None:
+    """Nobody's folder is taken away, and no name is taken by who cleans, while others list and clean all the time."""
+    runtime.mkdir(mode=0o700)
+    over = threading.Event()
+    seen: list[list[str]] = []
+
+    def list_all() -> None:
+        while not over.is_set():
+            seen.append(live_guests())
+
+    with ThreadPoolExecutor(2) as pool:
+        cleaners = [pool.submit(list_all) for _ in range(2)]
+        try:
+            for _ in range(25):
+                (runtime.parent / "made").mkdir(mode=0o700)
+                (runtime.parent / "made" / "old").touch()
+                (runtime.parent / "made").rename(runtime / "demo")
+                with guest_folder("demo") as folder:
+                    (folder / "new").touch()
+                    assert "demo" in live_guests()
+                    assert [path.name for path in folder.iterdir()] == ["new"]
+        finally:
+            over.set()
+        for cleaner in cleaners:
+            cleaner.result(10)
+    assert any(seen)
+
+
+def test_the_release_can_be_waited_for(runtime: Path) -> None:
+    with ExitStack() as stack:
+        process = held(stack)
+        assert not released(runtime / "demo", 0.01)
+        process.kill()
+        assert released(runtime / "demo", 10)
+        eventually(lambda: not (runtime / "demo").exists(), "the keeper is done")
+    assert released(runtime / "demo", 0)

@@ -1,9 +1,13 @@
-"""Runtime state: one folder for each live guest, mode 0700, held and removed by a keeper process of a few lines.
+"""Runtime state: one folder for each live guest, mode 0700, removed by a keeper process of a few lines.
 
-The keeper makes the folder, holds a lock on it (flock(2)) and waits. It removes the folder as soon as the pipe on its
-standard input closes, be it that the supervisor released it or that the supervisor was killed: there is one way of
-clean-up, and it always runs. A folder without a lock on it is what a power cut or a killed keeper left; the next guest
-of that name takes it over.
+The supervisor makes the folder and locks it (flock(2)); the keeper inherits the descriptor, and with it the lock, which
+belongs to their one open file description. So the lock is free only when both are gone, be they killed or not: a folder
+that nobody has locked is what a power cut or two SIGKILLs left. The next guest of that name takes it over, and
+`live_guests` removes it. QEMU never has the descriptor.
+
+The keeper removes the folder as soon as the pipe on its standard input closes, be it that the supervisor released it or
+that the supervisor was killed: there is one way of clean-up, and it always runs. (A supervisor that is killed in the
+millisecond between the making of the folder and the start of the keeper leaves an empty folder without a lock.)
 
 Files are overwritten with zeroes before they are removed: what a guest printed is in there, and the kernel clears a
 freed page of a file only when a later owner needs it cleared (init_on_free=1 on its command line would change that).
@@ -12,19 +16,20 @@ This is about memory: a runtime folder that is not in a tmpfs leaves what was wr
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
 
 _KEEPER = r"""
 trap '' HUP INT PIPE TERM
-umask 077
 wipe() {
     find "$1" -type f -links 1 -size +0 -exec sh -c '
         for file; do
@@ -32,19 +37,20 @@ wipe() {
         done' sh {} + 2>/dev/null
     :
 }
-command -v flock >/dev/null || { echo "flock (util-linux) is not installed" >&2; exit 2; }
-until [ "$1" -ef /proc/self/fd/9 ]; do  # else the folder was removed between the steps below
-    mkdir -p -- "$1" || exit 2
-    [ ! -L "$1" ] || { echo "it is a symbolic link" >&2; exit 2; }
-    exec 9<"$1"
-    [ -O /proc/self/fd/9 ] || { echo "it belongs to another user" >&2; exit 2; }
-    flock -n 9 || exit 3
-done
-wipe "$1"; find "$1" -mindepth 1 -delete && chmod 700 -- "$1" && echo kept && read -r _
+# A new folder is empty: to start `find` twice would be most of what a guest's folder costs.
+[ -z "$(ls -A -- "$1")" ] || { wipe "$1"; find "$1" -mindepth 1 -delete; } || exit
+chmod 700 -- "$1" && echo kept && read -r _
 wipe "$1"
 rm -rf -- "$1"
 """
-_NAME_TAKEN = 3
+
+# Whoever removes stale folders holds the lock of one for a moment, until it has another name (`live_guests`).
+_MOMENT_S = 0.25
+_STALE = ".stale-"
+
+CONTROL_SOCKET = "control"
+QMP_SOCKET = "qmp.sock"
+SERIAL_LOG, QEMU_LOG, SUPERVISOR_LOG = "serial.log", "qemu.log", "supervisor.log"
 
 # A Unix socket's address holds 108 bytes (unix(7)); `socket_address` is for the names of guests that make it longer.
 _LONGEST_FOLDER = 80
@@ -104,18 +110,136 @@ def guest_folder(name: str) -> Iterator[Path]:
     """
     folder = runtime_folder() / name
     _check_owner(folder.parent)
-    with subprocess.Popen(
+    lock = _take(folder)
+    try:
+        with _keeper(folder, lock, subprocess.PIPE) as keeper:  # whose exit closes the pipe and waits
+            assert keeper.stdout is not None
+            if keeper.stdout.readline() != b"kept\n":
+                _, complaint = keeper.communicate()
+                raise _cannot_be_made(folder, complaint.decode(errors="replace").strip())
+            try:
+                yield folder
+            finally:
+                if keeper.poll() is not None:  # somebody has ended it: another one does its work
+                    with _keeper(folder, lock, subprocess.DEVNULL):
+                        pass
+    finally:
+        os.close(lock)
+
+
+def live_guests() -> list[str]:
+    """Return the names of the guests that live, in order, and remove what the supervisors of others left behind.
+
+    A guest lives from the moment that its folder is locked until the folder is removed. Raises HostUnfit, UsageError.
+    """
+    base = runtime_folder()
+    _check_owner(base)
+    live = []
+    removals = []
+    for folder in _folders_in(base):
+        with suppress(OSError), _opened(folder) as descriptor:
+            if not _lock(descriptor):
+                live.append(folder.name)
+            elif _is_at(descriptor, folder):  # and stays there: whoever moves or removes it must have the lock
+                # Under another name at once, so that a guest of its name need not wait.
+                stale = base / f"{_STALE}{os.fstat(descriptor).st_ino}"
+                folder.rename(stale)
+                removals.append(_keeper(stale, descriptor, subprocess.DEVNULL))  # which has the lock from now on
+    for removal in removals:
+        with removal:
+            pass
+    return sorted(name for name in live if not name.startswith("."))
+
+
+def released(folder: Path, timeout_s: float) -> bool:
+    """Wait until the folder of a guest is removed, or has another owner; False if that takes too long."""
+    deadline = time.monotonic() + timeout_s
+    with suppress(FileNotFoundError, NotADirectoryError), _opened(folder) as descriptor:
+        while _is_at(descriptor, folder) and not _lock(descriptor):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)  # flock(2) would wait, but has no deadline
+    return True
+
+
+def _take(folder: Path) -> int:
+    """Return the descriptor of a guest's folder with the lock on it. Raises GuestNameTaken, HostUnfit."""
+    deadline = time.monotonic() + _MOMENT_S
+    try:
+        while True:
+            for path in reversed((folder, *folder.parents)):
+                path.mkdir(0o700, exist_ok=True)
+            if folder.is_symlink():
+                raise _cannot_be_made(folder, "it is a symbolic link")
+            with suppress(FileNotFoundError):  # it was removed meanwhile
+                descriptor = _open(folder)
+                if _lock(descriptor) and _is_at(descriptor, folder):
+                    return descriptor
+                os.close(descriptor)
+            if time.monotonic() > deadline:
+                raise GuestNameTaken(
+                    f"a guest named {folder.name} is running already",
+                    'stop it, or give this guest another "name" in its file',
+                )
+            time.sleep(0.005)  # see _MOMENT_S
+    except OSError as error:
+        raise _cannot_be_made(folder, error.strerror or str(error)) from error
+
+
+def _folders_in(base: Path) -> list[Path]:
+    try:
+        return list(base.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise HostUnfit(f"the runtime folder {base} cannot be read: {error.strerror}", "run as its owner") from error
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = _open(folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _open(folder: Path) -> int:
+    """Open a folder of ours. Raises OSError; what is there instead may be a link, or belong to another user."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if os.fstat(descriptor).st_uid != os.geteuid():
+        os.close(descriptor)
+        raise PermissionError(0, "it belongs to another user")
+    return descriptor
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a folder; False if another open file description has the lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _keeper(folder: Path, lock: int, stdin: int) -> subprocess.Popen[bytes]:
+    """Start a keeper, which empties the folder, and removes it at the end of its standard input."""
+    return subprocess.Popen(
         ["/bin/sh", "-c", _KEEPER, "vmmback-keeper", str(folder)],
-        stdin=subprocess.PIPE,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pass_fds=[lock],
         start_new_session=True,
         cwd="/",
-    ) as keeper:  # whose exit closes the pipe and waits
-        assert keeper.stdout is not None
-        if keeper.stdout.readline() != b"kept\n":
-            raise _refusal(keeper, name, folder)
-        yield folder
+    )
 
 
 @contextmanager
@@ -148,13 +272,8 @@ def listening_socket(path: Path) -> Iterator[socket.socket]:
             path.unlink(missing_ok=True)
 
 
-def _refusal(keeper: subprocess.Popen[bytes], name: str, folder: Path) -> GuestNameTaken | HostUnfit:
-    _, complaint = keeper.communicate()
-    if keeper.returncode == _NAME_TAKEN:
-        return GuestNameTaken(
-            f"a guest named {name} is running already", 'stop it, or give this guest another "name" in its file'
-        )
+def _cannot_be_made(folder: Path, problem: str) -> HostUnfit:
     return HostUnfit(
-        f"the folder {folder} cannot be made: {complaint.decode(errors='replace').strip()}",
+        f"the folder {folder} cannot be made: {problem}",
         "run as root, or set VMMBACK_RUNTIME_DIR to a folder that you may write to",
     )
