@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import socket
 import stat
 from array import array
 from collections.abc import Callable, Coroutine
@@ -56,9 +57,17 @@ class Made:
             raise self.error
         return FRAMES
 
+    def attach_console(self, scrollback: bool) -> int:
+        if self.error:
+            raise self.error
+        ours, theirs = socket.socketpair()
+        with ours:
+            ours.sendall(b"all of it" if scrollback else b"what comes")
+        return theirs.detach()
+
     @property
     def interface(self) -> GuestInterface:
-        return GuestInterface(self.examine, self.frames, lambda: self.halves)
+        return GuestInterface(self.examine, self.frames, lambda: self.halves, self.attach_console)
 
 
 def play(folder: Path, scene: Callable[[Made, Supervisor], Coroutine[Any, Any, None]]) -> None:
@@ -117,6 +126,19 @@ def test_the_halves_of_a_canary_and_none(tmp_path: Path) -> None:
         assert await guest.canary_halves() == HALVES
         made.halves = None
         assert await guest.canary_halves() is None
+
+    play(tmp_path, scene)
+
+
+def test_the_console_is_a_socket_of_the_callers(tmp_path: Path) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        for scrollback, printed in ((True, b"all of it"), (False, b"what comes")):
+            with socket.socket(fileno=await guest.console(scrollback=scrollback)) as console:
+                assert not console.get_inheritable()
+                assert (console.recv(100), console.recv(100)) == (printed, b"")
+        made.error = QemuFailed("there are too many", "wait")
+        with pytest.raises(QemuFailed, match="there are too many"):
+            await guest.console(scrollback=True)
 
     play(tmp_path, scene)
 

@@ -1,4 +1,4 @@
-"""The guest's serial console: copied to logs and to whoever watches, and searched for the lines we wait for.
+"""The guest's serial console: copied to logs and to whoever is at it, and searched for the lines we wait for.
 
 What a guest prints may be secret. It is held in buffers that are used again and overwritten in the end, not in `bytes`,
 which Python frees as they are. What a watcher makes of it is the watcher's: docs/RESIDUE.md.
@@ -16,6 +16,7 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from vmmback.console_clients import Clients
 from vmmback.errors import UsageError
 
 _CHUNK = 1 << 16
@@ -43,9 +44,11 @@ class Watcher(Protocol):
 
 
 class Console:
-    """What a guest has printed. Made by `attach`."""
+    """What a guest has printed, and who is at it. Made by `attach`."""
 
-    def __init__(self, logs: Sequence[BinaryIO], watcher: Watcher, ready: bytes) -> None:
+    def __init__(
+        self, logs: Sequence[BinaryIO], watcher: Watcher, ready: bytes, clients: Clients | None = None
+    ) -> None:
         self.bytes_seen = 0
         self.canary_fingerprint: str | None = None
         self.canary_halves: tuple[bytes, bytes] | None = None
@@ -53,6 +56,7 @@ class Console:
         self._ready_text = ready
         self._logs = list(logs)
         self._watcher = watcher
+        self._clients = clients
         self._kept = _TAIL_BYTES + len(ready)
         self._recent = bytearray(self._kept + _CHUNK)
         self._held = 0
@@ -68,7 +72,19 @@ class Console:
             except OSError as error:  # a full disk must not end the guest
                 self._logs.remove(log)
                 self._watcher.note(f"the console log {log.name} ends here: {error.strerror}")
+        if self._clients:
+            self._clients.feed(data)
         self._watcher.console(data)
+
+    @property
+    def bytes_typed(self) -> int:
+        """How many bytes other processes have typed to the guest."""
+        return self._clients.bytes_typed if self._clients else 0
+
+    def attach_client(self, *, scrollback: bool) -> int:
+        """Return a new client's descriptor (console_clients.Clients.attach). Raises VmmbackError."""
+        assert self._clients is not None
+        return self._clients.attach(scrollback=scrollback)
 
     def wipe(self) -> None:
         """Overwrite what is held of what the guest printed."""
@@ -100,10 +116,12 @@ async def attach(
     """
     loop = asyncio.get_running_loop()
     with ExitStack() as stack:
-        console = Console([stack.enter_context(_open(path)) for path in logs], watcher, ready)
+        connection.setblocking(False)
+        clients = Clients(connection)
+        stack.callback(clients.close)
+        console = Console([stack.enter_context(_open(path)) for path in logs], watcher, ready, clients)
         stack.callback(console.wipe)
         buffer = bytearray(_CHUNK)
-        connection.setblocking(False)
 
         def read() -> bool:
             try:
@@ -129,6 +147,7 @@ async def attach(
             while read():
                 pass
             loop.remove_reader(connection)
+            await clients.end()
 
 
 def _open(path: Path) -> BinaryIO:

@@ -62,10 +62,12 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
         examine: Callable[[], Awaitable[IsolationReport]],
         frames: "Callable[[], Awaitable[array[int]]]",
         canary_halves: Callable[[], tuple[bytes, bytes] | None],
+        attach_console: Callable[[bool], int],
     ) -> None:
         self._examine = examine
         self._frames = frames
         self._canary_halves = canary_halves
+        self._attach_console = attach_console
         self._under_way: set[asyncio.Future[Any]] = set()
 
     async def end(self) -> None:
@@ -108,6 +110,16 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
     async def CanaryHalves(self) -> list[str]:  # noqa: N802
         """Return two halves, in hex, whose XOR is the canary that fills the guest; none if it printed none."""
         return [half.hex() for half in self._canary_halves() or ()]
+
+    @varlinkmethod(return_parameter="console")
+    async def Console(self, scrollback: bool) -> FileDescriptor:  # noqa: N802
+        """Return a stream socket at the guest's serial console: raw bytes, both ways; docs/CONSOLE.md."""
+        try:
+            return FileDescriptor(self._attach_console(scrollback), should_close=True)
+        except VmmbackError as error:
+            raise Failed(message=error.message, hint=error.hint) from error
+        except OSError as error:  # out of descriptors
+            raise Failed(message=f"the console cannot be attached to: {error.strerror}", hint="") from error
 
 
 @asynccontextmanager
@@ -180,6 +192,12 @@ class Supervisor:
                 return None
             first, second = halves
             return first, second
+
+    async def console(self, *, scrollback: bool) -> int:
+        """Return the descriptor, the caller's, of a socket at the guest's console. Raises QemuFailed as above."""
+        async with _answer_to("Console", _ANSWER_TIMEOUT_S):
+            with await self._guest.Console(scrollback=scrollback) as answer:
+                return os.dup(answer["console"].fileno())
 
 
 @asynccontextmanager

@@ -176,7 +176,7 @@ class Guest:
             probes=probes,
             exposures=(
                 *(evidence.exposures if evidence else ()),
-                exposures.console_exposure(self.console.bytes_seen),
+                exposures.console_exposure(self.console.bytes_seen, self.console.bytes_typed),
                 *(exposure for device in self.devices for exposure in device.exposures),
             ),
             drifts=tuple(self.drifts),

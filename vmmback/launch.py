@@ -153,7 +153,10 @@ def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
 @asynccontextmanager
 async def _served(guest: Guest) -> AsyncIterator[None]:
     """Let other processes have the guest audited, and speak QMP to it as its file allows, while the block runs."""
-    interface = GuestInterface(guest.examine, guest.frames, guest.canary_halves)
+    attach = guest.console.attach_client
+    interface = GuestInterface(
+        guest.examine, guest.frames, guest.canary_halves, lambda scrollback: attach(scrollback=scrollback)
+    )
     async with (
         control.serve(guest.folder, interface),
         qmp_socket.serve(guest.folder / QMP_SOCKET, guest.monitor, guest.policy, guest.watcher.note) as clients,

@@ -88,12 +88,13 @@ def qemu_memory_exposure(target: Target) -> Exposure:
     )
 
 
-def console_exposure(bytes_printed: int) -> Exposure:
-    """Say how much of what the guest printed went through the host."""
+def console_exposure(bytes_printed: int, bytes_typed: int) -> Exposure:
+    """Say how much of what the guest printed, and of what was typed to it, went through the host."""
+    typed = f" and {bytes_typed} bytes that were typed to it" if bytes_typed else ""
     return Exposure(
         name="serial-console",
-        holders="the host kernel, root, who reads the log",
-        detail=f"{bytes_printed} bytes that the guest printed went through QEMU and vmmback in ordinary memory",
+        holders="the host kernel, root, who reads the log or is at the console",
+        detail=f"{bytes_printed} bytes that the guest printed{typed} went through QEMU and vmmback in ordinary memory",
     )
 
 
