@@ -81,8 +81,10 @@ class Row:
 # --- The guest --------------------------------------------------------------------------------------------------------
 
 
-def pack_initrd(folder: Path) -> Path:
+def pack_initrd(folder: Path, init: Path = INIT, task: str = "") -> Path:
     """Return an initrd: the demo guest's, and behind it what replaces its init and the modules that it lacks.
+
+    It has the file /task besides, for an init that does what that says.
 
     The kernel unpacks archives one after the other (Documentation/driver-api/early-userspace/buffer-format.rst).
     """
@@ -91,7 +93,8 @@ def pack_initrd(folder: Path) -> Path:
     modules.mkdir(parents=True)
     for module in MODULES.glob("*.ko"):
         shutil.copy(module, modules)
-    shutil.copy(INIT, tree / "init")
+    shutil.copy(init, tree / "init")
+    (tree / "task").write_text(task)
     (tree / "init").chmod(0o755)
     names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
     cpio = ["busybox", "cpio", "-o", "-H", "newc", "-R", "0:0"]

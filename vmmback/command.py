@@ -77,6 +77,10 @@ def build(
         "-mon", "chardev=qmp,mode=control",
         "-chardev", f"socket,id=serial,fd={serial}",
         "-serial", "chardev:serial",
+        # Not rng-builtin: Debian's QEMU takes 64 bytes of getrandom(2) for it once, and makes all else by itself, from
+        # a state in its heap (crypto/random-gnutls.c). This one reads the host's generator whenever the guest asks.
+        "-object", "rng-random,id=rng0,filename=/dev/urandom",
+        "-device", "virtio-rng-pci,rng=rng0",
     ]  # fmt: skip
     if config.boot.firmware:
         argv += ["-bios", str(config.boot.firmware)]

@@ -84,7 +84,7 @@ def qemu_memory_exposure(target: Target) -> Exposure:
         name="qemu-memory",
         holders="the host kernel, root",
         detail=f"{anonymous} KiB of QEMU's own memory (heap, stacks) is ordinary, and what passes through QEMU may be "
-        f"in it: processor registers, console, disks, network; {freed}",
+        f"in it: processor registers, random numbers, console, disks, network; {freed}",
     )
 
 
