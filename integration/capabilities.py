@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from integration import browser
+from vmmback import vsock
 from vmmback.errors import VmmbackError
 from vmmback.host import can_share_aux_ram, find_qemu
 from vmmback.linux import kernel_image, seccomp
@@ -97,6 +98,10 @@ def _network_namespace() -> None:
     subprocess.run(["unshare", "--net", "true"], check=True, capture_output=True, timeout=30)
 
 
+def _vhost_vsock() -> None:
+    os.close(os.open(vsock.DEVICE, os.O_RDWR))
+
+
 def _memory_group() -> None:
     new_memory_group().rmdir()
 
@@ -112,6 +117,7 @@ KERNEL_IMAGE = Capability(
 )
 CHROMIUM = Capability("a headless Chromium (Debian's chromium-headless-shell)", _chromium)
 NETWORK_NAMESPACE = Capability("a network namespace of our own", _network_namespace)
+VHOST_VSOCK = Capability("/dev/vhost-vsock", _vhost_vsock, required=False)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
 
 

@@ -18,6 +18,7 @@ from vmmback import config, toml_errors
 from vmmback.config import GuestConfig, json_schema, load
 from vmmback.config import values as config_values
 from vmmback.config.guest import SMALLEST
+from vmmback.config.refused import REFUSED_TABLES
 from vmmback.config.values import parse_duration, parse_size
 from vmmback.errors import ConfigError
 from vmmback.toml_errors import key_lines
@@ -59,6 +60,9 @@ log = "logs/console.log"
 
 [qmp]
 allow = ["device_del", "job-*"]
+
+[vsock]
+cid = 3
 """
 
 
@@ -210,7 +214,7 @@ def test_bad_durations(text: str) -> None:
 
 BOOT = '[boot]\nkernel = "vmlinuz"\n'
 MEMORY = '[memory]\nsize = "256MiB"\n'
-TABLES = "[memory], [cpu], [machine], [boot], [isolation], [console], [qmp]"
+TABLES = "[memory], [cpu], [machine], [boot], [isolation], [console], [qmp], [vsock]"
 FILE_ADVICE = "write the path of a file that you may read, absolute or from the guest file's folder"
 NAME_ADVICE = (
     'write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."'  # shared by the rows
@@ -517,6 +521,21 @@ WRONG: list[tuple[str, str]] = [
         f'"a\\nb" = 1\n{MINIMAL}',
         f'guest.toml:1: "a\\nb": unknown key "a\\nb"; known here are "name", {TABLES}',
     ),
+    # refused
+    (f"{MINIMAL}[balloon]\n", f"guest.toml:8: balloon: {REFUSED_TABLES['balloon']}"),
+    *(
+        (
+            f"{MINIMAL}[vsock]\ncid = {cid}\n",
+            f"guest.toml:9: vsock.cid: {cid} is the hypervisor's, the loopback's or the host's address (vsock(7)); "
+            "write 3 or more",
+        )
+        for cid in range(3)
+    ),
+    (
+        f"{MINIMAL}[vsock]\ncid = 4294967295\n",
+        "guest.toml:9: vsock.cid: 4294967295 is too large; write 4294967294 or less",
+    ),
+    (f"{MINIMAL}[vsock]\n", "guest.toml:8: vsock.cid: missing; write cid = 3"),
     # not built yet
     (f"{MINIMAL}[[disk]]\n", f"guest.toml:8: disk: [[disk]] is not built yet; the tables so far are {TABLES}"),
     (f"{MINIMAL}[[nic]]\n", f"guest.toml:8: nic: [[nic]] is not built yet; the tables so far are {TABLES}"),
@@ -740,7 +759,7 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
     tables = tables_of(json_schema())
 
     assert {name: set(table["properties"]) for name, table in tables.items()} == {
-        "": {"name", "memory", "cpu", "machine", "boot", "isolation", "console", "qmp"},
+        "": {"name", "memory", "cpu", "machine", "boot", "isolation", "console", "qmp", "vsock"},
         "memory": {"size", "prefault", "backing"},
         "cpu": {"count", "model"},
         "machine": {"type", "accel"},
@@ -748,6 +767,7 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
         "isolation": {"validate", "every", "on-exposed", "ready", "ready-timeout", "after-validation"},
         "console": {"log"},
         "qmp": {"allow"},
+        "vsock": {"cid"},
     }
     assert tables[""]["required"] == ["name", "memory", "boot"]
     assert tables["memory"]["required"] == ["size"]

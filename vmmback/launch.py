@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmmback import command, console, control, handoff, monitor, qmp_socket, ram, report
+from vmmback import command, console, control, handoff, monitor, qmp_socket, ram, report, vsock
 from vmmback.config import GuestConfig
 from vmmback.control import GuestInterface
 from vmmback.errors import Interrupted, QemuFailed, VmmbackError
@@ -86,6 +86,10 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     accel = await in_thread(lambda: choose_accel(config.machine.accel))
     HostMemory.read().admit(config.memory.size)
     folder = stack.enter_context(guest_folder(config.name))
+    inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
+    devices: list[command.Device] = []
+    if config.vsock:
+        devices.append(inherited.enter_context(vsock.opened(config.vsock.cid)))
 
     memories = stack.enter_context(ram.closed_together())
     guest_ram = ram.allocate(config.memory.backing, config.memory.size)
@@ -98,10 +102,8 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
         secret_aux = await share_aux_ram
 
     started = time.perf_counter()
-    inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
     qmp, qemu_qmp = _socket_pair(stack, inherited)
     serial, qemu_serial = _socket_pair(stack, inherited)
-    devices: list[command.Device] = []
     logs = [folder / "serial.log", *([config.console.log] if config.console.log else [])]
     guest_console = await stack.enter_async_context(
         console.attach(serial, logs, watcher, (config.isolation.ready or "").encode())

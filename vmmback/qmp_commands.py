@@ -76,16 +76,17 @@ def _cpu_model(arguments: Mapping[str, object]) -> str:
     return ""
 
 
+# No balloon: it takes memory from the guest and gives the host none back (docs/REFUSALS.md).
 # Devices without memory of their own that the guest can write to (video memory, ivshmem, a DIMM, an NVMe controller's
 # buffer would be ordinary memory), and that share no RAM with another process (vhost-user) or a driver (vfio, vdpa).
 _DRIVERS = _names(
-    "virtio-balloon-pci virtio-blk-pci virtio-keyboard-pci virtio-net-pci virtio-rng-pci virtio-scsi-pci "
+    "virtio-blk-pci virtio-keyboard-pci virtio-net-pci virtio-rng-pci virtio-scsi-pci "
     "virtio-tablet-pci scsi-cd scsi-hd i6300esb pcie-root-port qemu-xhci usb-kbd usb-tablet"
 )
 # Not: memdev, chardev, romfile (reads a file of the host), vhost*, hostfd, x-*, and what QEMU may add.
 _DRIVER_PROPERTIES = _names(
     "driver id bus addr multifunction drive netdev mac bootindex serial port chassis slot channel scsi-id lun "
-    "share-rw write-cache disable-legacy disable-modern free-page-reporting deflate-on-oom"
+    "share-rw write-cache disable-legacy disable-modern"
 )
 
 

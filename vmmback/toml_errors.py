@@ -13,7 +13,7 @@ import stat
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, time
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +42,8 @@ class Grammar:
 
     tables: Mapping[str, Mapping[str, FieldInfo]]
     not_built: Mapping[KeyPath, str]
+    refused: Mapping[KeyPath, str] = field(default_factory=dict)
+    """What users may look for and cannot have, and why."""
     arrays: Collection[str] = ()
 
 
@@ -259,6 +261,8 @@ def _missing(keys: KeyPath, _: ErrorDetails, grammar: Grammar) -> str:
 
 
 def _unknown(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
+    if keys in grammar.refused:
+        return grammar.refused[keys]
     if keys in grammar.not_built:
         return f"{grammar.not_built[keys]} is not built yet; the tables so far are {_named_tables(grammar)}"
     key, table = keys[-1], _table(keys)

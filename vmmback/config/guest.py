@@ -12,8 +12,10 @@ from pydantic import Field, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from vmmback.config.refused import REFUSED_TABLES
 from vmmback.config.tables import Boot, Console, Cpu, Isolation, Machine, Memory, Qmp, Table
 from vmmback.config.values import GuestName
+from vmmback.config.vsock import Vsock
 from vmmback.errors import ConfigError
 from vmmback.toml_errors import Grammar, ascii_path, explain, read
 
@@ -43,6 +45,9 @@ class GuestConfig(Table):
     )
     console: Console = Field(default_factory=Console, description="The guest's serial console.")
     qmp: Qmp = Field(default_factory=Qmp, description="What other processes may ask of the guest on its socket.")
+    vsock: Vsock | None = Field(
+        default=None, description="Sockets between the guest and the host, without a network.", examples=[{"cid": 3}]
+    )
 
 
 _TABLES: dict[str, type[Table]] = {
@@ -54,6 +59,7 @@ _TABLES: dict[str, type[Table]] = {
     "isolation": Isolation,
     "console": Console,
     "qmp": Qmp,
+    "vsock": Vsock,
 }
 _GRAMMAR = Grammar(
     tables={
@@ -66,6 +72,7 @@ _GRAMMAR = Grammar(
         ("share",): "[[share]]",
         ("process",): "[process]",
     },
+    refused={(name,): reason for name, reason in REFUSED_TABLES.items()},
 )
 
 
