@@ -42,6 +42,7 @@ class Scene:
         self.options: list[str | bytes] = ["--json"]
         self.environment: dict[str, str | None] = {"TMPDIR": str(folder / "tmp")}
         self._family = family
+        self._shown: list[str] = []  # statements that show QEMU more of the host than its jail does
         (folder / "tmp").mkdir()
         (folder / "boots.rom").write_bytes(RESETS)
         self.write('firmware = "boots.rom"')
@@ -96,7 +97,15 @@ class Scene:
 
     def patched(self, *statements: str) -> None:
         """Let the command run after these statements, for what cannot be brought about from outside."""
-        program = "\n".join(["from vmmback import cli, handoff, launch", *statements, "cli.main()"])
+        program = "\n".join(
+            [
+                "from pathlib import Path",
+                "from vmmback import cli, handoff, jail, launch",
+                *self._shown,
+                *statements,
+                "cli.main()",
+            ]
+        )
         self.command = [sys.executable, "-c", program]
 
     def unprivileged(self, *statements: str) -> None:
@@ -116,8 +125,11 @@ class Scene:
 
     def qemu(self, body: str) -> None:
         """Put a program in QEMU's place."""
-        folder = stand_in(self.folder / "programs", sys.executable, body)
+        python = Path(sys.executable).resolve()
+        folder = stand_in(self.folder / "programs", str(python), body)
         self.environment["PATH"] = f"{folder}:{os.environ['PATH']}"
+        self._shown = [f"jail._FOLDERS = (*jail._FOLDERS, Path({sys.base_prefix!r}))"]  # the interpreter is not in /usr
+        self.patched()
 
 
 def files_below(folder: Path) -> set[str]:

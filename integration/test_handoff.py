@@ -567,13 +567,16 @@ def test_qemu_ends_with_a_supervisor_that_is_killed(supervised: int, runtime_dir
 KILLED_EARLY = """
 import sys
 from pathlib import Path
-from vmmback import cli, handoff
-handoff._ENVIRONMENT = {"PATH": sys.argv.pop(1) + ":" + handoff._ENVIRONMENT["PATH"]}
+from vmmback import cli, handoff, jail
+programs = sys.argv.pop(1)
+handoff._ENVIRONMENT = {"PATH": programs + ":" + handoff._ENVIRONMENT["PATH"]}
+jail._FOLDERS = (*jail._FOLDERS, Path(programs).parent)
 cli.main()
 """
 WAITS = """#!/bin/sh
-[ "$1 $2 $3" = "--pdeathsig KILL --" ] || exit 99
-shift 3
+case "$*" in *" --pdeathsig KILL -- "*) ;; *) exit 99 ;; esac
+while [ "$1" != -- ]; do shift; done
+shift
 read -r _ <{fifo}
 exec "$@"
 """

@@ -395,8 +395,11 @@ def test_while_ram_is_prefaulted(
 # In setpriv's place stands a script that never starts QEMU.
 STARTS_NEVER = """
 import sys
-from vmmback import cli, handoff
-handoff._ENVIRONMENT = {"PATH": sys.argv.pop(1) + ":" + handoff._ENVIRONMENT["PATH"]}
+from pathlib import Path
+from vmmback import cli, handoff, jail
+programs = sys.argv.pop(1)
+handoff._ENVIRONMENT = {"PATH": programs + ":" + handoff._ENVIRONMENT["PATH"]}
+jail._FOLDERS = (*jail._FOLDERS, Path(programs))
 cli.main()
 """
 

@@ -136,9 +136,9 @@ class Launch:
 
     @property
     def qemu(self) -> int:
-        """QEMU itself, no longer setpriv before it becomes QEMU."""
+        """QEMU itself, no longer setpriv or prlimit before it becomes QEMU."""
         pid = self.child("memory-backend-file")
-        return pid if pid and not command_line(pid).startswith("setpriv ") else 0
+        return pid if pid and not command_line(pid).startswith(("setpriv ", "prlimit ")) else 0
 
     def holds(self, link: str) -> bool:
         """Tell whether the supervisor has a descriptor of this kind."""

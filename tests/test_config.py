@@ -214,7 +214,7 @@ def test_bad_durations(text: str) -> None:
 
 BOOT = '[boot]\nkernel = "vmlinuz"\n'
 MEMORY = '[memory]\nsize = "256MiB"\n'
-TABLES = "[memory], [cpu], [machine], [boot], [isolation], [console], [qmp], [vsock]"
+TABLES = "[memory], [cpu], [machine], [boot], [isolation], [console], [qmp], [vsock], [process]"
 FILE_ADVICE = "write the path of a file that you may read, absolute or from the guest file's folder"
 NAME_ADVICE = (
     'write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."'  # shared by the rows
@@ -540,7 +540,46 @@ WRONG: list[tuple[str, str]] = [
     (f"{MINIMAL}[[disk]]\n", f"guest.toml:8: disk: [[disk]] is not built yet; the tables so far are {TABLES}"),
     (f"{MINIMAL}[[nic]]\n", f"guest.toml:8: nic: [[nic]] is not built yet; the tables so far are {TABLES}"),
     (f"{MINIMAL}[[share]]\n", f"guest.toml:8: share: [[share]] is not built yet; the tables so far are {TABLES}"),
-    (f"{MINIMAL}[process]\n", f"guest.toml:8: process: [process] is not built yet; the tables so far are {TABLES}"),
+    (
+        f"{MINIMAL}[process]\nuids = 7\n",
+        'guest.toml:9: process.uids: 7 is an integer; write a range in quotes, like "1900000000-1900065535"',
+    ),
+    (
+        f'{MINIMAL}[process]\nuids = "7"\n',
+        'guest.toml:9: process.uids: "7" is not a range of uids; write it like "1900000000-1900065535"',
+    ),
+    (
+        f'{MINIMAL}[process]\nuids = "9-7"\n',
+        'guest.toml:9: process.uids: "9-7" ends before it begins; write the lower uid first',
+    ),
+    (
+        f'{MINIMAL}[process]\nuids = "0-7"\n',
+        'guest.toml:9: process.uids: "0-7" has 0 in it, which is root\'s; QEMU never runs as root',
+    ),
+    (
+        f'{MINIMAL}[process]\nuids = "7-4294967295"\n',
+        'guest.toml:9: process.uids: "7-4294967295" goes beyond the highest uid, 4294967294',
+    ),
+    (
+        f'{MINIMAL}[process]\nuids = "60000-70000"\n',
+        'guest.toml:9: process.uids: "60000-70000" has nobody\'s uid in it, 65534 or 65535; write a range without them',
+    ),
+    (
+        f'{MINIMAL}[process]\nuser = "no-such-account"\n',
+        'guest.toml:9: process.user: there is no account "no-such-account"; make it, or leave user out',
+    ),
+    (
+        f'{MINIMAL}[process]\nuser = "root"\n',
+        'guest.toml:9: process.user: "root" is root; QEMU never runs as root: write another account, or leave user out',
+    ),
+    (
+        f'{MINIMAL}[process]\nuser = "a b"\n',
+        'guest.toml:9: process.user: "a b" is not the name of an account',
+    ),
+    (
+        f'{MINIMAL}[process]\nuser = "nobody"\nuids = "7-9"\n',
+        "guest.toml:8: process: has both user and uids; keep one of the two",
+    ),
 ]
 
 
@@ -759,7 +798,7 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
     tables = tables_of(json_schema())
 
     assert {name: set(table["properties"]) for name, table in tables.items()} == {
-        "": {"name", "memory", "cpu", "machine", "boot", "isolation", "console", "qmp", "vsock"},
+        "": {"name", "memory", "cpu", "machine", "boot", "isolation", "console", "qmp", "vsock", "process"},
         "memory": {"size", "prefault", "backing"},
         "cpu": {"count", "model"},
         "machine": {"type", "accel"},
@@ -768,6 +807,7 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
         "console": {"log"},
         "qmp": {"allow"},
         "vsock": {"cid"},
+        "process": {"user", "uids"},
     }
     assert tables[""]["required"] == ["name", "memory", "boot"]
     assert tables["memory"]["required"] == ["size"]

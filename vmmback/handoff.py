@@ -21,6 +21,7 @@ from pathlib import Path
 
 from vmmback.errors import HandoffFailed, HostUnfit, QemuFailed
 from vmmback.host import QEMU_ENVIRONMENT as _ENVIRONMENT
+from vmmback.jail import Jail
 from vmmback.linux import arch, procfs, seccomp
 from vmmback.linux.memfd_secret import memfd_secret
 
@@ -41,11 +42,14 @@ _MEMFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 class Qemu:
     """A running QEMU and the handoff to it. Made by `start`."""
 
-    def __init__(self, argv: Sequence[str], offers: Mapping[Path, int], log: Path, *, secret_memfds: bool) -> None:
+    def __init__(
+        self, argv: Sequence[str], offers: Mapping[Path, int], log: Path, *, secret_memfds: bool, jail: Jail | None
+    ) -> None:
         self.argv = list(argv)
         self.log = log
         self.pid = 0
         self._secret_memfds = secret_memfds
+        self._jail = jail
         self._auxiliary: set[int] = set()
         self._offers: dict[bytes, int] = {}
         self._folders: set[bytes] = set()
@@ -132,12 +136,19 @@ class Qemu:
         PR_SET_PDEATHSIG (setpriv sets it) comes with the end of the *thread* that made the child (prctl(2)): this one
         ends with the supervisor, however that ends. A supervisor that dies before setpriv runs takes the listener
         with it: QEMU's open then fails with ENOSYS, and QEMU gives up by itself.
+
+        The jail's namespaces are a thread's own as well. Behind its walls, this thread finds no module to import.
         """
         try:
             self._listener = seccomp.install_listener(memfds=self._secret_memfds)
             with self.log.open("xb") as log:
+                command = ["setpriv", "--pdeathsig", "KILL", "--", *self.argv]
+                if self._jail:
+                    self._jail.give(descriptors)
+                    command = self._jail.command(self.argv)
+                    self._jail.enter()
                 process = subprocess.Popen(
-                    ["setpriv", "--pdeathsig", "KILL", "--", *self.argv],
+                    command,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -287,14 +298,16 @@ async def start(
     log: Path,
     *,
     secret_memfds: bool = False,
+    jail: Jail | None = None,
 ) -> AsyncIterator[Qemu]:
     """Start QEMU with `descriptors` inherited, its output in `log`; kill it on exit if it still runs.
 
     Each path of `offers` is answered once, with a copy of its descriptor, to this QEMU alone; any other path in the
     same folder is denied, and all else is left to the kernel. With `secret_memfds` each memfd that it makes is one of
-    memfd_secret(2), of which no copy stays here. Raises OSError when it cannot be started, HostUnfit without setpriv.
+    memfd_secret(2), of which no copy stays here. Without a jail, QEMU has all rights of this process. Raises OSError
+    when it cannot be started, HostUnfit without setpriv, or where there can be no such jail.
     """
-    qemu = Qemu(argv, offers, log, secret_memfds=secret_memfds)
+    qemu = Qemu(argv, offers, log, secret_memfds=secret_memfds, jail=jail)
     try:
         try:
             await qemu._start(descriptors)

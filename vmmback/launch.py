@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmmback import command, console, control, handoff, monitor, qmp_socket, ram, report, vsock
+from vmmback import command, console, control, handoff, monitor, process, qmp_socket, ram, report, vsock
 from vmmback.config import GuestConfig
 from vmmback.control import GuestInterface
 from vmmback.errors import Interrupted, QemuFailed, VmmbackError
@@ -85,6 +85,7 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     qemu_binary = find_qemu()
     accel = await in_thread(lambda: choose_accel(config.machine.accel))
     HostMemory.read().admit(config.memory.size)
+    plan = stack.enter_context(process.planned(config))
     folder = stack.enter_context(guest_folder(config.name))
     inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
     devices: list[command.Device] = []
@@ -111,11 +112,12 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     # Nothing is ever at this path: QEMU's open of it is answered, and could make no file in a folder that is not there.
     mem_path = folder / "ram" / command.RAM_ID
     qemu_command = command.build(
-        config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), devices, secret_aux
+        plan.config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), devices, secret_aux
     )
     offers, log = {mem_path: guest_ram.fileno()}, folder / "qemu.log"
+    jail = plan.jail(folder, qemu_binary, accel, secret_aux=secret_aux)
     qemu = await stack.enter_async_context(
-        handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux)
+        handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux, jail=jail)
     )
     inherited.close()
     await qemu.handed_over(_HANDOFF_TIMEOUT_S)

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from vmmback.config.process import Process
 from vmmback.config.refused import REFUSED_TABLES
 from vmmback.config.tables import Boot, Console, Cpu, Isolation, Machine, Memory, Qmp, Table
 from vmmback.config.values import GuestName
@@ -48,6 +49,7 @@ class GuestConfig(Table):
     vsock: Vsock | None = Field(
         default=None, description="Sockets between the guest and the host, without a network.", examples=[{"cid": 3}]
     )
+    process: Process = Field(default_factory=Process, description="As whom QEMU runs.")
 
 
 _TABLES: dict[str, type[Table]] = {
@@ -60,6 +62,7 @@ _TABLES: dict[str, type[Table]] = {
     "console": Console,
     "qmp": Qmp,
     "vsock": Vsock,
+    "process": Process,
 }
 _GRAMMAR = Grammar(
     tables={
@@ -70,7 +73,6 @@ _GRAMMAR = Grammar(
         ("disk",): "[[disk]]",
         ("nic",): "[[nic]]",
         ("share",): "[[share]]",
-        ("process",): "[process]",
     },
     refused={(name,): reason for name, reason in REFUSED_TABLES.items()},
 )

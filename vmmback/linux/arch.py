@@ -43,6 +43,10 @@ class Architecture:
     move_pages: int
     cachestat: int
     kcmp: int
+    pivot_root: int
+    mount_setattr: int
+    loader: str
+    """The ELF interpreter of glibc's programs, as they name it."""
 
 
 KNOWN = {
@@ -75,6 +79,9 @@ KNOWN = {
             move_pages=279,
             cachestat=451,
             kcmp=312,
+            pivot_root=155,
+            mount_setattr=442,
+            loader="/lib64/ld-linux-x86-64.so.2",
         ),
         Architecture(
             "aarch64",
@@ -103,6 +110,9 @@ KNOWN = {
             move_pages=239,
             cachestat=451,
             kcmp=272,
+            pivot_root=41,
+            mount_setattr=442,
+            loader="/lib/ld-linux-aarch64.so.1",
         ),
     )
 }

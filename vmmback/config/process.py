@@ -1,0 +1,88 @@
+"""[process]: as whom QEMU runs."""
+
+from __future__ import annotations
+
+import pwd
+import re
+from typing import Annotated, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
+
+from vmmback.config.tables import Table
+from vmmback.toml_errors import quote, wrong_type
+
+DEFAULT_UIDS = (1_900_000_000, 1_900_065_535)
+"""Part of what systemd's list of uid ranges (UIDS-GIDS) leaves unused: no account and no container has one of them."""
+
+_HIGHEST_UID = (1 << 32) - 2  # -1 means "leave as it is" to setresuid(2)
+_NOBODY = (65534, 65535)  # the overflow uid, and -1 in 16 bits
+_UIDS_PATTERN = "([0-9]{1,10})-([0-9]{1,10})"
+_USER_PATTERN = "[a-z_][a-z0-9_-]{0,31}"  # useradd(8)
+
+
+def _uids(value: object) -> tuple[int, int]:
+    if isinstance(value, tuple):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(wrong_type(value, 'a range in quotes, like "1900000000-1900065535"'))  # noqa: TRY004
+    found = re.fullmatch(_UIDS_PATTERN, value)
+    if not found:
+        raise ValueError(f'{quote(value)} is not a range of uids; write it like "1900000000-1900065535"')
+    first, last = int(found[1]), int(found[2])
+    if first > last:
+        raise ValueError(f"{quote(value)} ends before it begins; write the lower uid first")
+    if first == 0:
+        raise ValueError(f"{quote(value)} has 0 in it, which is root's; QEMU never runs as root")
+    if last > _HIGHEST_UID:
+        raise ValueError(f"{quote(value)} goes beyond the highest uid, {_HIGHEST_UID}")
+    if any(first <= uid <= last for uid in _NOBODY):
+        raise ValueError(f"{quote(value)} has nobody's uid in it, 65534 or 65535; write a range without them")
+    return first, last
+
+
+def _user(value: object, info: ValidationInfo) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(wrong_type(value, 'an account in quotes, like "vmm-demo"'))  # noqa: TRY004
+    if not re.fullmatch(_USER_PATTERN, value):
+        raise ValueError(f"{quote(value)} is not the name of an account")
+    if info.context is None:
+        return value
+    try:
+        account = pwd.getpwnam(value)
+    except KeyError:
+        raise ValueError(f"there is no account {quote(value)}; make it, or leave user out") from None
+    if account.pw_uid == 0:
+        raise ValueError(f"{quote(value)} is root; QEMU never runs as root: write another account, or leave user out")
+    return value
+
+
+class Process(Table):
+    """As whom QEMU runs, when root launches a guest: a uid is never shared by two live guests."""
+
+    model_config = ConfigDict(json_schema_extra={"not": {"required": ["user", "uids"]}})
+
+    user: Annotated[
+        str | None, BeforeValidator(_user), WithJsonSchema({"type": "string", "pattern": f"^{_USER_PATTERN}$"})
+    ] = Field(
+        default=None,
+        description="The account that QEMU runs as: not root, and no other process's meanwhile.",
+        examples=["vmm-demo"],
+    )
+    uids: Annotated[
+        tuple[int, int],
+        BeforeValidator(_uids),
+        WithJsonSchema({"type": "string", "pattern": f"^{_UIDS_PATTERN}$"}),
+    ] = Field(
+        default=DEFAULT_UIDS,
+        description="The range of uids of which QEMU gets one, with the gid of the same number. No accounts needed.",
+        examples=["1900000000-1900065535"],
+        json_schema_extra={"default": f"{DEFAULT_UIDS[0]}-{DEFAULT_UIDS[1]}"},
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.user is not None and "uids" in self.model_fields_set:
+            raise ValueError("has both user and uids; keep one of the two")
+        return self

@@ -1,0 +1,75 @@
+"""As whom QEMU runs and what it may have: from [process] of the guest file, and from what this process may give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmmback import jail, uids
+from vmmback.config import GuestConfig
+from vmmback.errors import HostUnfit
+from vmmback.host import AUX_RAM_BYTES
+
+_BOOT_FILES = ("kernel", "initrd", "firmware")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ids of one QEMU, the guest's configuration as QEMU is to see it, and its files: place in the jail, path here.
+
+    Without `ids` QEMU runs as this process does, and there is no jail.
+    """
+
+    ids: tuple[int, int] | None
+    config: GuestConfig
+    files: dict[Path, Path]
+
+    def jail(
+        self,
+        root: Path,
+        program: Path,
+        accel: str,
+        *,
+        secret_aux: bool,
+        host_network: bool = False,
+        hotplug: int = 0,
+    ) -> jail.Jail | None:
+        """Return the jail for QEMU, `program`; `root` is a folder of the guest's that lives as long.
+
+        It may lock its secret RAM, that of its other RAM blocks (`secret_aux`), and `hotplug` bytes more.
+        """
+        if self.ids is None:
+            return None
+        memory = self.config.memory
+        locked = memory.size + hotplug if memory.backing == "secret" else 0
+        return jail.Jail(
+            *self.ids,
+            root=root,
+            program=program,
+            locked=locked + AUX_RAM_BYTES * secret_aux,
+            files=self.files,
+            host_network=host_network,
+            kvm=accel == "kvm",
+        )
+
+
+@contextmanager
+def planned(config: GuestConfig) -> Iterator[Plan]:
+    """Hold a uid for the guest's QEMU alone, if this process may give it one.
+
+    Raises HostUnfit where there is none, or where a QEMU of that uid could not read what the guest boots.
+    """
+    if missing := jail.missing_rights():
+        if config.process.user is not None:
+            problem = f"process.user: QEMU cannot be given another uid without {', '.join(missing)}"
+            raise HostUnfit(problem, "run as root with all capabilities, or leave user out")
+        yield Plan(None, config, {})
+        return
+    with uids.claimed(config.process) as ids:
+        files = {key: file for key in _BOOT_FILES if (file := getattr(config.boot, key))}
+        jail.check_readable({f"boot.{key}": file for key, file in files.items()}, *ids)
+        places = {key: Path("/boot", key) for key in files}
+        seen = config.model_copy(update={"boot": config.boot.model_copy(update=places)})
+        yield Plan(ids, seen, {places[key]: file for key, file in files.items()})
