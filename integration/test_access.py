@@ -12,12 +12,12 @@ import pytest
 from integration.conftest import TINY_BYTES, LiveGuest
 from vmmback.isolation import access, exposures
 from vmmback.isolation.audit import REQUIRED, audit
-from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBES
+from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES
 from vmmback.isolation.probe import Probe, Target
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Verdict, judge_probe
 
-NOT_OF_THE_MEMORY = {probe.name for probe in HOLDER_PROBES}
+NOT_OF_THE_MEMORY = {probe.name for probe in (*HOLDER_PROBES, *RIGHTS_PROBES)}
 ACCESS = pytest.mark.parametrize("probe", ACCESS_PROBES, ids=lambda probe: probe.name)
 
 
@@ -70,7 +70,9 @@ def test_the_whole_audit(guest_running: LiveGuest, ordinary_guest_running: LiveG
     ):
         guest = live.guest
         evidence = live.run(audit(guest.target, guest.monitor.hmp, guest.prefaulted))
-        assert {seen.probe for seen in evidence.observations} == REQUIRED | {probe.name for probe in LIVE_PROBES}
+        assert {seen.probe for seen in evidence.observations} == REQUIRED | {
+            probe.name for probe in (*LIVE_PROBES, *RIGHTS_PROBES)
+        }
         for seen in evidence.observations:
             # Of ordinary RAM, too, nobody but QEMU and its supervisor has a descriptor or a mapping.
             wanted = Verdict.BLOCKED if seen.probe in NOT_OF_THE_MEMORY else expected

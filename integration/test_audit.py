@@ -31,13 +31,13 @@ from integration.intruders import (
 from integration.terminal import Terminal
 from vmmback import tiny_guest
 from vmmback.isolation.audit import REQUIRED
-from vmmback.isolation.catalogue import HOLDER_PROBES, LIVE_PROBES
+from vmmback.isolation.catalogue import HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES
 from vmmback.linux import procfs
 
 pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
 
 WARN = 'on-exposed = "warn"'
-ALL = REQUIRED | {probe.name for probe in LIVE_PROBES}
+ALL = REQUIRED | {probe.name for probe in (*LIVE_PROBES, *RIGHTS_PROBES)}
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_its_twin_is_exposed(launched: Launches) -> None:
     probes = probes_of(report)
     assert report["verdict"] == "exposed"
     assert probes.keys() == ALL
-    assert readable(report) == ALL - {probe.name for probe in HOLDER_PROBES}
+    assert readable(report) == ALL - {probe.name for probe in (*HOLDER_PROBES, *RIGHTS_PROBES)}
     assert {probe["control"] for probe in probes.values()} == {"readable"}
     assert status_of(guest) == "running"
     assert guest.end().code == 5

@@ -33,12 +33,12 @@ from integration.conftest import (
 from integration.terminal import Terminal
 from vmmback import tiny_guest
 from vmmback.isolation.audit import REQUIRED
-from vmmback.isolation.catalogue import HOLDER_PROBES, LIVE_PROBES
+from vmmback.isolation.catalogue import HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES
 from vmmback.linux.procfs import PAGE_SIZE
 
 pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
 
-BOTH = REQUIRED | {probe.name for probe in LIVE_PROBES} | {"freed-frames"}
+BOTH = REQUIRED | {probe.name for probe in (*LIVE_PROBES, *RIGHTS_PROBES)} | {"freed-frames"}
 
 # The CPU's first instructions pulse the keyboard controller's reset line; QEMU, run with -no-reboot, ends.
 #     b0 fe  mov al, 0xfe;  e6 64  out 0x64, al;  f4  hlt;  eb fd  jmp hlt
@@ -156,7 +156,7 @@ def test_the_control_is_exposed(vmmback: Start) -> None:
     assert probes.keys() == BOTH
     assert {name for name, probe in probes.items() if probe["control"] != "readable"} == set()
     # Of ordinary RAM, too, nobody but QEMU and its supervisor has a descriptor or a mapping.
-    unread = {probe.name for probe in HOLDER_PROBES}
+    unread = {probe.name for probe in (*HOLDER_PROBES, *RIGHTS_PROBES)}
     assert {name for name, probe in probes.items() if probe["verdict"] != "readable"} == unread
     # Its former frames, which the kernel does not clear: of tens of thousands, some are not yet in use again.
     assert re.search(r", \d+ hold the canary$", probes["freed-frames"]["detail"])
@@ -237,7 +237,7 @@ def test_its_twin_is_exposed_and_is_killed(vmmback: Start, tmp_path: Path) -> No
     report = report_of(ended)
     assert report["verdict"] == "exposed"
     assert {name for name, probe in probes_of(report).items() if probe["verdict"] == "readable"} >= REQUIRED - {
-        probe.name for probe in HOLDER_PROBES
+        probe.name for probe in (*HOLDER_PROBES, *RIGHTS_PROBES)
     }
     assert report["memory"]["readable_pages"] == TINY_BYTES // PAGE_SIZE
     assert "the guest is exposed and is ended (on-exposed is kill)" in ended.stderr

@@ -16,13 +16,13 @@ from junitparser import Failure, JUnitXml
 
 from integration.conftest import ROOT, Start, processes_of
 from vmmback.isolation.audit import REQUIRED
-from vmmback.isolation.catalogue import CATALOGUE, LIVE_PROBES
+from vmmback.isolation.catalogue import CATALOGUE, LIVE_PROBES, RIGHTS_PROBES
 
 pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
 
 SELFTEST = [sys.executable, "-m", "vmmback", "selftest"]
 NEEDED = REQUIRED | {"freed-frames"}
-ON_GUESTS = NEEDED | {probe.name for probe in LIVE_PROBES}
+ON_GUESTS = NEEDED | {probe.name for probe in (*LIVE_PROBES, *RIGHTS_PROBES)}
 
 # What a machine may lack; all else is tried on every one that runs these tests.
 MAY_BE_MISSING = {

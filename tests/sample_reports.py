@@ -16,6 +16,7 @@ from vmmback.report import (
     MapRange,
     Memory,
     ProbeResult,
+    Process,
     RamBlock,
     SelftestReport,
     VectorResult,
@@ -168,6 +169,25 @@ def hunt(guest_hits: int) -> Hunt:
     )
 
 
+def process(**fields: Any) -> Process:
+    """Return what the kernel shows of a QEMU as it should be, with some fields as given."""
+    values: dict[str, Any] = {
+        "uid": 1_900_000_042,
+        "gid": 1_900_000_042,
+        "groups": (),
+        "capabilities": (),
+        "bounding_set": (),
+        "no_new_privs": True,
+        "seccomp_filtered": True,
+        "dumpable": False,
+        "memlock": 256 * MIB,
+        "core": 0,
+        "locks_by": "limit",
+        "own_namespaces": ("mnt", "net", "ipc", "uts", "cgroup"),
+    }
+    return Process(**{**values, **fields})
+
+
 def guest_report(**fields: Any) -> IsolationReport:
     """Return the report of an isolated guest, with some fields as given; its verdict is judged."""
     values: dict[str, Any] = {
@@ -181,6 +201,7 @@ def guest_report(**fields: Any) -> IsolationReport:
         ),
         "probes": _BLOCKED,
         "exposures": _EXPOSURES,
+        "process": process(),
         "host": HOST,
         "timings": {"prefault": 0.66029, "qmp_ready": 0.059444, "boot": 3.79333, "validate": 0.144316},
         "memory_map": q35_map(),
@@ -210,7 +231,14 @@ def bare_report() -> IsolationReport:
     """Return a report of a guest that was not validated, without any field that may be absent."""
     host = HOST.model_copy(update={"settings": ()})
     memory = Memory(size=256 * MIB, secret=256 * MIB, present_pages=0, checked_pages=0, readable_pages=0)
-    absent: dict[str, Any] = {"probes": (), "exposures": (), "ram_blocks": (), "memory_map": (), "hunt": None}
+    absent: dict[str, Any] = {
+        "probes": (),
+        "exposures": (),
+        "ram_blocks": (),
+        "memory_map": (),
+        "hunt": None,
+        "process": None,
+    }
     return guest_report(**absent, host=host, memory=memory, validated_after="", timings={})
 
 
@@ -229,6 +257,7 @@ def hostile_report(text: str) -> IsolationReport:
             for control in Verdict
         ),
         exposures=(Exposure(name=text, holders=text, detail=text),),
+        process=process(capabilities=(text,), own_namespaces=(text,), lacking=(text,)),
         host=Host(kernel=text, qemu=text, accel=text, settings=(hostile_setting(text),)),
         timings={text: 1.0},
         memory_map=(

@@ -180,6 +180,7 @@ class Guest:
                 *(exposure for device in self.devices for exposure in device.exposures),
             ),
             drifts=tuple(self.drifts),
+            process=evidence.process if evidence else None,
             host=self.host.model_copy(update={"settings": evidence.settings if evidence else ()}),
             denied_commands=dict(self.clients.denials) if self.clients else {},
             timings={name: round(seconds, 6) for name, seconds in self.timings.items()},

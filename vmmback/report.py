@@ -152,6 +152,29 @@ class Host(_Model):
     settings: tuple[HostSetting, ...] = ()
 
 
+class Process(_Model):
+    """QEMU as the kernel shows it: its ids, what it may do, and which namespaces it does not share with its supervisor.
+
+    `capabilities` are those in effect or permitted. `dumpable` is None where it cannot be told. `memlock` and `core`
+    are limits in bytes, None for no limit; `locks_by` is what lets it lock its secret RAM. `lacking` is what differs
+    from what a QEMU should be.
+    """
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    capabilities: tuple[str, ...]
+    bounding_set: tuple[str, ...]
+    no_new_privs: bool
+    seccomp_filtered: bool
+    dumpable: bool | None
+    memlock: int | None
+    core: int | None
+    locks_by: Literal["limit", "CAP_IPC_LOCK"]
+    own_namespaces: tuple[str, ...]
+    lacking: tuple[str, ...] = ()
+
+
 class HuntPlace(_Model):
     """Frames in which a hunt's needle begins, by what they are used for and by whom; the first few frame numbers.
 
@@ -199,6 +222,7 @@ class IsolationReport(_Model):
     drifts: tuple[Drift, ...] = ()
     denied_commands: dict[str, int] = {}
     hunt: Hunt | None = None
+    process: Process | None = None
     host: Host
     timings: dict[str, float]
 
@@ -258,6 +282,27 @@ def judge_probe(observation: Observation) -> ProbeResult:
         errno=observation.errno,
         missing=observation.missing,
     )
+
+
+def judge_process(process: Process, supervisor: int, namespaces: Sequence[str]) -> tuple[str, ...]:
+    """Return what QEMU has that it should not have; `supervisor` is the uid that started it.
+
+    `namespaces` are those that it should share with no other.
+    """
+    spare = {"CAP_IPC_LOCK"}  # it locks memory, and nothing else
+    shared = [kind for kind in namespaces if kind not in process.own_namespaces]
+    wrong = {
+        f"it runs as uid {process.uid}, as its supervisor does": process.uid == supervisor,
+        "it has supplementary groups": bool(process.groups),
+        f"it has {len(set(process.capabilities) - spare)} capabilities": bool(set(process.capabilities) - spare),
+        "it could gain capabilities (bounding set)": bool(set(process.bounding_set) - spare),
+        "it could gain privileges by what it executes (no_new_privs is off)": not process.no_new_privs,
+        "no seccomp filter is on it": not process.seccomp_filtered,
+        "it is dumpable: a process of its uid may trace it": process.dumpable is True,
+        "it may dump core": process.core != 0,
+        f"it shares namespaces: {', '.join(shared)}": bool(shared),
+    }
+    return tuple(what for what, is_so in wrong.items() if is_so)
 
 
 def judge_guest(

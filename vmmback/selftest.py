@@ -24,7 +24,7 @@ from vmmback.guest import Guest, SilentWatcher
 from vmmback.host import kernel_release
 from vmmback.isolation import settings
 from vmmback.isolation.audit import REQUIRED, in_thread
-from vmmback.isolation.catalogue import ACCESS_PROBES, DISTURBING_PROBES, HOLDER_PROBES, LIVE_PROBES
+from vmmback.isolation.catalogue import ACCESS_PROBES, DISTURBING_PROBES, HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES
 from vmmback.isolation.direct_map import DirectMapProbe
 from vmmback.isolation.probe import Documented, Probe, Target
 from vmmback.isolation.qmp_proof import QmpProof
@@ -40,7 +40,13 @@ _READY_TIMEOUT_S = 20.0
 _NO_TARGET = Target(0, {})
 
 _REQUIRED = (*sorted(REQUIRED), FreedFramesProbe.name)  # as for a guest: see vmmback.guest
-_GUEST_VECTORS: tuple[type[Probe[Any]], ...] = (DirectMapProbe, *ACCESS_PROBES, *LIVE_PROBES, *HOLDER_PROBES)
+_GUEST_VECTORS: tuple[type[Probe[Any]], ...] = (
+    DirectMapProbe,
+    *ACCESS_PROBES,
+    *LIVE_PROBES,
+    *HOLDER_PROBES,
+    *RIGHTS_PROBES,
+)
 
 
 async def selftest(progress: Progress) -> SelftestReport:
@@ -120,8 +126,8 @@ async def _on_guests(
         return probe.observe(guest.target)
 
     seen, twin = await in_thread(lambda: (observe(secret), observe(ordinary)))
-    # Nobody else is at the RAM of either guest: that the probe would see whoever were is shown by its own control.
-    return _result(kind, seen if kind in HOLDER_PROBES else _with_twin(seen, twin))
+    # Nobody else is at the RAM of either guest, or may be: that the probe would see it is shown by its own control.
+    return _result(kind, seen if kind in (*HOLDER_PROBES, *RIGHTS_PROBES) else _with_twin(seen, twin))
 
 
 def _proofs(secret: Guest, ordinary: Guest) -> VectorResult:

@@ -30,12 +30,12 @@ _FLOCK = "hhqqi4x"
 
 
 @contextmanager
-def claimed(process: Process, locks: Path = LOCKS) -> Iterator[tuple[int, int]]:
-    """Hold a uid that no other guest and no live process has; yield it and its gid.
+def claimed(process: Process, locks: Path | None = None) -> Iterator[tuple[int, int]]:
+    """Hold a uid that no other guest and no live process has; yield it and its gid. `locks`: another file, for tests.
 
     Raises HostUnfit where there is none.
     """
-    descriptor = _open(locks)
+    descriptor = _open(locks or LOCKS)
     try:
         if process.user is not None:
             account = pwd.getpwnam(process.user)
@@ -94,9 +94,11 @@ def _set_lock(descriptor: int, kind: int, uid: int) -> None:
 
 def _is_in_use(uid: int, proc: Path = procfs.PROC) -> bool:
     """Tell whether a live process has this effective uid: the folder of a process is its (fs/proc/base.c)."""
-    for entry in os.scandir(proc):
-        if entry.name.isdecimal():
-            with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-                if entry.stat(follow_symlinks=False).st_uid == uid:
-                    return True
-    return False
+    with os.scandir(proc) as entries:
+        return any(entry.name.isdecimal() and _owner(entry) == uid for entry in entries)
+
+
+def _owner(process: os.DirEntry[str]) -> int | None:
+    with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        return process.stat(follow_symlinks=False).st_uid
+    return None

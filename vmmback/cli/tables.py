@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from vmmback.report import Hunt, IsolationReport, SelftestReport
+    from vmmback.report import Hunt, IsolationReport, Process, SelftestReport
 
 _COLOURS = {
     "blocked": "green",
@@ -55,7 +55,8 @@ def while_it_runs(report: IsolationReport) -> list[RenderableType]:
     for exposure in report.exposures:
         exposures.add_row(exposure.name, exposure.holders, exposure.detail)
     hunt = _hunt_tables(report.hunt) if report.hunt else []
-    return [blocks, exposures, _probe_table(report, 0), *hunt, *_verdict(report), Text()]
+    process = [_process_table(report.process)] if report.process else []
+    return [blocks, exposures, *process, _probe_table(report, 0), *hunt, *_verdict(report), Text()]
 
 
 def at_the_end(report: IsolationReport, shown: int) -> list[RenderableType]:
@@ -90,6 +91,15 @@ def selftest_tables(report: SelftestReport) -> list[RenderableType]:
     end: list[RenderableType] = [Text.assemble(summary, _coloured(report.verdict.value))]
     end += [f"  {reason}" for reason in report.reasons]
     return [vectors, holes, notable, *end]
+
+
+def _process_table(process: Process) -> RenderableType:
+    from vmmback.render.text import process_facts
+
+    table = _table("QEMU's process", "as the kernel shows it")
+    for name, value in process_facts(process):
+        table.add_row(name, value)
+    return table
 
 
 def _probe_table(report: IsolationReport, start: int) -> RenderableType:

@@ -55,6 +55,8 @@ def _user(value: object, info: ValidationInfo) -> str | None:
         raise ValueError(f"there is no account {quote(value)}; make it, or leave user out") from None
     if account.pw_uid == 0:
         raise ValueError(f"{quote(value)} is root; QEMU never runs as root: write another account, or leave user out")
+    if account.pw_uid in _NOBODY:
+        raise ValueError(f"{quote(value)} is nobody, whom many share; write another account, or leave user out")
     return value
 
 

@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from vmmback.isolation import exposures, qmp_proof, settings
-from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBES
+from vmmback.isolation import exposures, owner, qmp_proof, settings
+from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES
 from vmmback.isolation.direct_map import DirectMapProbe, PageCount
 from vmmback.isolation.probe import Documented, Target
-from vmmback.report import Exposure, HostSetting, Observation, Verdict
+from vmmback.report import Exposure, HostSetting, Observation, Process, Verdict
 
 T = TypeVar("T")
 
@@ -37,6 +37,7 @@ class Evidence:
     frames: array[int]
     exposures: tuple[Exposure, ...]
     settings: tuple[HostSetting, ...]
+    process: Process | None = None
 
     def after(self, earlier: Evidence) -> Evidence:
         """Return this evidence with what `earlier` saw readable kept: what was out once stays known."""
@@ -55,12 +56,13 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: Mapping[int, arr
     """
     proof = await qmp_proof.observe(target, hmp)
     direct_map = DirectMapProbe(prefaulted)
-    probes = [direct_map, *(probe() for probe in (*ACCESS_PROBES, *HOLDER_PROBES, *LIVE_PROBES))]
-    observations, found, host = await _behind_others(
+    probes = [direct_map, *(probe() for probe in (*ACCESS_PROBES, *HOLDER_PROBES, *LIVE_PROBES, *RIGHTS_PROBES))]
+    observations, found, host, process = await _behind_others(
         lambda: (
             [probe.observe(target) for probe in probes],
             _exposures(target),
             settings.observe(),
+            _process(target),
         )
     )
     if blocks := exposures.ordinary_blocks_exposure(proof.ram_blocks):
@@ -72,7 +74,14 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: Mapping[int, arr
         frames=direct_map.frames,
         exposures=tuple(found),
         settings=host,
+        process=process,
     )
+
+
+def _process(target: Target) -> Process | None:
+    with suppress(OSError):  # the guest ended meanwhile
+        return owner.observe(target.pid)
+    return None
 
 
 def _exposures(target: Target) -> list[Exposure]:

@@ -16,6 +16,7 @@ from vmmback.isolation import (
     owner_copies,
     physical,
     pinning,
+    rights,
 )
 from vmmback.isolation.direct_map import DirectMapProbe
 from vmmback.isolation.probe import Documented, Probe
@@ -34,6 +35,9 @@ ACCESS_PROBES: tuple[type[Probe[Any]], ...] = (
 
 HOLDER_PROBES: tuple[type[Probe[Any]], ...] = (holders.HoldersProbe, holders.TracerProbe)
 """Who is at a live guest's RAM already. Of ordinary RAM, too, nobody else should be."""
+
+RIGHTS_PROBES: tuple[type[Probe[Any]], ...] = (rights.UnprivilegedProbe,)
+"""Who could get at a live guest's QEMU, whatever its RAM is. Not required: only root can try as others."""
 
 LIVE_PROBES: tuple[type[Probe[Any]], ...] = (BpfCopyFromUserTaskProbe,)
 """More that leaves a live guest alone, but that not every host is able to try: not required."""
@@ -136,6 +140,7 @@ CATALOGUE: tuple[type[Documented], ...] = (
     *ACCESS_PROBES,
     *LIVE_PROBES,
     *HOLDER_PROBES,
+    *RIGHTS_PROBES,
     FreedFramesProbe,
     *DISTURBING_PROBES,
 )

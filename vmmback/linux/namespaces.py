@@ -74,7 +74,10 @@ def enter_root(root: Path) -> None:
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    libc("mount", _text(source), _text(target), _text(kind) if kind else None, flags, _text(options))
+    try:
+        libc("mount", _text(source), _text(target), _text(kind) if kind else None, flags, _text(options))
+    except OSError as error:
+        raise OSError(error.errno, f"mount(2): {error.strerror}", source, None, target) from error
 
 
 def _text(value: str) -> ctypes.Array[ctypes.c_char]:

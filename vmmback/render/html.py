@@ -63,6 +63,7 @@ def guest_page(report: IsolationReport, docs: Docs | None = None) -> str:
         rows=drawn,
         totals=memory_map.totals(drawn),
         counts=_counts(report.probes),
+        process=text.process_facts(report.process) if report.process else [],
     )
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmmback.report import Process
+
 KIB = 1024
 
 
@@ -39,3 +44,27 @@ def address(value: int) -> str:
 def count(number: int, one: str, many: str = "") -> str:
     """Return a number with its noun: `1 page`, `65,536 pages`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+_MANY = 4
+
+
+def process_facts(process: Process) -> list[tuple[str, str]]:
+    """Return the rows of a table about QEMU's process."""
+    seen = {True: "yes", False: "no", None: "cannot be told of a process of root's"}
+    limit = "no limit" if process.memlock is None else size(process.memlock)
+    facts = [
+        ("uid, gid", f"{process.uid}, {process.gid}"),
+        ("capabilities", _few(process.capabilities)),
+        ("could ever gain", _few(process.bounding_set)),
+        ("no_new_privs", seen[process.no_new_privs]),
+        ("seccomp filter", seen[process.seccomp_filtered]),
+        ("dumpable", seen[process.dumpable]),
+        ("locks memory by", f"{process.locks_by} (RLIMIT_MEMLOCK: {limit})"),
+        ("namespaces of its own", ", ".join(process.own_namespaces) or "none"),
+    ]
+    return facts + [("not as it should be", what) for what in process.lacking]
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "none" if len(names) <= _MANY else f"{len(names)}"
