@@ -34,6 +34,7 @@ from integration import capabilities
 from vmmback import config, launch, ram, tiny_guest
 from vmmback.guest import Guest
 from vmmback.isolation.residue import holds_canary
+from vmmback.lifecycle import State
 from vmmback.linux.direct_map import DirectMap
 from vmmback.report import Drift, IsolationReport
 
@@ -298,6 +299,7 @@ class Recorder:
     progress: list[tuple[int, int]] = field(default_factory=list)
     reports: list[IsolationReport] = field(default_factory=list)
     drifts: list[Drift] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
 
     def console(self, data: bytes | memoryview) -> None:
         self.printed += data
@@ -313,6 +315,9 @@ class Recorder:
 
     def drifted(self, drift: Drift) -> None:
         self.drifts.append(drift)
+
+    def entered(self, state: State) -> None:
+        self.states.append(state)
 
 
 @dataclass

@@ -564,6 +564,7 @@ def test_two_guests_of_one_name(scene: Scene, vmmback: Start, runtime_dir: Path)
         "qemu.log",
         "qmp.sock",
         "serial.log",
+        "supervisor.log",
     ]
     for signum in (signal.SIGTERM, signal.SIGINT):  # the power button, which the tiny guest ignores, and quit
         running.signal(signum)

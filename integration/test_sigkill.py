@@ -54,6 +54,7 @@ from integration.leftovers import (
 from vmmback import command, config, console, control, handoff, host, launch, monitor, qmp_socket, ram, runtime
 from vmmback import guest as guest_module
 from vmmback.isolation import qmp_proof
+from vmmback.lifecycle import Stop
 from vmmback.linux import procfs
 
 pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
@@ -507,7 +508,13 @@ def test_the_other_guest_is_not_touched(begin: Begin, tmp_path: Path, runtime_di
         goes.kill()
         eventually(lambda: not goes.folder.exists(), "its folder is gone", GONE_S)
         eventually(lambda: not holders_of(goes.inodes), "its secret RAM is gone", GONE_S)
-        assert sorted(path.name for path in stays.folder.iterdir()) == ["control", "qemu.log", "qmp.sock", "serial.log"]
+        assert sorted(path.name for path in stays.folder.iterdir()) == [
+            "control",
+            "qemu.log",
+            "qmp.sock",
+            "serial.log",
+            "supervisor.log",
+        ]
         assert holders_of(stays.inodes).keys() == {stays.pid, stays.qemu}
         assert [path.name for path in runtime_dir.iterdir()] == [stays.folder.name]
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -681,7 +688,7 @@ def test_step(step: Step, way: str, tmp_path: Path, runtime_dir: Path, monkeypat
     strike.install(monkeypatch)
 
     async def run() -> None:
-        running.append(asyncio.create_task(launch.launch(guest, Recorder(), launch.Stop())))
+        running.append(asyncio.create_task(launch.launch(guest, Recorder(), Stop())))
         try:
             async with asyncio.timeout(DEADLINE_S):
                 await asyncio.wait(running)

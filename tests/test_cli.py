@@ -24,7 +24,7 @@ from vmmback.cli.screen import Screen
 from vmmback.config import GuestConfig
 from vmmback.errors import VmmbackError
 from vmmback.guest import Watcher
-from vmmback.launch import Stop
+from vmmback.lifecycle import Stop
 from vmmback.report import Exposure, GuestVerdict, Host, IsolationReport, Memory, ProbeResult, RamBlock, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -175,7 +175,9 @@ def run(
     def run(play: Play, *options: str, isolation: str = "", validates: bool = True) -> tuple[int, str, str]:
         guest.write_text(f"{GUEST}[isolation]\n{isolation}")
 
-        async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate: bool) -> IsolationReport:
+        async def launch(
+            config: GuestConfig, watcher: Watcher, stop: Stop, *, validate: bool, file: Path | None = None
+        ) -> IsolationReport:
             assert config.name == "demo"
             assert stop.times == 0
             assert validate is validates
@@ -365,7 +367,7 @@ LAUNCH = """
 import os, sys
 import tests.test_cli, vmmback.cli, vmmback.launch
 verdict = sys.argv.pop()
-async def launch(config, watcher, stop, *, validate):
+async def launch(config, watcher, stop, *, validate, file):
     reasons = [str(number) * 1000 for number in range(100)] if "LONG" in os.environ else []
     return tests.test_cli.report(verdict, *reasons)
 vmmback.launch.launch = launch

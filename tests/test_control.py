@@ -10,14 +10,15 @@ import socket
 import stat
 from array import array
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.sample_reports import guest_report
-from vmmback import control
-from vmmback.control import SOCKET, GuestInterface, Supervisor
+from vmmback import ask, control
+from vmmback.control import SOCKET, GuestInterface, GuestStatus, Supervisor
 from vmmback.errors import HostUnfit, NoSuchGuest, QemuFailed
 from vmmback.report import IsolationReport
 from vmmback.runtime import listening_socket
@@ -26,6 +27,24 @@ REPORT = guest_report()
 FRAMES = array("Q", [1 << 63 | frame for frame in range(100_000)])
 HALVES = b"a" * 64, b"b" * 64
 DEADLINE_S = 20.0
+STATUS = GuestStatus(
+    name="demo",
+    state="booting",
+    pid=7,
+    qemu_pid=None,
+    started_at="2026-01-01T00:00:00+00:00",
+    uptime_s=1.5,
+    ram_bytes=16 << 20,
+    prefaulted_bytes=8 << 20,
+    secret_bytes=0,
+    verdict=None,
+    reasons=["it was not tried"],
+    validated_after=None,
+    unexamined=None,
+    config_file="/etc/demo.toml",
+    folder="/run/vmmback/demo",
+    console_logs=[],
+)
 
 
 class Made:
@@ -38,6 +57,8 @@ class Made:
         self.began = asyncio.Event()
         self.stands: asyncio.Event | None = None
         self.cancelled = False
+        self.stops: list[tuple[float | None, bool]] = []
+        self.asked, self.over = asyncio.Event(), asyncio.Event()
 
     async def examine(self) -> IsolationReport:
         self.audits += 1
@@ -57,7 +78,7 @@ class Made:
             raise self.error
         return FRAMES
 
-    def attach_console(self, scrollback: bool) -> int:
+    def attach_console(self, *, scrollback: bool) -> int:
         if self.error:
             raise self.error
         ours, theirs = socket.socketpair()
@@ -65,9 +86,24 @@ class Made:
             ours.sendall(b"all of it" if scrollback else b"what comes")
         return theirs.detach()
 
+    def canary_halves(self) -> tuple[bytes, bytes] | None:
+        return self.halves
+
+    def status(self) -> GuestStatus:
+        return STATUS
+
+    async def stop(self, timeout_s: float | None, *, kill: bool) -> IsolationReport:
+        self.stops.append((timeout_s, kill))
+        if len(self.stops) == 2:
+            self.asked.set()
+        await self.over.wait()
+        if self.error:
+            raise self.error
+        return REPORT
+
     @property
     def interface(self) -> GuestInterface:
-        return GuestInterface(self.examine, self.frames, lambda: self.halves, self.attach_console)
+        return GuestInterface(self)
 
 
 def play(folder: Path, scene: Callable[[Made, Supervisor], Coroutine[Any, Any, None]]) -> None:
@@ -385,3 +421,59 @@ def test_what_a_guest_left_behind_is_no_guest(tmp_path: Path) -> None:
     with listening_socket(tmp_path / "stale" / SOCKET):
         for name in ("empty", "file", "plain", "stale"):
             assert connected_to(tmp_path / name).message == f"no guest named {name} is running"
+
+
+# --- Status and stop, with the light client of the commands -----------------------------------------------------------
+
+
+async def asked(folder: Path, method: str, **parameters: object) -> dict[str, Any]:
+    """Ask from a thread, as the commands do, which have no event loop."""
+    answers = await asyncio.to_thread(ask.ask, folder, method, parameters, DEADLINE_S)
+    assert isinstance(answers, dict)
+    return answers
+
+
+def test_the_status_comes_as_it_is(tmp_path: Path) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        assert (await asked(tmp_path, "Status"))["status"] == asdict(STATUS)
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"timeout_s": 0.5}, {"timeout_s": 2, "kill": True}])
+def test_the_last_word_reaches_who_asked_to_stop_though_the_socket_ends(
+    tmp_path: Path, parameters: dict[str, Any]
+) -> None:
+    async def staged() -> None:
+        made = Made()
+        async with asyncio.timeout(DEADLINE_S):
+            async with control.serve(tmp_path, made.interface):
+                stops = [asyncio.create_task(asked(tmp_path, "Stop", **parameters)) for _ in range(2)]
+                await made.asked.wait()
+                made.over.set()
+            for answer in await asyncio.gather(*stops):
+                assert IsolationReport.model_validate(answer["report"]) == REPORT
+        assert made.stops == [(parameters.get("timeout_s"), parameters.get("kill", False))] * 2
+
+    asyncio.run(staged())
+
+
+def test_a_stop_of_a_guest_that_never_ran_says_why(tmp_path: Path) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        made.error = QemuFailed("stopped before the guest ran", "launch it again")
+        made.over.set()
+        with pytest.raises(QemuFailed, match="stopped before the guest ran") as caught:
+            await asked(tmp_path, "Stop")
+        assert caught.value.hint == "launch it again"
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("timeout_s", [-1, 1e9, "x"])
+def test_a_stop_with_no_sense_is_refused(tmp_path: Path, timeout_s: object) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        with pytest.raises(QemuFailed):
+            await asked(tmp_path, "Stop", timeout_s=timeout_s)
+        assert made.stops == []
+
+    play(tmp_path, scene)

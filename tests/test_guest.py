@@ -19,6 +19,7 @@ from vmmback.guest import DRIFT_EVENT, Guest
 from vmmback.isolation.audit import REQUIRED, Evidence
 from vmmback.isolation.direct_map import PageCount
 from vmmback.isolation.qmp_proof import Proof
+from vmmback.lifecycle import State
 from vmmback.qmp_policy import Policy
 from vmmback.report import Drift, GuestVerdict, Host, HostSetting, IsolationReport, Observation, RamBlock, Verdict
 
@@ -49,6 +50,9 @@ class Watcher:
 
     def drifted(self, drift: Drift) -> None:
         self.drifts.append(drift)
+
+    def entered(self, state: State) -> None:
+        pass
 
 
 @dataclass

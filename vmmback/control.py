@@ -1,6 +1,8 @@
-"""The supervisor's own socket: Varlink (varlink.org) in the guest's folder, for `vmmback audit` and other tools.
+"""The supervisor's own socket: Varlink (varlink.org) in the guest's folder, for the other commands and other tools.
 
-varlinkctl call /run/vmmback/demo/control org.vmmback.Guest.Audit {}
+It is served as long as the guest's name is held: docs/LIFECYCLE.md has the interface.
+
+varlinkctl call /run/vmmback/demo/control org.vmmback.Guest.Status {}
 """
 
 # The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
@@ -8,11 +10,12 @@ import asyncio
 import fcntl
 import os
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from asyncvarlink import (
     FileDescriptor,
@@ -22,6 +25,7 @@ from asyncvarlink import (
     VarlinkErrorReply,
     VarlinkInterface,
     VarlinkInterfaceRegistry,
+    VarlinkInterfaceServerProtocol,
     connect_unix_varlink,
     create_unix_server,
     varlinkmethod,
@@ -32,15 +36,19 @@ from asyncvarlink.types import JSONObject
 
 from vmmback.errors import NoSuchGuest, QemuFailed, VmmbackError
 from vmmback.report import IsolationReport
-from vmmback.runtime import listening_socket, socket_address
+from vmmback.runtime import CONTROL_SOCKET, listening_socket, socket_address
 
 T = TypeVar("T")
 
-SOCKET = "control"
+SOCKET = CONTROL_SOCKET
+
+MAX_PATIENCE_S = 24 * 3600
 
 _BACKLOG = 128
 
 _ANSWER_TIMEOUT_S = 60.0
+# What was answered at the end must reach who asked: a client that takes nothing for so long does without.
+_LAST_ANSWERS_S = 2.0
 _AUDIT_TIMEOUT_S = 600.0  # it looks at every page of a guest of any size, and lets others have the processor first
 
 
@@ -52,22 +60,61 @@ class Failed(TypedVarlinkErrorReply, interface="org.vmmback.Guest", paramprefix=
         hint: str
 
 
+@dataclass(frozen=True)
+class GuestStatus:
+    """How a guest is; what may be missing is null."""
+
+    name: str
+    state: str
+    """One of `lifecycle.State`."""
+    pid: int
+    """The supervisor's."""
+    qemu_pid: int | None
+    started_at: str
+    """UTC, ISO 8601."""
+    uptime_s: float
+    ram_bytes: int
+    prefaulted_bytes: int
+    secret_bytes: int
+    verdict: str | None
+    """Of the last examination, with its reasons."""
+    reasons: list[str]
+    validated_after: str | None
+    unexamined: str | None
+    config_file: str | None
+    folder: str
+    console_logs: list[str]
+
+
+class Life(Protocol):
+    """What others may ask of a guest; `supervisor.Life` says what each does."""
+
+    async def examine(self) -> IsolationReport:
+        """Audit it."""
+
+    async def frames(self) -> "array[int]":
+        """Return its frames."""
+
+    def canary_halves(self) -> tuple[bytes, bytes] | None:
+        """Return the halves of its canary."""
+
+    def attach_console(self, *, scrollback: bool) -> int:
+        """Return the descriptor of a stream socket at its console."""
+
+    def status(self) -> GuestStatus:
+        """Return how it is."""
+
+    async def stop(self, timeout_s: float | None, *, kill: bool) -> IsolationReport:
+        """End it, and return the last word on it."""
+
+
 class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
-    """One live guest."""
+    """One guest, from the moment that its name is held until it is gone."""
 
     errors = (Failed,)
 
-    def __init__(
-        self,
-        examine: Callable[[], Awaitable[IsolationReport]],
-        frames: "Callable[[], Awaitable[array[int]]]",
-        canary_halves: Callable[[], tuple[bytes, bytes] | None],
-        attach_console: Callable[[bool], int],
-    ) -> None:
-        self._examine = examine
-        self._frames = frames
-        self._canary_halves = canary_halves
-        self._attach_console = attach_console
+    def __init__(self, life: Life) -> None:
+        self._life = life
         self._under_way: set[asyncio.Future[Any]] = set()
 
     async def end(self) -> None:
@@ -90,7 +137,7 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
     async def Audit(self) -> Any:  # noqa: N802 (Varlink's spelling; an object)
         """Run every probe that is safe on a live guest, and return the report."""
         try:
-            report = await self._until_the_end(self._examine())
+            report = await self._until_the_end(self._life.examine())
         except VmmbackError as error:
             raise Failed(message=error.message, hint=error.hint) from error
         except (OSError, MemoryError, RuntimeError) as error:  # out of descriptors, memory or threads, say
@@ -101,7 +148,9 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
     async def Frames(self) -> FileDescriptor:  # noqa: N802
         """Return a file of one native 64-bit word a page of the RAM: its entry in /proc/PID/pagemap."""
         try:
-            entries = await self._until_the_end(self._frames())
+            entries = await self._until_the_end(self._life.frames())
+        except VmmbackError as error:
+            raise Failed(message=error.message, hint=error.hint) from error
         except OSError as error:
             raise Failed(message=f"the guest's page tables cannot be read: {error.strerror}", hint="") from error
         return FileDescriptor(_file_of(entries), should_close=True)
@@ -109,13 +158,32 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
     @varlinkmethod(return_parameter="halves")
     async def CanaryHalves(self) -> list[str]:  # noqa: N802
         """Return two halves, in hex, whose XOR is the canary that fills the guest; none if it printed none."""
-        return [half.hex() for half in self._canary_halves() or ()]
+        try:
+            return [half.hex() for half in self._life.canary_halves() or ()]
+        except VmmbackError as error:
+            raise Failed(message=error.message, hint=error.hint) from error
+
+    @varlinkmethod(return_parameter="status")
+    async def Status(self) -> GuestStatus:  # noqa: N802
+        """Return how the guest is; nothing is measured for that."""
+        return self._life.status()
+
+    @varlinkmethod(return_parameter="report", allow_foreign=True)
+    async def Stop(self, timeout_s: float | None, kill: bool | None) -> Any:  # noqa: N802
+        """End the guest; return the last report (an object) once it is gone."""
+        if timeout_s is not None and not 0 <= timeout_s <= MAX_PATIENCE_S:
+            raise Failed(message=f"timeout_s is not from 0 to {MAX_PATIENCE_S}", hint="it is in seconds")
+        try:
+            report = await self._life.stop(timeout_s, kill=bool(kill))
+        except VmmbackError as error:
+            raise Failed(message=error.message, hint=error.hint) from error
+        return report.model_dump(mode="json")
 
     @varlinkmethod(return_parameter="console")
     async def Console(self, scrollback: bool) -> FileDescriptor:  # noqa: N802
         """Return a stream socket at the guest's serial console: raw bytes, both ways; docs/CONSOLE.md."""
         try:
-            return FileDescriptor(self._attach_console(scrollback), should_close=True)
+            return FileDescriptor(self._life.attach_console(scrollback=scrollback), should_close=True)
         except VmmbackError as error:
             raise Failed(message=error.message, hint=error.hint) from error
         except OSError as error:  # out of descriptors
@@ -130,8 +198,9 @@ async def serve(folder: Path, interface: GuestInterface) -> AsyncIterator[None]:
     registry.register_interface(
         VarlinkServiceInterface("vmmback", "vmmback supervisor", version("vmmback"), "", registry)
     )
+    answers: set[asyncio.Future[None]] = set()
     with listening_socket(folder / SOCKET) as listening:
-        server = await create_unix_server(registry.protocol_factory, sock=listening)
+        server = await create_unix_server(lambda: _Connection(registry, answers), sock=listening)
         # asyncvarlink lets one wait. Where more come, connect(2) of a nonblocking socket fails with EAGAIN (unix(7)),
         # which asyncio takes for a connection.
         listening.listen(_BACKLOG)
@@ -139,9 +208,41 @@ async def serve(folder: Path, interface: GuestInterface) -> AsyncIterator[None]:
             yield
         finally:
             server.close()
+            await interface.end()
+            await _all_done(answers, _LAST_ANSWERS_S)
             server.abort_clients()
             await server.wait_closed()
-            await interface.end()
+
+
+class _Connection(VarlinkInterfaceServerProtocol):
+    """Adds to `answers` whatever is to be answered or sent, until that is done."""
+
+    def __init__(self, registry: VarlinkInterfaceRegistry, answers: "set[asyncio.Future[None]]") -> None:
+        super().__init__(registry)
+        self._answers = answers
+
+    def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
+        answered: asyncio.Future[None] | None = super().request_received(obj, fds)
+        if answered is not None:
+            self._answers.add(answered)
+            answered.add_done_callback(self._answers.discard)
+        return answered
+
+    def send_message(
+        self, obj: JSONObject, fds: list[int] | None = None, autoclose: bool = True
+    ) -> asyncio.Future[None]:
+        sent = super().send_message(obj, fds, autoclose)
+        self._answers.add(sent)
+        sent.add_done_callback(self._answers.discard)
+        return sent
+
+
+async def _all_done(futures: "set[asyncio.Future[None]]", timeout_s: float) -> None:
+    """Wait for all of a set that still changes."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while futures and (left_s := deadline - loop.time()) > 0:
+        await asyncio.wait(list(futures), timeout=left_s)
 
 
 class _Client(VarlinkClientProtocol):

@@ -22,6 +22,7 @@ from vmmback.isolation.catalogue import HOLDER_PROBES
 from vmmback.isolation.direct_map import guest_frames
 from vmmback.isolation.probe import Target
 from vmmback.isolation.residue import FreedFramesProbe
+from vmmback.lifecycle import State
 from vmmback.qmp_policy import Policy
 from vmmback.qmp_socket import QmpSocket
 from vmmback.report import Drift, GuestVerdict, IsolationReport, Observation, Verdict
@@ -46,6 +47,9 @@ class Watcher(console.Watcher, Protocol):
     def drifted(self, drift: Drift) -> None:
         """Show that the guest, validated before, became exposed."""
 
+    def entered(self, state: State) -> None:
+        """Show that the guest's life has gone on to this state."""
+
 
 class SilentWatcher:
     """Shows nothing."""
@@ -63,6 +67,9 @@ class SilentWatcher:
         """Drop it."""
 
     def drifted(self, drift: Drift) -> None:
+        """Drop it."""
+
+    def entered(self, state: State) -> None:
         """Drop it."""
 
 
@@ -85,6 +92,8 @@ class Guest:
     clients: QmpSocket | None = None
     validated_after: str = ""
     evidence: Evidence | None = None
+    found: IsolationReport | None = None
+    """The last report of an examination."""
     drifts: list[Drift] = field(default_factory=list)
     unexamined: str = ""
     """Why the guest could not be examined the last time that it was to be; "" if it could."""
@@ -124,7 +133,7 @@ class Guest:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             drifts = [Drift(at=now, probe=seen.probe, detail=seen.detail) for seen in new]
             self.drifts += drifts[: _MOST_DRIFTS - len(self.drifts)]
-            found = self.report()
+            self.found = found = self.report()
             for drift in drifts:
                 self.watcher.drifted(drift)
                 if self.clients:

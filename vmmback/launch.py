@@ -12,19 +12,18 @@ from typing import Any, TypeVar
 
 from vmmback import command, console, control, handoff, monitor, process, qmp_socket, ram, report, vsock
 from vmmback.config import GuestConfig
-from vmmback.control import GuestInterface
 from vmmback.errors import Interrupted, QemuFailed, VmmbackError
 from vmmback.guest import Guest, Watcher, confirm, target_of
 from vmmback.host import HostMemory, can_share_aux_ram, choose_accel, find_qemu, kernel_release
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.audit import in_thread
+from vmmback.lifecycle import State, Stop
 from vmmback.qmp_policy import Policy
 from vmmback.report import IsolationReport
-from vmmback.runtime import guest_folder
+from vmmback.runtime import QEMU_LOG, QMP_SOCKET, SERIAL_LOG, guest_folder
+from vmmback.supervisor import Life
 
 T = TypeVar("T")
-
-QMP_SOCKET = "qmp.sock"
 
 # Generous: a deadline is for what never comes, not for what is slow.
 _HANDOFF_TIMEOUT_S = 30.0
@@ -36,57 +35,46 @@ _QUIT_TIMEOUT_S = 5.0
 _ASK_AGAIN_S = 3.0
 
 
-class Stop:
-    """The wish that a launch ends: the signal that brought it, and how often it came."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-        self._times = 0
-        self._changed = asyncio.Event()
-
-    def request(self, signum: int) -> None:
-        """Ask, or ask again: each time the launch has less patience with the guest."""
-        self.signum = signum
-        self._times += 1
-        self._changed.set()
-
-    @property
-    def times(self) -> int:
-        """How often it was asked."""
-        return self._times
-
-    async def asked(self, times: int) -> None:
-        """Wait until it was asked so many times."""
-        while self._times < times:
-            self._changed.clear()
-            await self._changed.wait()
-
-
-async def launch(config: GuestConfig, watcher: Watcher, stop: Stop, *, validate: bool = True) -> IsolationReport:
-    """Run a guest until it ends or `stop` is asked, and return what was measured of it.
+async def launch(
+    config: GuestConfig, watcher: Watcher, stop: Stop, *, validate: bool = True, file: Path | None = None
+) -> IsolationReport:
+    """Run a guest until it ends or `stop` is asked, and return what was measured of it. `file` is told who asks.
 
     Raises VmmbackError. Whatever happens, no process, file or descriptor of the guest is left.
     """
+    with guest_folder(config.name) as folder:
+        life = Life(config, file, folder, watcher, stop)
+        async with control.serve(folder, life.interface):
+            with life:
+                return life.ended(await _live(config, folder, life, stop, validate=validate))
+
+
+async def _live(config: GuestConfig, folder: Path, life: Life, stop: Stop, *, validate: bool) -> IsolationReport:
     async with AsyncExitStack() as stack:
-        guest = await _unless(stop, prepare(config, watcher, stack))
+        guest = await _unless(stop, bring_up(config, folder, life, stack))
         try:
-            await _run(guest, watcher, stop, validate=validate)
+            await _run(guest, life, stop, validate=validate)
         except QemuFailed as error:
             if not guest.exposed.is_set():
                 raise
-            watcher.note(error.message)  # that QEMU fails must not hide what was found before
+            life.note(error.message)  # that QEMU fails must not hide what was found before
             await guest.qemu.kill()
+        life.entered(State.STOPPING)
         return guest.report(await in_thread(guest.observe_freed_frames))
 
 
 async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) -> Guest:
+    """Hold the name of a guest, and bring it up (see `bring_up`), for whoever leads it himself."""
+    return await bring_up(config, stack.enter_context(guest_folder(config.name)), watcher, stack)
+
+
+async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: AsyncExitStack) -> Guest:
     """Bring a guest up to the moment before its first instruction, its RAM confirmed; `stack` holds what it needs."""
     timings: dict[str, float] = {}
     qemu_binary = find_qemu()
     accel = await in_thread(lambda: choose_accel(config.machine.accel))
     HostMemory.read().admit(config.memory.size)
     plan = stack.enter_context(process.planned(config))
-    folder = stack.enter_context(guest_folder(config.name))
     inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
     devices: list[command.Device] = []
     if config.vsock:
@@ -105,7 +93,7 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     started = time.perf_counter()
     qmp, qemu_qmp = _socket_pair(stack, inherited)
     serial, qemu_serial = _socket_pair(stack, inherited)
-    logs = [folder / "serial.log", *([config.console.log] if config.console.log else [])]
+    logs = [folder / SERIAL_LOG, *([config.console.log] if config.console.log else [])]
     guest_console = await stack.enter_async_context(
         console.attach(serial, logs, watcher, (config.isolation.ready or "").encode())
     )
@@ -114,7 +102,7 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     qemu_command = command.build(
         plan.config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), devices, secret_aux
     )
-    offers, log = {mem_path: guest_ram.fileno()}, folder / "qemu.log"
+    offers, log = {mem_path: guest_ram.fileno()}, folder / QEMU_LOG
     jail = plan.jail(folder, qemu_binary, accel, secret_aux=secret_aux)
     qemu = await stack.enter_async_context(
         handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux, jail=jail)
@@ -135,17 +123,21 @@ async def prepare(config: GuestConfig, watcher: Watcher, stack: AsyncExitStack) 
     )
 
 
-async def _run(guest: Guest, watcher: Watcher, stop: Stop, *, validate: bool) -> None:
+async def _run(guest: Guest, life: Life, stop: Stop, *, validate: bool) -> None:
     """Let a prepared guest run, and examine it, until it has ended. Raises QemuFailed."""
-    async with _last_words(guest.qemu), _served(guest):
+    async with _last_words(guest.qemu), life.of(guest), _qmp_served(guest):
         await guest.monitor.cont()
+        life.entered(State.BOOTING)
         guest.policy.permit("cont")
         if guest.config.isolation.every and not validate:
-            watcher.note("no probe is tried, nor repeated every so often (--no-validate)")
-        if validate and await _booted(guest, stop) and (found := await _examined(guest)):
-            watcher.validated(found)
+            life.note("no probe is tried, nor repeated every so often (--no-validate)")
+        found = await _examined(guest) if validate and await _booted(guest, stop) else None
+        if found:
+            life.validated(found)
+        if guest.qemu.status is None and not stop.times:
+            life.entered(State.RUNNING)
         async with _watched(guest):
-            await _supervise(guest, watcher, stop)
+            await _supervise(guest, life, stop)
 
 
 def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
@@ -155,16 +147,10 @@ def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
 
 
 @asynccontextmanager
-async def _served(guest: Guest) -> AsyncIterator[None]:
-    """Let other processes have the guest audited, and speak QMP to it as its file allows, while the block runs."""
-    attach = guest.console.attach_client
-    interface = GuestInterface(
-        guest.examine, guest.frames, guest.canary_halves, lambda scrollback: attach(scrollback=scrollback)
-    )
-    async with (
-        control.serve(guest.folder, interface),
-        qmp_socket.serve(guest.folder / QMP_SOCKET, guest.monitor, guest.policy, guest.watcher.note) as clients,
-    ):
+async def _qmp_served(guest: Guest) -> AsyncIterator[None]:
+    """Let other processes speak QMP to the guest as its file allows, while the block runs."""
+    path = guest.folder / QMP_SOCKET
+    async with qmp_socket.serve(path, guest.monitor, guest.policy, guest.watcher.note) as clients:
         guest.clients = clients
         yield
 
@@ -225,6 +211,7 @@ async def _supervise(guest: Guest, watcher: Watcher, stop: Stop) -> None:
     if guest.exposed.is_set() and guest.qemu.status is None:
         if isolation.on_exposed == "kill":
             watcher.note("the guest is exposed and is ended (on-exposed is kill)")
+            watcher.entered(State.STOPPING)
             await guest.qemu.kill()
             return
         if isolation.on_exposed == "pause":
@@ -242,8 +229,10 @@ async def _shut_down(guest: Guest, watcher: Watcher, stop: Stop) -> None:
 
     Each step has its deadline, and another request to stop cuts it short. Raises QemuFailed if QEMU had failed itself.
     """
+    watcher.entered(State.STOPPING)
+    patience_s = _POWERDOWN_TIMEOUT_S if stop.patience_s is None else stop.patience_s
     steps = (
-        ("powerdown", guest.monitor.powerdown, _POWERDOWN_TIMEOUT_S),
+        ("powerdown", guest.monitor.powerdown, patience_s),
         ("quit", guest.monitor.quit, _QUIT_TIMEOUT_S),
     )
     # A first request brought us here, unless the guest was to power off anyway; the next ones are for the steps.

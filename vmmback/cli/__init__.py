@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from vmmback.cli.audit import audit, selftest
 from vmmback.cli.files import ReportFiles, report_files
+from vmmback.cli.guests import ps, status, stop
+from vmmback.cli.logs import logs, qmp
 from vmmback.cli.output import as_user_error, exit_code_of, finish, print_error
 from vmmback.cli.screen import Screen
 from vmmback.errors import VmmbackError
-
-if TYPE_CHECKING:
-    from vmmback.report import IsolationReport
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> None:
@@ -53,43 +48,33 @@ def commands() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
 @report_files
 @click.option("--validate/--no-validate", default=True, help="Run the probes (the default), or only the guest.")
-def launch(file: Path, as_json: bool, validate: bool, files: ReportFiles) -> None:
+@click.option(
+    "--detach", is_flag=True, help="Leave it in the background once it was validated (or, unvalidated, runs)."
+)
+def launch(file: Path, as_json: bool, validate: bool, detach: bool, files: ReportFiles) -> None:
     """Run the guest of FILE on secret RAM until it ends, and report what was measured.
 
-    Ctrl-C presses the guest's power button; again, it tells QEMU to quit; once more, it kills it.
+    Ctrl-C presses the guest's power button; again, it tells QEMU to quit; once more, it kills it. With --detach the
+    report and the exit code are those of the running guest, which `vmmback stop` ends.
 
     \b
     Example:
       vmmback launch configs/demo.toml --json | jq .verdict
     """
-    import asyncio
-
     from vmmback import config
+    from vmmback.cli.detach import detached
+    from vmmback.cli.lead import lead
     from vmmback.host import check_descriptors
-    from vmmback.launch import Stop
-    from vmmback.launch import launch as run
 
     guest = config.load(file)
     check_descriptors()
     validate = validate and guest.isolation.validate_at == "boot"
     screen = Screen(as_json=as_json)
-
-    async def supervise() -> IsolationReport:
-        stop = Stop()
-        loop = asyncio.get_running_loop()
-        for signum in _STOP_SIGNALS:
-            if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # which nohup(1) asks for
-                loop.add_signal_handler(signum, stop.request, signum)
-        try:
-            return await run(guest, screen, stop, validate=validate)
-        finally:  # closing the loop gives the signals their default action back, which would end the report
-            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-
+    if detach:
+        detached(guest, screen, validate=validate, file=file, files=files)
     try:
-        report = asyncio.run(supervise())
+        report = lead(guest, screen, validate=validate, file=file)
     finally:
-        for signum in _STOP_SIGNALS:  # the guest has ended: there is nothing left to stop, in whichever thread
-            signal.signal(signum, signal.SIG_IGN)
         screen.close()
     exit_code = exit_code_of(report.verdict) if validate or report.verdict == "exposed" else 0
     finish(exit_code, partial(screen.finished, report), *files.outputs(report))
@@ -110,5 +95,5 @@ def schema() -> None:
     click.echo(json.dumps(config.json_schema(), indent=2))
 
 
-commands.add_command(audit)
-commands.add_command(selftest)
+for command in (audit, selftest, ps, status, stop, logs, qmp):
+    commands.add_command(command)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vmmback.cli.files import ReportFiles, report_files
-from vmmback.cli.output import exit_code_of, finish, is_terminal, print_result, show
+from vmmback.cli.output import exit_code_of, finish, is_terminal, print_result, show, stopped
 from vmmback.cli.progress import ByteProgress
-from vmmback.errors import Interrupted, UsageError
+from vmmback.errors import UsageError
 
 if TYPE_CHECKING:
     from array import array
@@ -75,7 +74,7 @@ def audit(name: str, as_json: bool, files: ReportFiles, source: str | None, from
         async with control.connect(folder) as supervisor:
             return await supervisor.audit()
 
-    with _stopped("before the audit was done"):
+    with stopped("before the audit was done"):
         found = None
         if source is not None or from_guest:
             frames, halves = _run(known())
@@ -114,7 +113,7 @@ def selftest(as_json: bool, files: ReportFiles) -> None:
         if is_terminal(sys.stderr):
             show(sys.stderr, f"\r\x1b[Kvmmback: {done} of {total}: {name}")
 
-    with _stopped("before the self-test was done"):
+    with stopped("before the self-test was done"):
         try:
             report = _run(try_all(progress))
         finally:
@@ -125,26 +124,6 @@ def selftest(as_json: bool, files: ReportFiles) -> None:
         print_result(report.model_dump_json(indent=2) + "\n" if as_json else rendered(*selftest_tables(report)))
 
     finish(exit_code_of(report.verdict), show_report, *files.outputs(report))
-
-
-@contextmanager
-def _stopped(when: str) -> Iterator[None]:
-    """Turn the signals that end a program into an error, so that all that is open is closed on the way."""
-    stopped_by = [signal.SIGINT]
-
-    def stop(signum: int, _: object) -> None:
-        stopped_by.append(signal.Signals(signum))
-        # As Ctrl-C does: an event loop keeps any other exception from whoever runs it, as the outcome of some task.
-        raise KeyboardInterrupt
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(stopped_by[-1], when) from None
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:

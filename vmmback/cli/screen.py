@@ -11,6 +11,7 @@ from vmmback.cli.progress import ByteProgress
 from vmmback.cli.tables import at_the_end, rendered, while_it_runs
 
 if TYPE_CHECKING:
+    from vmmback.lifecycle import State
     from vmmback.report import Drift, IsolationReport
 
 
@@ -21,7 +22,7 @@ class Screen:
     """
 
     def __init__(self, *, as_json: bool) -> None:
-        self._as_json = as_json
+        self.as_json = as_json
         self._console_out = sys.stderr if as_json else sys.stdout
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_line_start = True
@@ -46,7 +47,7 @@ class Screen:
         show(sys.stderr, f"vmmback: {message}\n")
 
     def validated(self, report: IsolationReport) -> None:
-        if self._as_json:
+        if self.as_json:
             self.note(f"guest {report.guest} is {report.verdict.value} while it runs")
             return
         self._fresh_line()
@@ -56,12 +57,15 @@ class Screen:
     def drifted(self, drift: Drift) -> None:
         self.note(f"drift at {drift.at}: {drift.probe}: {drift.detail}")
 
+    def entered(self, state: State) -> None:
+        pass  # what is printed says it
+
     def finished(self, report: IsolationReport) -> None:
         """Show the last word. Raises UsageError if JSON was asked for and cannot be written."""
         if self._left_out:
             self.note(f"{self._left_out} characters of the console are not shown: the output took them too slowly")
         self._fresh_line()
-        if self._as_json:
+        if self.as_json:
             print_result(report.model_dump_json(indent=2) + "\n")
         else:
             write(sys.stdout, rendered(*at_the_end(report, self._validated_rows)))
