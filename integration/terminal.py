@@ -21,6 +21,7 @@ class Terminal:
     def __init__(self, argv: Sequence[str]) -> None:
         self._master, slave = pty.openpty()
         termios.tcsetwinsize(slave, (40, 120))
+        self.mode_before = termios.tcgetattr(slave)
         self.output = b""
         try:
             # setsid --ctty makes the terminal the controlling one, so that Ctrl-C works.
@@ -54,6 +55,15 @@ class Terminal:
         """Tell whether what is typed is shown."""
         return bool(termios.tcgetattr(self._master)[3] & termios.ECHO)
 
+    @property
+    def mode(self) -> list[object]:
+        """What termios(3) knows of it: cooked or raw, and all the rest."""
+        return termios.tcgetattr(self._master)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Have another size, of which the program gets SIGWINCH."""
+        termios.tcsetwinsize(self._master, (rows, columns))
+
     def type(self, keys: bytes) -> None:
         os.write(self._master, keys)
 
@@ -67,6 +77,12 @@ class Terminal:
                     self.output += os.read(self._master, 1 << 16)
                 except OSError:  # EIO: nobody has the terminal open any more
                     assert found(), f"the program ended before {what}: {self.text}"
+
+    def shows_within(self, text: str, timeout_s: float) -> bool:
+        """Read once what comes within this time, and tell whether the text is there."""
+        if select.select([self._master], [], [], timeout_s)[0]:
+            self.output += os.read(self._master, 1 << 16)
+        return text in self.text
 
     def ended(self) -> int:
         """Read to the end; return the exit code."""

@@ -229,7 +229,7 @@ def test_a_process_of_qemus_uid_gets_at_it_where_it_is_dumpable(
 
 
 def test_the_probe_needs_a_process_to_look_at() -> None:
-    observation = rights.UnprivilegedProbe().observe(Target(2**22 - 1, 1, 4096))
+    observation = rights.UnprivilegedProbe().observe(Target(2**22 - 1, {1: 4096}))
     assert (observation.target, observation.control) == (Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE)
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vmmback.cli.completion import GuestName
 from vmmback.cli.files import ReportFiles, report_files
-from vmmback.cli.output import exit_code_of, finish, is_terminal, print_result, show, stopped
+from vmmback.cli.output import exit_code_of, finish, is_terminal, print_result, show
 from vmmback.cli.progress import ByteProgress
+from vmmback.cli.signals import stopped
 from vmmback.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ T = TypeVar("T")
     epilog="Exit codes: 0 isolated, 2 wrong argument, 3 host cannot do it, 5 exposed, 6 QEMU failed, 7 no such guest, "
     "8 inconclusive, 128 + signal when stopped."
 )
-@click.argument("name")
+@click.argument("name", type=GuestName())
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
 @report_files
 @click.option(

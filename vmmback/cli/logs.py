@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from vmmback.cli.output import print_result, stopped, write
+from vmmback.cli.output import print_result, write
+from vmmback.cli.signals import stopped
 from vmmback.errors import CommandRefused, QemuFailed, UsageError
 
 if TYPE_CHECKING:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn, TextIO
 
-from vmmback.errors import HostUnfit, Interrupted, UsageError, VmmbackError
+from vmmback.errors import HostUnfit, UsageError, VmmbackError
 
 EXIT_EXPOSED, EXIT_INCONCLUSIVE = 5, 8
 
@@ -105,23 +104,3 @@ def finish(exit_code: int, *outputs: Callable[[], None]) -> NoReturn:
             print_error(error)
             exit_code = exit_code or error.exit_code
     sys.exit(exit_code)
-
-
-@contextmanager
-def stopped(when: str) -> Iterator[None]:
-    """Turn the signals that end a program into an error, so that all that is open is closed on the way."""
-    stopped_by = [signal.SIGINT]
-
-    def stop(signum: int, _: object) -> None:
-        stopped_by.append(signal.Signals(signum))
-        # As Ctrl-C does: an event loop keeps any other exception from whoever runs it, as the outcome of some task.
-        raise KeyboardInterrupt
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(stopped_by[-1], when) from None
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
