@@ -106,6 +106,10 @@ def _memory_group() -> None:
     new_memory_group().rmdir()
 
 
+def _systemd_analyze() -> None:
+    subprocess.run(["systemd-analyze", "--version"], check=True, capture_output=True, timeout=30)
+
+
 SECRETMEM = Capability("memfd_secret(2)", _secretmem)
 SECCOMP_NOTIFICATION = Capability("seccomp user notification", _seccomp_notification)
 DIRECT_MAP = Capability("BPF programs, and frame numbers in pagemap", _direct_map)
@@ -116,6 +120,7 @@ KERNEL_IMAGE = Capability(
     "a kernel whose image has a mapping of its own (x86-64)", _kernel_image, required=platform.machine() == "x86_64"
 )
 CHROMIUM = Capability("a headless Chromium (Debian's chromium-headless-shell)", _chromium)
+SYSTEMD_ANALYZE = Capability("systemd-analyze (Debian's systemd)", _systemd_analyze)
 NETWORK_NAMESPACE = Capability("a network namespace of our own", _network_namespace)
 VHOST_VSOCK = Capability("/dev/vhost-vsock", _vhost_vsock, required=False)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
