@@ -110,6 +110,12 @@ def _systemd_analyze() -> None:
     subprocess.run(["systemd-analyze", "--version"], check=True, capture_output=True, timeout=30)
 
 
+def _manual() -> None:
+    for command in (["man", "--version"], ["groff", "--version"]):
+        subprocess.run(command, check=True, capture_output=True, timeout=30)
+    subprocess.run(["lowdown", "-t", "man"], input=b"", check=True, capture_output=True, timeout=30)
+
+
 SECRETMEM = Capability("memfd_secret(2)", _secretmem)
 SECCOMP_NOTIFICATION = Capability("seccomp user notification", _seccomp_notification)
 DIRECT_MAP = Capability("BPF programs, and frame numbers in pagemap", _direct_map)
@@ -121,6 +127,7 @@ KERNEL_IMAGE = Capability(
 )
 CHROMIUM = Capability("a headless Chromium (Debian's chromium-headless-shell)", _chromium)
 SYSTEMD_ANALYZE = Capability("systemd-analyze (Debian's systemd)", _systemd_analyze)
+MANUAL = Capability("lowdown, man and groff (Debian's lowdown, man-db, groff-base)", _manual)
 NETWORK_NAMESPACE = Capability("a network namespace of our own", _network_namespace)
 VHOST_VSOCK = Capability("/dev/vhost-vsock", _vhost_vsock, required=False)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
