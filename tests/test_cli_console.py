@@ -39,6 +39,17 @@ def test_doubled_escapes_let_every_byte_through(wanted: bytes) -> None:
     assert parted(wanted.replace(b"\x1d", b"\x1d\x1d")) == (wanted, [])
 
 
+def test_a_buffer_makes_room_of_what_has_gone() -> None:
+    buffer = _Buffer()
+    size = len(buffer.data)
+    assert buffer.append(memoryview(b"a" * (size - 10) + b"0123456789"))
+    assert not buffer.append(memoryview(b"x"))
+    buffer.gone(size - 5)
+    assert buffer.append(memoryview(b"b" * 20))
+    with buffer.next() as part:
+        assert bytes(part) == b"56789" + b"b" * 20
+
+
 @given(st.lists(st.one_of(st.binary(max_size=9000), st.integers(0, 9000)), max_size=20))
 def test_a_buffer_is_a_queue_that_keeps_nothing(steps: list[bytes | int]) -> None:
     buffer, expected = _Buffer(), b""

@@ -148,12 +148,12 @@ def test_what_is_typed_to_a_guest_that_does_not_read_waits_in_the_clients_own_so
     async def scene(stage: Stage) -> None:
         with stage.client() as client, stage.client() as other:
             in_its_way = fill(stage.clients._guest, b"-")
-            typed = 0
-            while more := fill(client, b"x"):
-                typed += more
-                await asyncio.sleep(0)
+            typed = fill(client, b"x")
+            await until(lambda: len(stage.clients._waiting) == 1, "what is typed waits for the guest")
+            typed += fill(client, b"x")
             assert typed <= fill_of_a_pair() + TYPED_BYTES
             other.send(b"y")
+            await until(lambda: len(stage.clients._waiting) == 2, "the other waits too")
             stage.clients.feed(b"the guest prints on")
             assert await received(client, 19) == await received(other, 19) == b"the guest prints on"
             got = await received(stage.guest, in_its_way + typed + 1)
@@ -189,11 +189,12 @@ def test_of_a_client_that_is_gone_nothing_is_left(state: str) -> None:
             client.send(b"poweroff\r" * 2000)
         if state == "guest-reads-nothing":
             fill(stage.clients._guest, b"-")
-            while fill(client, b"x"):  # noqa: ASYNC110
-                await asyncio.sleep(0)
+            fill(client, b"x")
+            await until(lambda: bool(stage.clients._waiting), "what is typed waits for the guest")
         client.close()  # as the kernel does it for one that is killed
         await until(lambda: open_descriptors() == descriptors, "its descriptor is closed")
         assert stage.clients._clients == {}
+        assert not stage.clients._waiting
         if state == "typed":
             assert await received(stage.guest, 18000) == b"poweroff\r" * 2000
         with stage.client() as another:
