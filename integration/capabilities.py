@@ -73,6 +73,18 @@ def _qemu() -> None:
     subprocess.run([find_qemu(), "--version"], check=True, capture_output=True, timeout=30)
 
 
+def _qemu_img() -> None:
+    for program in ("qemu-img", "qemu-io"):
+        subprocess.run([program, "--version"], check=True, capture_output=True, timeout=30)
+
+
+def _loop_device() -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(1 << 20)
+        made = subprocess.run(["losetup", "--find", "--show", file.name], check=True, capture_output=True, text=True)
+        subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True, capture_output=True)
+
+
 def _kernel_image() -> None:
     if kernel_image.image_range() is None:
         raise OSError(errno.ENOENT, "/proc/iomem names no code, rodata and bss of the kernel's")
@@ -120,6 +132,8 @@ SECRETMEM = Capability("memfd_secret(2)", _secretmem)
 SECCOMP_NOTIFICATION = Capability("seccomp user notification", _seccomp_notification)
 DIRECT_MAP = Capability("BPF programs, and frame numbers in pagemap", _direct_map)
 QEMU = Capability("QEMU", _qemu)
+QEMU_IMG = Capability("qemu-img and qemu-io (Debian's qemu-utils)", _qemu_img)
+LOOP_DEVICE = Capability("a loop device", _loop_device, required=False)
 AUX_RAM_SHARE = Capability("a QEMU whose other RAM blocks can be secret", _aux_ram_share, required=False)
 GUEST_KERNEL = Capability("the demo guest's kernel and initrd (./dev makes them)", _guest_kernel)
 KERNEL_IMAGE = Capability(

@@ -23,7 +23,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,8 +35,8 @@ from rich.table import Table
 
 from integration import capabilities
 from integration.conftest import Backing, LiveGuest, MemoryGroup, prepared
-from vmmback import command
-from vmmback.host import find_qemu, kernel_release
+from vmmback import command, disk_images
+from vmmback.host import kernel_release
 from vmmback.isolation.hunt import hunt
 from vmmback.isolation.needle import Needle
 from vmmback.report import Hunt
@@ -62,7 +62,6 @@ DISK_BYTES = 32 << 20
 _PORT = 5514  # the init's
 _TRIED_WITH_ALL_ENDS: Way = "disk-luks"
 _END_TIMEOUT_S = 20.0
-_LUKS_ATTEMPTS = 20
 # Its option ROM would be an ordinary RAM block that the guest can write to, before QEMU 10.0: a launch is refused.
 _CARD = "virtio-net-pci,netdev=net,romfile="
 
@@ -99,7 +98,7 @@ def pack_initrd(folder: Path, init: Path = INIT, task: str = "") -> Path:
     names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
     cpio = ["busybox", "cpio", "-o", "-H", "newc", "-R", "0:0"]
     packed = subprocess.run(cpio, cwd=tree, input=names.encode(), capture_output=True, check=True).stdout
-    initrd = folder / "residue.img"
+    initrd = folder / f"{init.name}.img"
     initrd.write_bytes(capabilities.INITRD.read_bytes() + gzip.compress(packed, 1))
     return initrd
 
@@ -116,9 +115,22 @@ def guest_file(folder: Path, backing: Backing, way: Way, console_log: Path | Non
         f'[machine]\naccel = "tcg"\n'
         f'[boot]\nkernel = "{capabilities.KERNEL}"\ninitrd = "{pack_initrd(folder)}"\n'
         f'cmdline = "console=ttyS0 quiet panic=-1 residue={kind}"\n'
-        f'[isolation]\nready = "GUEST READY"\n' + (f'[console]\nlog = "{console_log}"\n' if console_log else "")
+        f'[isolation]\nready = "GUEST READY"\n'
+        + (f'[console]\nlog = "{console_log}"\n' if console_log else "")
+        + _disk(folder, way)
     )
     return path
+
+
+def _disk(folder: Path, way: Way) -> str:
+    """Make the guest's disk; return its table, "" if it has none."""
+    if not way.startswith("disk-"):
+        return ""
+    kind: Literal["luks", "raw"] = "luks" if way == "disk-luks" else "raw"
+    disk, key = folder / f"disk.{kind}", folder / "disk.key"
+    disk_images.create(disk, DISK_BYTES, kind, *([key] if kind == "luks" else []), new_key=kind == "luks")
+    keys = f'key-file = "{key}"\n' if kind == "luks" else 'plaintext = "allowed"\n'
+    return f'[[disk]]\npath = "{disk}"\nformat = "{kind}"\n{keys}'
 
 
 @contextmanager
@@ -126,22 +138,6 @@ def devices(folder: Path, way: Way) -> Iterator[tuple[list[str], tuple[int, ...]
     """Yield what QEMU's command line needs for this way, and the descriptors it inherits for it."""
     with ExitStack() as stack:
         match way:
-            case "disk-writeback":
-                disk = folder / "disk.raw"
-                with disk.open("wb") as file:
-                    file.truncate(DISK_BYTES)
-                drive = {"driver": "raw", "node-name": "disk", "file": _file(disk, direct=False)}
-                yield ["-blockdev", json.dumps(drive), "-device", "virtio-blk-pci,drive=disk"], ()
-            case "disk-luks":
-                disk, key = folder / "disk.luks", folder / "disk.key"
-                key.write_text(secrets.token_hex(16))
-                make_luks(disk, key)
-                drive = {"driver": "luks", "node-name": "disk", "key-secret": "key", "file": _file(disk, direct=True)}
-                yield [
-                    "-object", f"secret,id=key,file={key}",
-                    "-blockdev", json.dumps(drive),
-                    "-device", "virtio-blk-pci,drive=disk",
-                ], ()  # fmt: skip
             case "net-dgram":
                 ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
                 stack.enter_context(qemus)
@@ -156,46 +152,6 @@ def devices(folder: Path, way: Way) -> Iterator[tuple[list[str], tuple[int, ...]
                 yield ["-netdev", "user,id=net", "-device", _CARD], ()
             case _:
                 yield [], ()
-
-
-def _file(path: Path, *, direct: bool) -> dict[str, object]:
-    return {"driver": "file", "filename": str(path), "cache": {"direct": direct}}
-
-
-def make_luks(disk: Path, key: Path) -> None:
-    """Format a LUKS disk of DISK_BYTES by a QEMU of its own: qemu-img is not everywhere. Few iterations, to be quick.
-
-    QEMU measures how fast it hashes, and gives up where the clock shows no time (crypto/pbkdf.c): it is asked again.
-    """
-    disk_file = {"driver": "file", "filename": str(disk), "node-name": "file"}
-    create = {"driver": "luks", "file": "file", "size": DISK_BYTES, "key-secret": "key", "iter-time": 10}
-    argv = [
-        *(str(find_qemu()), "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"),
-        *("-object", f"secret,id=key,file={key}", "-blockdev", json.dumps(disk_file)),
-    ]
-    disk.touch()
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as qemu:
-        try:
-            _answer(qemu, '"return"', "qmp_capabilities")
-            for attempt in range(_LUKS_ATTEMPTS):
-                options = {"job-id": f"luks{attempt}", "options": create}
-                _answer(qemu, '"concluded"', "blockdev-create", options)
-                problem = _answer(qemu, '"return": [', "query-jobs")
-                if '"error"' not in problem:
-                    return
-                _answer(qemu, '"return"', "job-dismiss", {"id": f"luks{attempt}"})
-        finally:
-            qemu.kill()
-    raise AssertionError(f"no LUKS disk could be made: {problem}")
-
-
-def _answer(qemu: subprocess.Popen[str], wanted: str, name: str, arguments: Mapping[str, object] | None = None) -> str:
-    """Send a command; return the first line that has `wanted` in it."""
-    assert qemu.stdin is not None
-    assert qemu.stdout is not None
-    qemu.stdin.write(json.dumps({"execute": name, "arguments": arguments or {}}) + "\n")
-    qemu.stdin.flush()
-    return next(line for line in qemu.stdout if wanted in line)
 
 
 @contextmanager

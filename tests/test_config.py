@@ -214,7 +214,7 @@ def test_bad_durations(text: str) -> None:
 
 BOOT = '[boot]\nkernel = "vmlinuz"\n'
 MEMORY = '[memory]\nsize = "256MiB"\n'
-TABLES = "[memory], [cpu], [machine], [boot], [isolation], [console], [qmp], [vsock], [process]"
+TABLES = "[memory], [cpu], [machine], [boot], [[disk]], [isolation], [console], [qmp], [vsock], [process]"
 FILE_ADVICE = "write the path of a file that you may read, absolute or from the guest file's folder"
 NAME_ADVICE = (
     'write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."'  # shared by the rows
@@ -328,7 +328,7 @@ WRONG: list[tuple[str, str]] = [
     # boot
     (
         f'name = "a"\n{MEMORY}',
-        'guest.toml: boot: the table is missing; write [boot] and under it kernel = "vmlinuz"',
+        'guest.toml: boot: the table is missing; write [boot] and under it kernel = "vmlinuz", or a [[disk]] to boot',
     ),
     (
         f'name = "a"\n{MEMORY}[boot]\n',
@@ -336,7 +336,8 @@ WRONG: list[tuple[str, str]] = [
     ),
     (
         f'name = "a"\n{MEMORY}[boot]\ninitrd = "images/initrd.img"\n',
-        'guest.toml:4: boot: has neither kernel nor firmware; write one of them, like kernel = "vmlinuz"',
+        'guest.toml:4: boot: has neither kernel nor firmware; write one of them, like kernel = "vmlinuz"\n'
+        "guest.toml:5: boot.initrd: goes with a kernel, not with firmware; remove it, or boot a kernel",
     ),
     (
         f'{MINIMAL}firmware = "OVMF.fd"\n',
@@ -537,7 +538,6 @@ WRONG: list[tuple[str, str]] = [
     ),
     (f"{MINIMAL}[vsock]\n", "guest.toml:8: vsock.cid: missing; write cid = 3"),
     # not built yet
-    (f"{MINIMAL}[[disk]]\n", f"guest.toml:8: disk: [[disk]] is not built yet; the tables so far are {TABLES}"),
     (f"{MINIMAL}[[nic]]\n", f"guest.toml:8: nic: [[nic]] is not built yet; the tables so far are {TABLES}"),
     (f"{MINIMAL}[[share]]\n", f"guest.toml:8: share: [[share]] is not built yet; the tables so far are {TABLES}"),
     (
@@ -622,7 +622,8 @@ count = 0
         'guest.toml:4: boot.kernle: unknown key "kernle"',
         'guest.toml:7: memory.size: "256MB" is not a size',
         'guest.toml:8: memory.prefault: "no" is a string',
-        "guest.toml:10: disk: [[disk]] is not built yet",
+        "guest.toml:10: disk[0].format: missing",
+        "guest.toml:11: disk[0].path: root.luks: no such file or directory",
         "guest.toml:14: cpu.count: 0 is too small",
         "guest.toml: name: missing",
     ]
@@ -789,8 +790,8 @@ def tables_of(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The schema of each table, by the table's name in TOML; the top of the file is ""."""
     found = {"": schema}
     for key, value in schema["properties"].items():
-        if "$ref" in value:
-            found[key] = schema["$defs"][value["$ref"].removeprefix("#/$defs/")]
+        if reference := value.get("$ref") or value.get("items", {}).get("$ref"):
+            found[key] = schema["$defs"][reference.removeprefix("#/$defs/")]
     return found
 
 
@@ -798,18 +799,29 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
     tables = tables_of(json_schema())
 
     assert {name: set(table["properties"]) for name, table in tables.items()} == {
-        "": {"name", "memory", "cpu", "machine", "boot", "isolation", "console", "qmp", "vsock", "process"},
+        "": {"name", "memory", "cpu", "machine", "boot", "disk", "isolation", "console", "qmp", "vsock", "process"},
         "memory": {"size", "prefault", "backing"},
         "cpu": {"count", "model"},
         "machine": {"type", "accel"},
         "boot": {"kernel", "initrd", "cmdline", "firmware"},
+        "disk": {
+            "path",
+            "format",
+            "key-file",
+            "cache",
+            "plaintext",
+            "read-only",
+            "serial",
+            "boot-order",
+            "discard",
+        },
         "isolation": {"validate", "every", "on-exposed", "ready", "ready-timeout", "after-validation"},
         "console": {"log"},
         "qmp": {"allow"},
         "vsock": {"cid"},
         "process": {"user", "uids"},
     }
-    assert tables[""]["required"] == ["name", "memory", "boot"]
+    assert tables[""]["required"] == ["name", "memory"]
     assert tables["memory"]["required"] == ["size"]
 
 
@@ -851,7 +863,10 @@ def test_the_schema_agrees_with_the_full_file() -> None:
 
 def test_each_default_of_the_schema_is_what_a_file_without_the_key_means(folder: Path) -> None:
     lines = [MINIMAL]
-    for name, table in tables_of(json_schema()).items():
+    tables = tables_of(json_schema())
+    assert tables.pop("")["properties"]["disk"]["default"] == []
+    assert {"read-only", "discard"} <= tables.pop("disk")["properties"].keys()  # there is none in a minimal file
+    for name, table in tables.items():
         defaults = {key: value["default"] for key, value in table["properties"].items() if "default" in value}
         lines += [
             f"{name}.{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"

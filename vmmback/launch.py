@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmmback import command, console, control, handoff, monitor, process, qmp_socket, ram, report, vsock
+from vmmback import command, console, control, disks, handoff, monitor, process, qmp_socket, ram, report, vsock
 from vmmback.config import GuestConfig
 from vmmback.errors import Interrupted, QemuFailed, VmmbackError
 from vmmback.guest import Guest, Watcher, confirm, target_of
@@ -76,9 +76,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     HostMemory.read().admit(config.memory.size)
     plan = stack.enter_context(process.planned(config))
     inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
-    devices: list[command.Device] = []
-    if config.vsock:
-        devices.append(inherited.enter_context(vsock.opened(config.vsock.cid)))
+    devices = _open_devices(config, plan, inherited)
 
     memories = stack.enter_context(ram.closed_together())
     guest_ram = ram.allocate(config.memory.backing, config.memory.size)
@@ -123,6 +121,14 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     )
 
 
+def _open_devices(config: GuestConfig, plan: process.Plan, inherited: ExitStack) -> list[command.Device]:
+    """Open what the guest's devices need of the host; `inherited` closes it, once QEMU has it."""
+    devices = disks.open_disks(config, inherited, plan.ids)
+    if config.vsock:
+        devices.append(inherited.enter_context(vsock.opened(config.vsock.cid)))
+    return devices
+
+
 async def _run(guest: Guest, life: Life, stop: Stop, *, validate: bool) -> None:
     """Let a prepared guest run, and examine it, until it has ended. Raises QemuFailed."""
     async with _last_words(guest.qemu), life.of(guest), _qmp_served(guest):
@@ -148,11 +154,16 @@ def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
 
 @asynccontextmanager
 async def _qmp_served(guest: Guest) -> AsyncIterator[None]:
-    """Let other processes speak QMP to the guest as its file allows, while the block runs."""
-    path = guest.folder / QMP_SOCKET
-    async with qmp_socket.serve(path, guest.monitor, guest.policy, guest.watcher.note) as clients:
+    """Let other processes speak QMP to the guest as its file allows, while the block runs.
+
+    Errors of its disks are told to the watcher meanwhile.
+    """
+    path, note = guest.folder / QMP_SOCKET, guest.watcher.note
+    disk_errors = disks.DiskErrors(guest.config, path, note)
+    async with qmp_socket.serve(path, guest.monitor, guest.policy, note) as clients:
         guest.clients = clients
-        yield
+        with guest.monitor.listen(disk_errors.receive):
+            yield
 
 
 async def _booted(guest: Guest, stop: Stop) -> bool:

@@ -11,6 +11,7 @@ import click
 from vmmback.cli.audit import audit, selftest
 from vmmback.cli.completion import completion
 from vmmback.cli.console import console
+from vmmback.cli.disk import disk
 from vmmback.cli.files import ReportFiles, report_files
 from vmmback.cli.guests import ps, status, stop
 from vmmback.cli.logs import logs, qmp
@@ -97,5 +98,5 @@ def schema() -> None:
     click.echo(json.dumps(config.json_schema(), indent=2))
 
 
-for command in (audit, selftest, ps, status, stop, console, logs, qmp, completion):
+for command in (audit, selftest, ps, status, stop, console, logs, qmp, disk, completion):
     commands.add_command(command)

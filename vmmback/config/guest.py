@@ -6,16 +6,30 @@ looked at.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from vmmback.config.disk import Disk, disk_conflicts
 from vmmback.config.process import Process
 from vmmback.config.refused import REFUSED_TABLES
-from vmmback.config.tables import Boot, Console, Cpu, Isolation, Machine, Memory, Qmp, Table
-from vmmback.config.values import GuestName
+from vmmback.config.tables import (
+    Boot,
+    Conflict,
+    Console,
+    Cpu,
+    Isolation,
+    Machine,
+    Memory,
+    Qmp,
+    Table,
+    with_conflicts,
+)
+from vmmback.config.values import GuestName, Tables
 from vmmback.config.vsock import Vsock
 from vmmback.errors import ConfigError
 from vmmback.toml_errors import Grammar, ascii_path, explain, read
@@ -34,13 +48,34 @@ kernel = "vmlinuz"
 class GuestConfig(Table):
     """One guest file: what the user wants of a guest."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {
+                    "required": ["boot"],
+                    "properties": {"boot": {"anyOf": [{"required": ["kernel"]}, {"required": ["firmware"]}]}},
+                },
+                {"required": ["disk"]},
+            ]
+        }
+    )
+
     name: GuestName = Field(
         description="The guest's name, which is also the name of its runtime folder.", examples=["demo"]
     )
     memory: Memory = Field(description="The guest's RAM.", examples=[{"size": "256MiB"}])
     cpu: Cpu = Field(default_factory=Cpu, description="The guest's processors.")
     machine: Machine = Field(default_factory=Machine, description="The board, and what runs the guest's instructions.")
-    boot: Boot = Field(description="What the guest boots: a kernel or a firmware.", examples=[{"kernel": "vmlinuz"}])
+    boot: Boot = Field(
+        default_factory=Boot,
+        description="What the guest boots: a kernel or a firmware. Without it, QEMU's own firmware boots a disk.",
+        examples=[{"kernel": "vmlinuz"}],
+    )
+    disk: Annotated[tuple[Disk, ...], Tables] = Field(
+        default=(),
+        description="The guest's disks, in the order in which it sees them: /dev/vda, /dev/vdb and so on.",
+        json_schema_extra={"default": []},
+    )
     isolation: Isolation = Field(
         default_factory=Isolation, description="How the guest's isolation is proved, and what follows."
     )
@@ -51,6 +86,26 @@ class GuestConfig(Table):
     )
     process: Process = Field(default_factory=Process, description="As whom QEMU runs.")
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tables_together(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """Check the tables against each other."""
+        guest = with_conflicts(cls, value, handler, _nothing_to_boot(value) if isinstance(value, dict) else ())
+        others = {"[boot] kernel": guest.boot.kernel, "[boot] initrd": guest.boot.initrd}
+        others |= {"[boot] firmware": guest.boot.firmware, "[console] log": guest.console.log}
+        found = disk_conflicts(guest.disk, others, kernel=bool(guest.boot.kernel), look=info.context is not None)
+        return with_conflicts(cls, guest, lambda _: guest, found)
+
+
+def _nothing_to_boot(tables: Mapping[str, object]) -> Iterator[Conflict]:
+    boot = tables.get("boot")
+    if tables.get("disk") or (isinstance(boot, dict) and ("kernel" in boot or "firmware" in boot)):
+        return
+    if "boot" not in tables:
+        yield ("boot",), 'the table is missing; write [boot] and under it kernel = "vmlinuz", or a [[disk]] to boot'
+    elif isinstance(boot, dict):
+        yield ("boot",), 'has neither kernel nor firmware; write one of them, like kernel = "vmlinuz"'
+
 
 _TABLES: dict[str, type[Table]] = {
     "": GuestConfig,
@@ -58,6 +113,7 @@ _TABLES: dict[str, type[Table]] = {
     "cpu": Cpu,
     "machine": Machine,
     "boot": Boot,
+    "disk": Disk,
     "isolation": Isolation,
     "console": Console,
     "qmp": Qmp,
@@ -70,11 +126,11 @@ _GRAMMAR = Grammar(
         for name, table in _TABLES.items()
     },
     not_built={
-        ("disk",): "[[disk]]",
         ("nic",): "[[nic]]",
         ("share",): "[[share]]",
     },
     refused={(name,): reason for name, reason in REFUSED_TABLES.items()},
+    arrays={"disk"},
 )
 
 

@@ -5,8 +5,8 @@ Each field's description is its documentation; the JSON Schema hands it to edito
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -32,11 +32,35 @@ from vmmback.config.values import (
     WatchPeriod,
 )
 
+Model = TypeVar("Model", bound=BaseModel)
+Conflict = tuple[tuple[str | int, ...], str]
+"""What is wrong with keys of a table that do not go together: where it is said, and what."""
+
 
 class Table(BaseModel):
     """Base of all tables: frozen, and strict about keys and types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def with_conflicts(
+    cls: type[Model], value: object, handler: Callable[[Any], Model], conflicts: Iterable[Conflict]
+) -> Model:
+    """Validate a table; raise ValidationError with its conflicts and with what else is wrong in it, all at once."""
+    errors = [
+        InitErrorDetails(type="value_error", loc=keys, input=value, ctx={"error": ValueError(problem)})
+        for keys, problem in conflicts
+    ]
+    if not errors:
+        return handler(value)
+    try:
+        handler(value)
+    except ValidationError as error:
+        errors += [
+            InitErrorDetails(type=seen["type"], loc=seen["loc"], input=seen["input"], ctx=seen.get("ctx", {}))
+            for seen in error.errors(include_url=False)
+        ]
+    raise ValidationError.from_exception_data(cls.__name__, errors)
 
 
 class Memory(Table):
@@ -75,11 +99,14 @@ class Machine(Table):
 
 
 class Boot(Table):
-    """What the guest boots: a kernel, or a firmware. Paths are absolute or relative to the guest file's folder."""
+    """What the guest boots: a kernel, or a firmware. Paths are absolute or relative to the guest file's folder.
+
+    Without either, QEMU's own firmware boots a disk: the top of the file (guest.py) sees to it that there is one.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
-            "oneOf": [{"required": ["kernel"]}, {"required": ["firmware"]}],
+            "not": {"required": ["kernel", "firmware"]},
             "dependentRequired": {"initrd": ["kernel"], "cmdline": ["kernel"]},
         }
     )
@@ -95,31 +122,16 @@ class Boot(Table):
     @classmethod
     def _one_way_to_boot(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Check the keys against each other also when one of them is wrong, so that all errors show at once."""
-        errors = [
-            InitErrorDetails(type="value_error", loc=keys, input=value, ctx={"error": ValueError(problem)})
-            for keys, problem in (_boot_conflicts(value) if isinstance(value, dict) else ())
-        ]
-        if not errors:
-            return handler(value)
-        try:
-            handler(value)
-        except ValidationError as error:
-            errors += [
-                InitErrorDetails(type=seen["type"], loc=seen["loc"], input=seen["input"], ctx=seen.get("ctx", {}))
-                for seen in error.errors(include_url=False)
-            ]
-        raise ValidationError.from_exception_data(cls.__name__, errors)
+        return with_conflicts(cls, value, handler, _boot_conflicts(value) if isinstance(value, dict) else ())
 
 
-def _boot_conflicts(keys: dict[str, object]) -> Iterator[tuple[tuple[str, ...], str]]:
+def _boot_conflicts(keys: dict[str, object]) -> Iterator[Conflict]:
     if "kernel" in keys and "firmware" in keys:
         yield ("firmware",), "does not go with kernel; keep one of the two"
-    elif "firmware" in keys:
+    elif "kernel" not in keys:
         for key in ("initrd", "cmdline"):
             if key in keys:
                 yield (key,), "goes with a kernel, not with firmware; remove it, or boot a kernel"
-    elif "kernel" not in keys:
-        yield (), 'has neither kernel nor firmware; write one of them, like kernel = "vmlinuz"'
 
 
 class Isolation(Table):

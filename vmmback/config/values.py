@@ -29,14 +29,20 @@ _NAME_PATTERN = r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{0,62}"
 _CPU_MODEL_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.,+=-]{0,254}"
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "256MiB". Raises ValueError unless it is whole 8KiB, 1MiB to 16TiB."""
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size such as "256MiB". Raises ValueError unless it is 1MiB to 16TiB."""
     found = re.fullmatch(_SIZE_PATTERN, text)
     if not found:
         raise ValueError(f'{quote(text)} is not a size; write it like "256MiB" (KiB, MiB, GiB or TiB)')
     size_bytes = int(found[1]) * _SIZE_UNITS[found[2]]
     if not MIN_MEMORY_BYTES <= size_bytes <= MAX_MEMORY_BYTES:
         raise ValueError(f'{quote(text)} is out of range; write "1MiB" to "16TiB"')
+    return size_bytes
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of RAM of a size such as "256MiB". Raises ValueError unless it is whole 8KiB, 1MiB to 16TiB."""
+    size_bytes = parse_bytes(text)
     if size_bytes % GRAIN_BYTES:
         raise ValueError(f"{quote(text)} is not a multiple of 8KiB, as QEMU rounds RAM sizes; write whole 8KiB")
     return size_bytes
@@ -67,7 +73,8 @@ def _duration(value: object) -> float:
     return parse_duration(_string(value, 'a duration in quotes, like "60s"'))
 
 
-def _path(value: object, info: ValidationInfo) -> Path:
+def given_path(value: object, info: ValidationInfo) -> Path:
+    """Return a path, resolved from the guest file's folder, which is the context. Raises ValueError."""
     if isinstance(value, Path):
         return value
     text = _string(value, 'a path in quotes, like "vmlinuz"')
@@ -78,7 +85,7 @@ def _path(value: object, info: ValidationInfo) -> Path:
 
 def _input_file(value: object, info: ValidationInfo) -> Path:
     """Return the path of a file that the guest needs; it must be regular and readable."""
-    path = _path(value, info)
+    path = given_path(value, info)
     if info.context is None:
         return path
     try:
@@ -91,7 +98,7 @@ def _input_file(value: object, info: ValidationInfo) -> Path:
 
 def _output_file(value: object, info: ValidationInfo) -> Path:
     """Return the path of a file that is going to be written; its folder must be there."""
-    path = _path(value, info)
+    path = given_path(value, info)
     if info.context is None:
         return path
     try:
@@ -105,7 +112,9 @@ def _output_file(value: object, info: ValidationInfo) -> Path:
     return path
 
 
-def _matching(pattern: str, wanted: str) -> Callable[[str], str]:
+def matching(pattern: str, wanted: str) -> Callable[[str], str]:
+    """Return a check of text against a pattern, whose error says what was `wanted`."""
+
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
             raise ValueError(f"{quote(text)} is not {wanted}")
@@ -140,7 +149,7 @@ def _cmdline(text: str) -> str:
     return _one_line(text)
 
 
-_guest_name = _matching(
+_guest_name = matching(
     _NAME_PATTERN,
     'a guest name; write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."',
 )
@@ -183,7 +192,7 @@ GuestName = Annotated[
 ]
 CpuModel = Annotated[
     str,
-    AfterValidator(_matching(_CPU_MODEL_PATTERN, 'a CPU model; write it like "max", with features like "max,-avx"')),
+    AfterValidator(matching(_CPU_MODEL_PATTERN, 'a CPU model; write it like "max", with features like "max,-avx"')),
     WithJsonSchema({"type": "string", "pattern": f"^{_CPU_MODEL_PATTERN}$"}),
 ]
 Size = Annotated[int, BeforeValidator(_size), WithJsonSchema({"type": "string", "pattern": f"^{_SIZE_PATTERN}$"})]
