@@ -7,7 +7,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from integration import capabilities, residue
-from integration.conftest import MIB, ROOT, LiveGuest, Start, eventually, prepared
+from integration.conftest import MIB, ROOT, Backing, LiveGuest, Start, eventually, prepared
 from vmmback import disk_images, disks, runtime
+from vmmback.config import disk as disk_config
 from vmmback.errors import QemuFailed, UsageError
 
 INIT = ROOT / "integration/guest/disk-init"
@@ -64,8 +64,8 @@ def images() -> Iterator[Images]:
 def folder(images: Images) -> Iterator[Path]:
     """A folder on the same disk, with fresh copies of the images."""
     with tempfile.TemporaryDirectory(prefix="vmmback-", dir=ROOT / "build") as name:
-        for file in (images.luks, images.qcow2, images.key, Path(f"{images.qcow2}.key")):
-            shutil.copy2(file, name)
+        files = (images.luks, images.qcow2, images.key, Path(f"{images.qcow2}.key"))
+        subprocess.run(["cp", "--preserve=mode", "--sparse=always", *files, name], check=True)
         yield Path(name)
 
 
@@ -73,6 +73,11 @@ def raw_image(path: Path, contents: bytes = b"") -> Path:
     path.write_bytes(contents)
     os.truncate(path, DISK_BYTES)
     return path
+
+
+def blocks(path: Path) -> int:
+    """How many sectors of its disk a file takes."""
+    return path.stat().st_blocks
 
 
 def pattern() -> str:
@@ -84,7 +89,9 @@ LUKS = '[[disk]]\npath = "a.luks"\nformat = "luks"\nkey-file = "a.key"\n'
 RAW = '[[disk]]\npath = "a.raw"\nformat = "raw"\nplaintext = "allowed"\n'
 
 
-def guest_file(folder: Path, images: Images, words: str, tables: str, boot: str | None = None) -> Path:
+def guest_file(
+    folder: Path, images: Images, words: str, tables: str, boot: str | None = None, backing: Backing = "secret"
+) -> Path:
     """Write the guest file of a disk guest; `words` are what its init is to do."""
     name = f"disk-{secrets.token_hex(4)}"
     kernel = (
@@ -93,7 +100,7 @@ def guest_file(folder: Path, images: Images, words: str, tables: str, boot: str 
     )
     path = folder / f"{name}.toml"
     path.write_text(
-        f'name = "{name}"\n[memory]\nsize = "96MiB"\n[machine]\naccel = "tcg"\n'
+        f'name = "{name}"\n[memory]\nsize = "96MiB"\nbacking = "{backing}"\n[machine]\naccel = "tcg"\n'
         f'[cpu]\nmodel = "max,-erms,-fsrm"\n{kernel if boot is None else boot}'
         f'[isolation]\nready = "GUEST READY"\n{tables}'
     )
@@ -138,6 +145,7 @@ def test_every_kind_of_disk_is_written_and_read(folder: Path, images: Images) ->
         '[[disk]]\npath = "discard.raw"\nformat = "raw"\nplaintext = "allowed"\ndiscard = true\n'
     )
     words = f"pattern={text} look write=vda,vdb,vdc,vdd,vdf read=vda,vdb,vdc,vdd,vde,vdf refused=vde forget=vdf idle"
+    before = {name: blocks(folder / name) for name in ("a.luks", "a.qcow2")}
     with prepared(guest_file(folder, images, words, tables)) as live:
         printed = boot(live)
         sectors = DISK_BYTES // 512
@@ -159,9 +167,9 @@ def test_every_kind_of_disk_is_written_and_read(folder: Path, images: Images) ->
         assert (folder / "a.raw").read_bytes()[:MIB] == block
         assert text.encode() in (folder / "plain.qcow2").read_bytes()
         for encrypted in ("a.luks", "a.qcow2"):
-            assert (folder / encrypted).stat().st_blocks > 2 * MIB // 512  # the header, and what was written
+            assert blocks(folder / encrypted) >= before[encrypted] + MIB // 512
             assert text.encode() not in (folder / encrypted).read_bytes()
-        assert (folder / "discard.raw").stat().st_blocks == 0 < (folder / "a.raw").stat().st_blocks
+        assert blocks(folder / "discard.raw") == 0 < blocks(folder / "a.raw")
 
         # The keys are in no place that others read, where the disks' names are the control.
         words_of_qemu = Path(f"/proc/{live.pid}/cmdline").read_bytes()
@@ -178,6 +186,24 @@ def test_every_kind_of_disk_is_written_and_read(folder: Path, images: Images) ->
         disks_named = [name for name, _ in exposures if name.endswith("-disk")]
         assert disks_named == ["plaintext-disk"] * 2 + ["encrypted-disk"] * 2 + ["plaintext-disk"] * 2
         assert any("a.luks is encrypted by QEMU" in detail for _, detail in exposures)
+
+
+def test_why_some_disks_are_refused(
+    folder: Path, images: Images, backing: Backing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the refusals: O_DIRECT fails on secret RAM alone, and QEMU's LUKS says yes to a discard and keeps all."""
+    monkeypatch.setattr(disk_config, "_conflicts", lambda _: ())
+    raw_image(folder / "a.raw")
+    tables = f'{RAW}cache = "none"\n{LUKS}discard = true\n'
+    words = f"pattern={pattern()} write=vdb forget=vdb again=vda"
+    before = blocks(folder / "a.luks")
+    with prepared(guest_file(folder, images, words, tables, backing=backing)) as live:
+        failed = backing == "secret"
+        printed = boot(live, "GUEST FAILED: cannot write to vda" if failed else "GUEST WROTE AGAIN")
+        assert "forgot vdb." in printed
+        assert blocks(folder / "a.luks") >= before + MIB // 512
+        if not failed:
+            assert "GUEST FAILED" not in printed
 
 
 def test_an_image_in_use_is_refused_to_others_and_free_afterwards(folder: Path, images: Images) -> None:

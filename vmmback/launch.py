@@ -28,6 +28,8 @@ T = TypeVar("T")
 # Generous: a deadline is for what never comes, not for what is slow.
 _HANDOFF_TIMEOUT_S = 30.0
 _GREETING_TIMEOUT_S = 30.0
+# For each encrypted disk: before QEMU asks for its RAM it stretches the key, 2 s of a CPU that others want, too.
+_UNLOCK_TIMEOUT_S = 30.0
 # A guest without `ready` text is validated after its first output, or after so long: its firmware has run by then.
 _SILENT_BOOT_S = 10.0
 _POWERDOWN_TIMEOUT_S = 15.0
@@ -106,7 +108,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
         handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux, jail=jail)
     )
     inherited.close()
-    await qemu.handed_over(_HANDOFF_TIMEOUT_S)
+    await qemu.handed_over(_HANDOFF_TIMEOUT_S + _UNLOCK_TIMEOUT_S * sum(disk.encrypted for disk in config.disk))
 
     async with _last_words(qemu):
         qemu_monitor = await stack.enter_async_context(monitor.connect(qmp, _GREETING_TIMEOUT_S))
