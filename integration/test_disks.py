@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import mmap
 import os
 import re
 import secrets
@@ -20,9 +22,11 @@ import pytest
 
 from integration import capabilities, residue
 from integration.conftest import MIB, ROOT, Backing, LiveGuest, Start, eventually, prepared
-from vmmback import disk_images, disks, runtime
+from vmmback import config, disk_images, disks, runtime
 from vmmback.config import disk as disk_config
-from vmmback.errors import QemuFailed, UsageError
+from vmmback.errors import UsageError
+from vmmback.host import find_qemu
+from vmmback.linux import memory
 
 INIT = ROOT / "integration/guest/disk-init"
 DISK_BYTES = 16 * MIB
@@ -80,12 +84,19 @@ def blocks(path: Path) -> int:
     return path.stat().st_blocks
 
 
+def cached(path: Path, offset: int) -> int:
+    """How many pages of a MiB of a file, from an offset on, are in the host's page cache."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        return sum(memory.mincore(memory.address_of(mapped) + offset, MIB))
+
+
 def pattern() -> str:
     """64 bytes that nobody else has."""
     return secrets.token_hex(32)
 
 
 LUKS = '[[disk]]\npath = "a.luks"\nformat = "luks"\nkey-file = "a.key"\n'
+PLAIN_QCOW2 = '[[disk]]\npath = "plain.qcow2"\nformat = "qcow2"\nplaintext = "allowed"\n'
 RAW = '[[disk]]\npath = "a.raw"\nformat = "raw"\nplaintext = "allowed"\n'
 
 
@@ -138,7 +149,7 @@ def test_every_kind_of_disk_is_written_and_read(folder: Path, images: Images) ->
     disk_images.create(folder / "plain.qcow2", DISK_BYTES, "qcow2")
     tables = (
         f'{RAW}serial = "first"\ncache = "writethrough"\n'
-        '[[disk]]\npath = "plain.qcow2"\nformat = "qcow2"\nplaintext = "allowed"\n'
+        f"{PLAIN_QCOW2}"
         f'{LUKS}serial = "12345678901234567890"\n'
         '[[disk]]\npath = "a.qcow2"\nformat = "qcow2"\nkey-file = "a.qcow2.key"\ncache = "directsync"\n'
         '[[disk]]\npath = "ro.raw"\nformat = "raw"\nplaintext = "allowed"\nread-only = true\n'
@@ -163,7 +174,9 @@ def test_every_kind_of_disk_is_written_and_read(folder: Path, images: Images) ->
             assert line in printed
         assert "disk vdf serial= sectors=32768 ro=0 discard=0 " not in printed
 
-        # On the host: where it is plain, it is there to be read; where it is encrypted, it is not.
+        # On the host: what is plain is there to be read; what is encrypted is not, and not in the page cache either.
+        assert cached(folder / "a.raw", 0) == MIB // memory.PAGE_SIZE
+        assert cached(folder / "a.luks", images.luks.stat().st_size - DISK_BYTES) == 0
         assert (folder / "a.raw").read_bytes()[:MIB] == block
         assert text.encode() in (folder / "plain.qcow2").read_bytes()
         for encrypted in ("a.luks", "a.qcow2"):
@@ -236,10 +249,13 @@ def test_an_image_that_qemu_img_uses_is_refused(folder: Path, images: Images) ->
         other.stdin.close()
 
 
-def test_a_key_that_does_not_open_the_disk_is_an_error_of_qemu(folder: Path, images: Images) -> None:
+def test_a_key_that_does_not_open_the_disk_is_named(folder: Path, images: Images) -> None:
+    disk_images.create(folder / "plain.qcow2", DISK_BYTES, "qcow2")
     (folder / "a.key").write_text("wrong")
-    with pytest.raises(QemuFailed, match="Invalid password"):
-        prepared(guest_file(folder, images, "", LUKS)).__enter__()
+    for key, problem in ((b"wrong", "does not open"), (b"\xff\xfe", "is not text")):
+        (folder / "a.key").write_bytes(key)
+        with pytest.raises(UsageError, match=rf"disk\[1\]\.key-file: .*/a\.key {problem}"):
+            prepared(guest_file(folder, images, "", PLAIN_QCOW2 + LUKS)).__enter__()
 
 
 def test_the_pipe_of_a_key_can_be_opened_by_its_owner_alone(folder: Path) -> None:
@@ -256,6 +272,33 @@ def test_the_pipe_of_a_key_can_be_opened_by_its_owner_alone(folder: Path) -> Non
         assert as_user(4711, reader).stdout == (folder / "a.key").read_bytes()
     finally:
         os.close(reader)
+
+
+def test_disks_need_no_path_and_no_right_of_qemus(folder: Path, images: Images) -> None:
+    """Here QEMU is a user who may read none of it, without capabilities, and with the least of a /proc."""
+    raw_image(folder / "a.raw").chmod(0o600)
+    tables = f'{RAW}{LUKS}[[disk]]\npath = "a.qcow2"\nformat = "qcow2"\nkey-file = "a.qcow2.key"\n'
+    guest = config.load(guest_file(folder, images, "", tables))
+    with contextlib.ExitStack() as inherited:
+        devices = disks.open_disks(guest, inherited, (4711, 4711))
+        options = "-M q35 -m 16 -S -nodefaults -display none -vga none -qmp stdio"
+        qemu = [str(find_qemu()), *options.split()]
+        qemu += [word for device in devices for word in device.argv]
+        rights = "--reuid=4711 --regid=4711 --clear-groups --bounding-set=-all --no-new-privs --pdeathsig=KILL"
+        enter = 'mount -t proc -o subset=pid proc /proc && exec setpriv "$@"'
+        argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", enter, "sh", *rights.split(), *qemu]
+        ended = subprocess.run(
+            argv,
+            input='{"execute": "qmp_capabilities"} {"execute": "query-block"} {"execute": "quit"}',
+            pass_fds=[descriptor for device in devices for descriptor in device.descriptors],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert ended.returncode == 0, ended.stderr
+    assert [name for name in ("disk0", "disk1", "disk2") if f'"node-name": "{name}-image"' in ended.stdout] == [
+        "disk0", "disk1", "disk2",
+    ]  # fmt: skip
 
 
 # --- Booting ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Mapping
@@ -190,6 +191,20 @@ def _exposure(disk: Disk) -> Exposure:
         detail=f"{disk.path} is encrypted by QEMU, whose heap holds its key, and up to some 96 KiB at a time of what "
         f"the guest writes and reads; the key is in {disk.key_file}",
     )
+
+
+def key_refused(config: GuestConfig, words: str) -> UsageError | None:
+    """Return what QEMU's last words say of a key, None if they are about something else."""
+    found = re.search(r'"node-name": "disk(\d+)-image"', words)
+    hint = "`vmmback disk create` made the disk with another file as its key; a line end is a part of a key, too"
+    if found and "Invalid password" in words:  # crypto/block-luks.c
+        problem = f"does not open {config.disk[int(found[1])].path}"
+    elif found and "not valid UTF-8" in words:  # crypto/secret_common.c, qcrypto_secret_lookup_as_utf8
+        problem, hint = "is not text, which QEMU wants a key to be", "write it in hexadecimal or base64, say"
+    else:
+        return None
+    number = int(found[1])
+    return UsageError(f"disk[{number}].key-file: {config.disk[number].key_file} {problem}", hint)
 
 
 class DiskErrors:

@@ -108,7 +108,10 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
         handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux, jail=jail)
     )
     inherited.close()
-    await qemu.handed_over(_HANDOFF_TIMEOUT_S + _UNLOCK_TIMEOUT_S * sum(disk.encrypted for disk in config.disk))
+    try:
+        await qemu.handed_over(_HANDOFF_TIMEOUT_S + _UNLOCK_TIMEOUT_S * sum(disk.encrypted for disk in config.disk))
+    except HandoffFailed as error:
+        raise disks.key_refused(config, error.message) or error from None
 
     async with _last_words(qemu):
         qemu_monitor = await stack.enter_async_context(monitor.connect(qmp, _GREETING_TIMEOUT_S))
