@@ -140,7 +140,7 @@ def boot(live: LiveGuest, text: str = "GUEST READY") -> str:
 # --- What disks hold, and what they leave -----------------------------------------------------------------------------
 
 
-def test_every_kind_of_disk_is_written_and_read(folder: Path, images: Images) -> None:
+def test_every_kind_of_disk_is_written_and_read(folder: Path, images: Images, needs_direct_map: None) -> None:
     text = pattern()
     block = text.encode() * (MIB // 64)
     raw_image(folder / "a.raw")
@@ -195,7 +195,9 @@ def test_every_kind_of_disk_is_written_and_read(folder: Path, images: Images) ->
             places = [words_of_qemu, Path(f"/proc/{live.pid}/environ").read_bytes(), *(f.read_bytes() for f in files)]
             assert not any(secret in place for place in places)
 
-        exposures = [(exposure.name, exposure.detail) for exposure in live.guest.report().exposures]
+        report = live.run(live.guest.examine())
+        assert report.verdict == "isolated", report.reasons
+        exposures = [(exposure.name, exposure.detail) for exposure in report.exposures]
         disks_named = [name for name, _ in exposures if name.endswith("-disk")]
         assert disks_named == ["plaintext-disk"] * 2 + ["encrypted-disk"] * 2 + ["plaintext-disk"] * 2
         assert any("a.luks is encrypted by QEMU" in detail for _, detail in exposures)
