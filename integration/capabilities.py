@@ -26,6 +26,8 @@ from vmmback.host import can_share_aux_ram, find_qemu
 from vmmback.linux import kernel_image, seccomp
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.memfd_secret import memfd_secret
+from vmmback.linux.network import in_new_network
+from vmmback.linux.tap import open_tap
 
 ROOT = Path(__file__).parents[1]
 KERNEL = ROOT / "build/guest/vmlinuz"
@@ -114,6 +116,16 @@ def _vhost_vsock() -> None:
     os.close(os.open(vsock.DEVICE, os.O_RDWR))
 
 
+def _taps() -> None:
+    for descriptor in in_new_network(lambda: open_tap("vmmtest")):
+        os.close(descriptor)
+
+
+def _iproute2() -> None:
+    for argv in (["ip", "-json", "link", "show", "lo"], ["nsenter", "--version"]):
+        subprocess.run(argv, check=True, capture_output=True, timeout=30)
+
+
 def _memory_group() -> None:
     new_memory_group().rmdir()
 
@@ -144,6 +156,8 @@ SYSTEMD_ANALYZE = Capability("systemd-analyze (Debian's systemd)", _systemd_anal
 MANUAL = Capability("lowdown, man and groff (Debian's lowdown, man-db, groff-base)", _manual)
 NETWORK_NAMESPACE = Capability("a network namespace of our own", _network_namespace)
 VHOST_VSOCK = Capability("/dev/vhost-vsock", _vhost_vsock, required=False)
+TAPS = Capability("/dev/net/tun, and the right to make taps", _taps)
+IPROUTE2 = Capability("ip (iproute2) and nsenter (util-linux)", _iproute2)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
 
 

@@ -56,7 +56,7 @@ def test_each_error_names_its_own_table_and_line(tmp_path: Path) -> None:
             '[disk]\npath = "a"\n',
             "F:1: disk: is a table; write [[disk]] with two brackets, for there may be several, and its keys under it",
         ),
-        ("disk = [1]\n", "F: disk[0]: 1 is an integer; write a table: [[disk]] and its keys under it"),
+        ("disk = [1]\n", "F:1: disk[0]: 1 is an integer; write a table: [[disk]] and its keys under it"),
         (
             '[[disk]]\npath = "a"\nname = "b"\n',
             'F:3: disk[0].name: unknown key "name" here; "name" belongs at the top of',

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from vmmback import command, console, control, disks, handoff, monitor, process, qmp_socket, ram, report, vsock
 from vmmback.config import GuestConfig
-from vmmback.errors import Interrupted, QemuFailed, VmmbackError
+from vmmback.errors import HandoffFailed, Interrupted, QemuFailed, VmmbackError
 from vmmback.guest import Guest, Watcher, confirm, target_of
 from vmmback.host import HostMemory, can_share_aux_ram, choose_accel, find_qemu, kernel_release
 from vmmback.isolation import qmp_proof
@@ -83,8 +83,11 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     memories = stack.enter_context(ram.closed_together())
     guest_ram = ram.allocate(config.memory.backing, config.memory.size)
     memories.append(guest_ram)
-    # QEMU is asked while the prefault runs: it takes its time to answer.
-    async with _meanwhile(in_thread(lambda: _shares_aux_ram(config, qemu_binary))) as share_aux_ram:
+    # What takes its time without need of the RAM is done while the prefault runs.
+    async with (
+        _meanwhile(in_thread(lambda: _shares_aux_ram(config, qemu_binary))) as share_aux_ram,
+        _meanwhile(in_thread(_import_network) if config.nic else asyncio.sleep(0)),
+    ):
         if config.memory.prefault:
             with _timed(timings, "prefault"):
                 await guest_ram.prefault(lambda done: watcher.prefaulted(done, config.memory.size))
@@ -93,6 +96,11 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     started = time.perf_counter()
     qmp, qemu_qmp = _socket_pair(stack, inherited)
     serial, qemu_serial = _socket_pair(stack, inherited)
+    if config.nic:
+        from vmmback import network
+
+        with _timed(timings, "network"):
+            devices += await network.attach(config, stack, inherited, watcher.note)
     logs = [folder / SERIAL_LOG, *([config.console.log] if config.console.log else [])]
     guest_console = await stack.enter_async_context(
         console.attach(serial, logs, watcher, (config.isolation.ready or "").encode())
@@ -103,7 +111,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
         plan.config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), devices, secret_aux
     )
     offers, log = {mem_path: guest_ram.fileno()}, folder / QEMU_LOG
-    jail = plan.jail(folder, qemu_binary, accel, secret_aux=secret_aux)
+    jail = plan.jail(folder, qemu_binary, accel, secret_aux=secret_aux, host_network=config.needs_host_network)
     qemu = await stack.enter_async_context(
         handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux, jail=jail)
     )
@@ -155,6 +163,11 @@ def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
     """Tell whether QEMU's other RAM blocks are to be secret: if the guest's RAM is, and QEMU and the limits allow."""
     memory = config.memory
     return memory.backing == "secret" and can_share_aux_ram(qemu, config.machine.type, memory.size)
+
+
+def _import_network() -> None:
+    """Import what only guests with a nic need: pyroute2 takes 110 ms, more than QMP, pydantic and asyncio together."""
+    from vmmback import network  # noqa: F401
 
 
 @asynccontextmanager

@@ -195,18 +195,11 @@ def explain(path: Path, text: str, error: ValidationError, grammar: Grammar) -> 
     rows: list[tuple[int | None, str]] = []
     for detail in error.errors(include_url=False):
         keys = tuple(str(part) for part in detail["loc"])
-        line = lines.get(keys[:-1] if _is_missed(keys, detail) else keys)  # a missing key is missed in its table
+        line = lines.get(keys) or lines.get(keys[:-1])  # a key that is not there is missed in its table
         place = f"{ascii_path(path)}:{line}" if line else ascii_path(path)
         rows.append((line, f"{place}: {key_text(keys)}: {_say(keys, detail, grammar)}"))
     rows.sort(key=lambda row: (row[0] is None, row[0] or 0))
     return "\n".join(row for _, row in rows)
-
-
-def _is_missed(keys: KeyPath, detail: ErrorDetails) -> bool:
-    """Tell whether an error is about a key that is not there."""
-    if detail["type"] == "value_error" and isinstance(table := detail["input"], dict):  # what does not go together
-        return bool(keys) and keys[-1] not in table
-    return detail["type"] == "missing"
 
 
 def wrong_type(value: object, wanted: str) -> str:

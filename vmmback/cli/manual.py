@@ -26,7 +26,7 @@ def page(text: str, group: click.Group) -> str:
 def _sections(group: click.Group) -> Iterator[str]:
     top = click.Context(group, info_name="vmmback", **group.context_settings)
     yield _options(group, top, own_help=True)
-    for name, command in group.commands.items():
+    for name, command in _leaves(group):
         ctx = click.Context(command, info_name=name, parent=top)
         yield f"## {_escaped(' '.join(['vmmback', name, *command.collect_usage_pieces(ctx)]))}"
         yield _prose(command.help or "")
@@ -34,6 +34,15 @@ def _sections(group: click.Group) -> Iterator[str]:
             yield options
         if command.epilog:
             yield _escaped(command.epilog)
+
+
+def _leaves(group: click.Group) -> Iterator[tuple[str, click.Command]]:
+    """Yield the commands that do something, each with its name; one of a group of its own carries the group's."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from ((f"{name} {inner}", leaf) for inner, leaf in _leaves(command))
+        else:
+            yield name, command
 
 
 def _options(command: click.Command, ctx: click.Context, *, own_help: bool) -> str:

@@ -10,11 +10,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from vmmback.config.disk import Disk, disk_conflicts
+from vmmback.config.nic import MAX_NICS, Nic, generated_mac
 from vmmback.config.process import Process
 from vmmback.config.refused import REFUSED_TABLES
 from vmmback.config.tables import (
@@ -72,9 +81,11 @@ class GuestConfig(Table):
         examples=[{"kernel": "vmlinuz"}],
     )
     disk: Annotated[tuple[Disk, ...], Tables] = Field(
-        default=(),
+        default_factory=tuple,
         description="The guest's disks, in the order in which it sees them: /dev/vda, /dev/vdb and so on.",
-        json_schema_extra={"default": []},
+    )
+    nic: Annotated[tuple[Nic, ...], Tables] = Field(
+        default_factory=tuple, description="The guest's network cards, in the order in which it finds them."
     )
     isolation: Isolation = Field(
         default_factory=Isolation, description="How the guest's isolation is proved, and what follows."
@@ -96,6 +107,31 @@ class GuestConfig(Table):
         found = disk_conflicts(guest.disk, others, kernel=bool(guest.boot.kernel), look=info.context is not None)
         return with_conflicts(cls, guest, lambda _: guest, found)
 
+    def mac(self, index: int) -> str:
+        """Return the MAC address of a nic, counted from 0."""
+        return self.nic[index].mac or generated_mac(self.name, index)
+
+    @property
+    def needs_host_network(self) -> bool:
+        """Tell whether QEMU itself opens connections to the network, so that it must see the host's."""
+        return any(nic.mode == "user" for nic in self.nic)
+
+    @field_validator("nic")
+    @classmethod
+    def _nics_beside_each_other(cls, nics: tuple[Nic, ...], info: ValidationInfo) -> tuple[Nic, ...]:
+        if len(nics) > MAX_NICS:
+            raise ValueError(f"{len(nics)} of them are more than a guest has room for; keep {MAX_NICS}")
+        if "cpu" in info.data and (cpus := info.data["cpu"].count) < max((nic.queues for nic in nics), default=1):
+            raise ValueError(f"queues of one are more than the guest's {cpus} processor(s); write {cpus} or less")
+        if "name" in info.data:
+            macs = [nic.mac or generated_mac(info.data["name"], index) for index, nic in enumerate(nics)]
+            if twice := next((mac for mac in macs if macs.count(mac) > 1), None):
+                raise ValueError(f"two of them have the MAC address {twice}; write another mac for one")
+        for name in {nic.bridge for nic in nics if nic.create}:
+            if len({nic.address for nic in nics if nic.bridge == name}) > 1:
+                raise ValueError(f"bridge {name} has two addresses, or one and none; write the same for all its nics")
+        return nics
+
 
 def _nothing_to_boot(tables: Mapping[str, object]) -> Iterator[Conflict]:
     boot = tables.get("boot")
@@ -114,6 +150,7 @@ _TABLES: dict[str, type[Table]] = {
     "machine": Machine,
     "boot": Boot,
     "disk": Disk,
+    "nic": Nic,
     "isolation": Isolation,
     "console": Console,
     "qmp": Qmp,
@@ -126,11 +163,10 @@ _GRAMMAR = Grammar(
         for name, table in _TABLES.items()
     },
     not_built={
-        ("nic",): "[[nic]]",
         ("share",): "[[share]]",
     },
     refused={(name,): reason for name, reason in REFUSED_TABLES.items()},
-    arrays={"disk"},
+    arrays={"disk", "nic"},
 )
 
 
