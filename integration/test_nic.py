@@ -14,8 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,6 +32,7 @@ from integration.conftest import (
     eventually,
     guest_file,
     prepared,
+    processes_of,
     qemu_of,
 )
 from vmmback import command, config, console, handoff, monitor, network
@@ -316,6 +317,11 @@ def test_without_the_right_to_make_taps(tmp_path: Path, net: Network, start: Sta
     assert net.links() == {}
 
 
+def keepers_of(runtime_dir: Path) -> list[int]:
+    """Return the pids of the processes that see to a runtime folder's bridges."""
+    return [pid for pid, line in processes_of(runtime_dir).items() if "bridge_keeper.py" in line]
+
+
 def nothing_but_loopback() -> bool:
     return [name for _, name in socket.if_nameindex()] == ["lo"]
 
@@ -381,40 +387,90 @@ def nics(*tables: str) -> config.GuestConfig:
     )
 
 
+@asynccontextmanager
+async def attached(guest: config.GuestConfig, notes: list[str]) -> AsyncIterator[None]:
+    """Make the nics of a guest that has no QEMU: its taps are held here, and closed first."""
+    async with AsyncExitStack() as stack:
+        inherited = stack.enter_context(ExitStack())
+        await network.attach(guest, stack, inherited, notes.append)
+        yield
+
+
 def test_guests_come_and_go_at_once_and_the_bridge_goes_with_the_last() -> None:
     async def one(notes: list[str]) -> None:
-        async with AsyncExitStack() as stack:
-            inherited = stack.enter_context(ExitStack())
-            await network.attach(nics("vmm0"), stack, inherited, notes.append)
-            assert "vmm0" in {name for _, name in socket.if_nameindex()}
+        async with attached(nics("vmm0"), notes):
+            assert socket.if_nametoindex("vmm0")
 
     async def many() -> list[str]:
         notes: list[str] = []
-        for _ in range(4):
-            await asyncio.gather(*(one(notes) for _ in range(5)))
+        for _ in range(3):
+            await asyncio.gather(*(one(notes) for _ in range(4)))
             assert nothing_but_loopback()
+        async with attached(nics("vmm0"), notes):
+            index = socket.if_nametoindex("vmm0")
+            await asyncio.gather(*(one(notes) for _ in range(3)))
+            assert socket.if_nametoindex("vmm0") == index
+        assert nothing_but_loopback()
         return notes
 
     assert in_new_network(lambda: asyncio.run(many())) == []
 
 
-def test_the_first_guest_to_end_leaves_the_bridge_to_the_others(tmp_path: Path, net: Network, launch: Launch) -> None:
+def test_a_bridge_without_our_mark_is_used_and_left() -> None:
+    def interfaces() -> set[str]:
+        return {name for _, name in socket.if_nameindex()}
+
+    async def use() -> None:
+        async with attached(nics("vmm0"), []):
+            assert len(interfaces()) == 3
+
+    def run() -> set[str]:
+        subprocess.run(["ip", "link", "add", "vmm0", "up", "type", "bridge"], check=True)
+        subprocess.run(["ip", "address", "add", "10.77.0.1/24", "dev", "vmm0"], check=True)
+        asyncio.run(use())
+        return interfaces()
+
+    assert in_new_network(run) == {"lo", "vmm0"}
+
+
+def test_the_keeper_waits_for_the_end_of_the_taps() -> None:
+    def run() -> None:
+        subprocess.run(["ip", "link", "add", "vmm0", "up", "type", "bridge"], check=True)
+        subprocess.run(["ip", "link", "set", "vmm0", "alias", bridge_keeper.MARK], check=True)
+        (descriptor,) = tap.open_tap("vmmtest")
+        subprocess.run(["ip", "link", "set", "vmmtest", "master", "vmm0"], check=True)
+        worker = [sys.executable, "-I", "-S", str(bridge_keeper.__file__), "vmm0", "", "vmmtest"]
+        with subprocess.Popen(worker) as keeper:
+            with pytest.raises(subprocess.TimeoutExpired):
+                keeper.wait(0.3)  # that it waits shows only in time
+            os.close(descriptor)
+            assert keeper.wait(10) == 0
+        assert nothing_but_loopback()
+
+    in_new_network(run)
+
+
+def test_the_first_guest_to_end_leaves_the_bridge_to_the_others(
+    tmp_path: Path, runtime_dir: Path, net: Network, launch: Launch
+) -> None:
     guests = [launch(with_nics(guest_file(tmp_path), CREATED)) for _ in range(2)]
     for guest in guests:
         guest.wait_for("isolated")
     index = net.links()["vmm0"]["ifindex"]
     guests[0].process.kill()
     guests[0].ended()
-    eventually(lambda: len(net.taps()) == 1, "the first guest's tap is gone")
+    eventually(lambda: len(keepers_of(runtime_dir)) == 1, "the first guest's keeper has done its work")
+    assert len(net.taps()) == 1
     assert net.links()["vmm0"]["ifindex"] == index
     end(guests[1])
+    assert "nic 0" not in guests[1].stderr
     eventually(lambda: net.links() == {}, "the bridge is gone")
 
 
 def test_a_launch_waits_for_the_lock_of_the_network_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def attached() -> None:
-        async with AsyncExitStack() as stack:
-            await network.attach(nics("vmm0"), stack, stack.enter_context(ExitStack()), lambda note: None)
+    async def launched() -> None:
+        async with attached(nics("vmm0"), []):
+            pass
 
     async def run() -> None:
         lock = bridge_keeper.network()
@@ -424,7 +480,7 @@ def test_a_launch_waits_for_the_lock_of_the_network_but_not_for_ever(monkeypatch
         async def see(count: int, what: str) -> None:
             await asyncio.to_thread(eventually, lambda: len(children() - before) == count, what)
 
-        waiting = asyncio.create_task(attached())
+        waiting = asyncio.create_task(launched())
         try:
             await see(2, "flock(1) waits, beside the keeper")
             assert not waiting.done()
@@ -433,7 +489,7 @@ def test_a_launch_waits_for_the_lock_of_the_network_but_not_for_ever(monkeypatch
         await waiting
         fcntl.flock(lock, fcntl.LOCK_EX)
         monkeypatch.setattr(network, "_LOCK_TIMEOUT_S", 0.1)
-        failing = asyncio.create_task(attached())
+        failing = asyncio.create_task(launched())
         try:
             await see(2, "flock(1) waits, beside the keeper")
             await see(1, "flock(1) gives up; the keeper waits for the lock, too")
