@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,16 @@ def _archive(files: Iterable[Path]) -> bytes:
     """
     every = {path for file in files for path in (file, file.resolve())}
     folders = {parent for path in every for parent in path.parents}
-    parts = [_entry(str(folder), 0o040755, b"") for folder in sorted(folders) if str(folder) != "/"]
-    parts += [_entry(str(file), 0o100755, file.read_bytes()) for file in sorted(every)]
+    return cpio(
+        {str(file): file.read_bytes() for file in sorted(every)},
+        [str(folder) for folder in sorted(folders) if str(folder) != "/"],
+    )
+
+
+def cpio(files: Mapping[str, bytes], folders: Iterable[str] = ()) -> bytes:
+    """Return folders, and programs with their contents, as a cpio archive."""
+    parts = [_entry(folder, 0o040755, b"") for folder in folders]
+    parts += [_entry(path, 0o100755, data) for path, data in files.items()]
     return b"".join([*parts, _entry("TRAILER!!!", 0, b"")])
 
 

@@ -21,7 +21,7 @@ from tests.sample_reports import exposed_report, guest_report, selftest_report, 
 from vmmback import cli, control, errors
 from vmmback.cli.files import ReportFiles
 from vmmback.cli.output import finish
-from vmmback.errors import HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
+from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
 from vmmback.report import IsolationReport, SelftestReport, Verdict
 from vmmback.selftest import Progress
 
@@ -37,11 +37,17 @@ class Made:
     def __init__(self) -> None:
         self.answer: IsolationReport | BaseException = guest_report(hunt=None)
         self.asked: list[Path] = []
+        self.grown: list[int] = []
 
     async def audit(self) -> IsolationReport:
         if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
+
+    async def grow(self, size: int, progress: Callable[[int, int], None]) -> IsolationReport:
+        self.grown.append(size)
+        progress(size, size)
+        return await self.audit()
 
     async def frames(self) -> array[int]:
         return array("Q", [0])
@@ -295,6 +301,51 @@ def test_a_folder_that_goes_away_meanwhile_is_an_error(tmp_path: Path) -> None:
 def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
     write(ReportFiles(tmp_path / ("x" * 255), None))
     assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
+# --- grow -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (guest_report(hunt=None), 0),
+        (exposed_report(), 5),
+        (INCONCLUSIVE, 8),
+        (UsageError("guest demo cannot grow by 3GiB", "grow by at most 1GiB"), 2),
+        (AdmissionRefused("it does not fit"), 4),
+        (NoSuchGuest("no guest named demo is running"), 7),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["tables", "json"])
+def test_grow_tells_what_is_there_now_and_the_verdict(
+    made: Made, run: Run, tmp_path: Path, answer: IsolationReport | VmmbackError, code: int, options: list[str]
+) -> None:
+    made.answer = answer
+    exit_code, out, err = run("grow", "demo", "384MiB", *options)
+    assert (exit_code, made.asked, made.grown) == (code, [tmp_path / "run/demo"], [384 << 20])
+    if isinstance(answer, VmmbackError):
+        assert out == ""
+        assert err.startswith(f"vmmback: error: {answer.message}\n")
+        assert answer.hint in err
+        return
+    assert f"guest demo has {answer.memory.size >> 20} MiB of RAM now" in err
+    if options:
+        assert IsolationReport.model_validate_json(out) == answer
+    else:
+        assert answer.verdict.value in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("demo", "1GB"), '"1GB" is not a size'), (("Demo", "1GiB"), "name"), (("demo", "0MiB"), "is out of range")],
+)
+def test_grow_asks_nobody_about_what_is_no_size_or_name(
+    made: Made, run: Run, arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run("grow", *arguments)
+    assert (code, out, made.asked) == (2, "", [])
+    assert message in err
 
 
 # --- outputs that fail ------------------------------------------------------------------------------------------------

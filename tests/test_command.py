@@ -140,6 +140,13 @@ def test_the_whole_command(tables: dict[str, Any], accel: str, expected: str) ->
     assert built.descriptors == (7, 9)
 
 
+def test_a_guest_that_may_grow_has_slots_for_it() -> None:
+    argv = command({**KERNEL_GUEST, "memory": {"size": "256MiB", "max": "1GiB"}}).argv
+    grows = "\n".join(argv).replace("\nsize=268435456B,slots=6,maxmem=1073741824B\n", "\n268435456B\n")
+    assert grows == KERNEL_ARGV
+    assert "\nsize=268435456B," in "\n".join(argv)
+
+
 def test_where_qemu_can_share_its_other_ram_blocks_it_is_told_to() -> None:
     built = build(GuestConfig.model_validate(KERNEL_GUEST), QEMU, "tcg", MEM_PATH, 7, 9, share_aux_ram=True)
     machine = "q35,memory-backend=ram0,mem-merge=off,dump-guest-core=off"

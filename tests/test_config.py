@@ -31,6 +31,7 @@ name = "demo"
 
 [memory]
 size = "512MiB"
+max = "2GiB"
 prefault = false
 backing = "ordinary"
 
@@ -119,7 +120,7 @@ def test_minimal_file_has_the_defaults(folder: Path) -> None:
 def test_full_file(folder: Path) -> None:
     guest = load_text(folder, FULL)
 
-    assert guest.memory.size == 512 << 20
+    assert (guest.memory.size, guest.memory.max) == (512 << 20, 2 << 30)
     assert guest.memory.prefault is False
     assert guest.memory.backing == "ordinary"
     assert (guest.cpu.count, guest.cpu.model) == (4, "max,-avx")
@@ -177,6 +178,21 @@ def test_good_cpu_models(folder: Path, model: str) -> None:
 
 
 # Sizes and durations
+
+
+@pytest.mark.parametrize(
+    ("memory", "largest", "slots"),
+    [
+        ({"size": "256MiB"}, 256 << 20, 0),
+        ({"size": "256MiB", "max": "256MiB"}, 256 << 20, 0),
+        ({"size": "256MiB", "max": "384MiB"}, 384 << 20, 1),
+        ({"size": "1MiB", "max": "1025MiB"}, 1025 << 20, 8),
+        ({"size": "1GiB", "max": "1TiB"}, 1 << 40, 256),
+    ],
+)
+def test_how_far_a_guest_may_grow_and_how_often(memory: dict[str, str], largest: int, slots: int) -> None:
+    found = GuestConfig.model_validate({"name": "a", "memory": memory, "boot": {"kernel": "vmlinuz"}}).memory
+    assert (found.largest, found.slots) == (largest, slots)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +293,23 @@ WRONG: list[tuple[str, str]] = [
     (
         f'name = "a"\n[ "memory" ]\n\'size\' = "1025KiB"\n{BOOT}',
         'guest.toml:3: memory.size: "1025KiB" is not a multiple of 8KiB, as QEMU rounds RAM sizes; write whole 8KiB',
+    ),
+    (
+        f'name = "a"\n[memory]\nsize = "256MiB"\nmax = "128MiB"\n{BOOT}',
+        "guest.toml:4: memory.max: is less than size; write at least 256MiB",
+    ),
+    (
+        f'name = "a"\n[memory]\nsize = "1032KiB"\nmax = "512MiB"\n{BOOT}',
+        "guest.toml:4: memory.max: is not size and a multiple of 128MiB, in which a guest grows; "
+        "write 394248KiB or 525320KiB",
+    ),
+    (
+        f'name = "a"\n[memory]\nsize = "16777208MiB"\nmax = "16TiB"\n{BOOT}',
+        "guest.toml:4: memory.max: is not size and a multiple of 128MiB, in which a guest grows; write 16777208MiB",
+    ),
+    (
+        f'name = "a"\n[memory]\nsize = "256MiB"\nmax = 512\n{BOOT}',
+        'guest.toml:4: memory.max: 512 is an integer; write a size in quotes, like "256MiB"',
     ),
     (
         f'name = "a"\nmemory = {{ prefault = true, size = [] }}\n{BOOT}',
@@ -802,7 +835,7 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
             *("name", "memory", "cpu", "machine", "boot", "disk", "isolation", "console", "qmp", "vsock", "process"),
             "nic",
         },
-        "memory": {"size", "prefault", "backing"},
+        "memory": {"size", "max", "prefault", "backing"},
         "cpu": {"count", "model"},
         "machine": {"type", "accel"},
         "boot": {"kernel", "initrd", "cmdline", "firmware"},

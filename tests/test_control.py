@@ -10,6 +10,7 @@ import socket
 import stat
 from array import array
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 from tests.sample_reports import guest_report
 from vmmback import ask, control
 from vmmback.control import SOCKET, GuestInterface, GuestStatus, Supervisor
-from vmmback.errors import HostUnfit, NoSuchGuest, QemuFailed
+from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
 from vmmback.report import IsolationReport
 from vmmback.runtime import listening_socket
 
@@ -77,6 +78,11 @@ class Made:
         if self.error:
             raise self.error
         return FRAMES
+
+    async def grow(self, size: int, progress: Callable[[int, int], None]) -> IsolationReport:
+        for done in range(0, size + 1, size // 4):
+            progress(done, size)
+        return await self.examine()
 
     def attach_console(self, *, scrollback: bool) -> int:
         if self.error:
@@ -155,6 +161,78 @@ def test_frames_cannot_be_changed_by_who_gets_them() -> None:
         assert not os.get_inheritable(descriptor)
     finally:
         os.close(descriptor)
+
+
+def test_growing_tells_its_progress_and_at_last_the_report(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    async def scene(made: Made, guest: Supervisor) -> None:
+        assert await guest.grow(400, lambda *step: seen.append(step)) == REPORT
+        assert seen == [(0, 400), (100, 400), (200, 400), (300, 400), (400, 400)]
+        assert await guest.audit() == REPORT  # the connection goes on
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("kind", [UsageError, HostUnfit, AdmissionRefused, QemuFailed])
+def test_an_error_of_growing_is_of_the_same_kind_here(tmp_path: Path, kind: type[VmmbackError]) -> None:
+    async def scene(made: Made, guest: Supervisor) -> None:
+        made.error = kind("it does not fit", "take less")
+        with pytest.raises(kind, match="it does not fit") as caught:
+            await guest.grow(400, lambda *_: None)
+        assert (type(caught.value), caught.value.hint) == (kind, "take less")
+        made.error = OSError("out of descriptors")
+        with pytest.raises(QemuFailed, match="could not grow, or not be examined: out of descriptors"):
+            await guest.grow(400, lambda *_: None)
+
+    play(tmp_path, scene)
+
+
+def test_growing_is_cancelled_when_its_caller_goes_away_and_when_the_guest_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The supervisor finds out that the caller is gone when it next tells its progress."""
+
+    class Slow(Made):
+        def __init__(self) -> None:
+            super().__init__()
+            self.over = asyncio.Event()
+
+        async def grow(self, size: int, progress: Callable[[int, int], None]) -> IsolationReport:
+            self.began.set()
+            try:
+                while True:
+                    progress(1, size)
+                    await asyncio.sleep(0.001)
+            finally:
+                self.over.set()
+
+    async def scene() -> None:
+        made = Slow()
+        async with asyncio.timeout(DEADLINE_S), control.serve(tmp_path, made.interface):
+            async with control.connect(tmp_path) as guest:
+                hasty = asyncio.create_task(guest.grow(400, lambda *_: None))
+                await made.began.wait()
+                hasty.cancel()
+                await asyncio.wait({hasty})
+            await made.over.wait()
+        made = Slow()
+        async with asyncio.timeout(DEADLINE_S), AsyncExitStack() as stack:
+            async with control.serve(tmp_path, made.interface):
+                guest = await stack.enter_async_context(control.connect(tmp_path))
+                growing = asyncio.create_task(guest.grow(400, lambda *_: None))
+                await made.began.wait()
+            with pytest.raises(QemuFailed, match="the guest ended meanwhile"):
+                await growing
+            assert made.over.is_set()
+
+    gc.disable()
+    try:
+        asyncio.run(scene())
+    finally:
+        gc.enable()
+        gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.WARNING] == []
 
 
 def test_the_halves_of_a_canary_and_none(tmp_path: Path) -> None:

@@ -51,16 +51,16 @@ def test_the_whole_command(hard: int, memlock: list[str], kept: str, monkeypatch
 
 
 def test_it_may_lock_what_it_maps_and_no_more() -> None:
-    def locked(backing: str = "secret", **keywords: Any) -> int:
-        tables = {**TABLES, "memory": {"size": "256MiB", "backing": backing}}
-        made = Plan((7, 9), GuestConfig.model_validate(tables), {}).jail(Path("/g"), Path("/q"), "tcg", **keywords)
+    def locked(*, secret_aux: bool, **memory: str) -> int:
+        config = GuestConfig.model_validate({**TABLES, "memory": {"size": "256MiB", **memory}})
+        made = Plan((7, 9), config, {}).jail(Path("/g"), Path("/q"), "tcg", secret_aux=secret_aux)
         assert made is not None
         return made.locked
 
     assert locked(secret_aux=False) == 256 * MIB
     assert locked(secret_aux=True) == (256 + 32) * MIB
-    assert locked(secret_aux=False, hotplug=128 * MIB) == 384 * MIB
-    assert locked("ordinary", secret_aux=False) == 0
+    assert locked(secret_aux=False, max="384MiB") == 384 * MIB
+    assert locked(secret_aux=False, backing="ordinary") == 0
 
 
 def test_kvm_is_there_for_who_uses_it_and_the_hosts_network_for_who_asks() -> None:
@@ -68,7 +68,9 @@ def test_kvm_is_there_for_who_uses_it_and_the_hosts_network_for_who_asks() -> No
     made = plan.jail(Path("/g"), Path("/q"), "kvm", secret_aux=False)
     assert made is not None
     assert (made.uid, made.gid, made.kvm, made.host_network) == (7, 9, True, False)
-    made = plan.jail(Path("/g"), Path("/q"), "tcg", secret_aux=False, host_network=True)
+    nic = {"mode": "user", "plaintext": "allowed"}
+    plan = Plan((7, 9), GuestConfig.model_validate({**TABLES, "nic": [nic]}), {})
+    made = plan.jail(Path("/g"), Path("/q"), "tcg", secret_aux=False)
     assert made is not None
     assert (made.kvm, made.host_network) == (False, True)
 

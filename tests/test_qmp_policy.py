@@ -209,6 +209,13 @@ def test_what_takes_no_argument_gets_none(command: str) -> None:
             )
         ],
         ("device_add", {}, "its driver must be one"),
+        ("device_add", {"driver": "pc-dimm", "id": "dimm1"}, "its driver must be one that brings no memory"),
+        ("device_del", {"id": "disk1"}, ""),
+        ("device_del", {"id": "dimm"}, ""),
+        ("device_del", {"id": "dimm1"}, "it is a part of the guest's RAM"),
+        ("device_del", {"id": "/machine/peripheral/dimm12"}, "it is a part of the guest's RAM"),
+        ("device_del", {"id": "peripheral/dimm2/"}, "it is a part of the guest's RAM"),
+        ("device_del", {"id": 1}, "its argument 'id' must be of type string"),
         ("device_add", {"driver": "virtio-blk-pci", "romfile": "/etc/shadow"}, "it takes no property 'romfile'"),
         ("device_add", {"driver": "virtio-blk-pci", "memdev": "ram0"}, "it takes no property 'memdev'"),
         ("device_add", {"driver": "virtio-blk-pci", "drive": {"a": 1}}, "its property 'drive' must be a string"),

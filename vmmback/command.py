@@ -10,7 +10,8 @@ from pathlib import Path
 from vmmback.config import GuestConfig
 from vmmback.report import Exposure
 
-# The id of the memory backend, and so the name of QEMU's RAM block and the last part of its mem-path.
+# The id of the memory backend, and so the name of QEMU's RAM block and the last part of its mem-path. Those by which a
+# guest grows are ram1 and so on.
 RAM_ID = "ram0"
 
 
@@ -31,6 +32,19 @@ class Device:
     exposures: tuple[Exposure, ...] = ()
 
 
+def memory_backend(name: str, size: int, mem_path: Path) -> dict[str, object]:
+    """Return the object that has `size` bytes of a guest's RAM, as -object and object-add take it."""
+    return {
+        "qom-type": "memory-backend-file",
+        "id": name,
+        "size": size,
+        "mem-path": str(mem_path),
+        "share": True,  # mm/secretmem.c maps MAP_SHARED only
+        "merge": False,  # madvise(MADV_MERGEABLE) would split the VMA, to no use
+        "dump": False,
+    }
+
+
 def build(
     config: GuestConfig,
     qemu: Path,
@@ -45,15 +59,6 @@ def build(
 
     With `share_aux_ram` QEMU puts its RAM blocks beside the guest's RAM (firmware, tables) on memfds.
     """
-    backend = {
-        "qom-type": "memory-backend-file",
-        "id": RAM_ID,
-        "size": config.memory.size,
-        "mem-path": str(mem_path),
-        "share": True,  # mm/secretmem.c maps MAP_SHARED only
-        "merge": False,  # madvise(MADV_MERGEABLE) would split the VMA, to no use
-        "dump": False,
-    }
     machine = f"{config.machine.type},memory-backend={RAM_ID},mem-merge=off,dump-guest-core=off"
     if share_aux_ram:
         machine += ",aux-ram-share=on"
@@ -69,8 +74,8 @@ def build(
         "-accel", accel,
         "-cpu", config.cpu.model,
         "-smp", str(config.cpu.count),
-        "-m", f"{config.memory.size}B",
-        "-object", json.dumps(backend),
+        "-m", _memory(config),
+        "-object", json.dumps(memory_backend(RAM_ID, config.memory.size, mem_path)),
         "-display", "none",
         "-vga", "none",  # video RAM would be ordinary memory that the guest can write to
         "-chardev", f"socket,id=qmp,fd={qmp}",
@@ -93,3 +98,10 @@ def build(
         argv += device.argv
         descriptors += device.descriptors
     return QemuCommand(tuple(argv), tuple(descriptors))
+
+
+def _memory(config: GuestConfig) -> str:
+    memory = config.memory
+    if not memory.slots:
+        return f"{memory.size}B"
+    return f"size={memory.size}B,slots={memory.slots},maxmem={memory.largest}B"

@@ -10,7 +10,7 @@ import asyncio
 import fcntl
 import os
 from array import array
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 from asyncvarlink import (
     FileDescriptor,
     FileDescriptorArray,
+    LastResult,
     TypedVarlinkErrorReply,
     VarlinkClientProtocol,
     VarlinkErrorReply,
@@ -34,7 +35,7 @@ from asyncvarlink.conversion import ConversionError
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 from asyncvarlink.types import JSONObject
 
-from vmmback.errors import NoSuchGuest, QemuFailed, VmmbackError
+from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
 from vmmback.report import IsolationReport
 from vmmback.runtime import CONTROL_SOCKET, listening_socket, socket_address
 
@@ -45,6 +46,8 @@ SOCKET = CONTROL_SOCKET
 MAX_PATIENCE_S = 24 * 3600
 
 _BACKLOG = 128
+
+_KINDS: dict[int, type[VmmbackError]] = {kind.exit_code: kind for kind in (UsageError, HostUnfit, AdmissionRefused)}
 
 _ANSWER_TIMEOUT_S = 60.0
 # What was answered at the end must reach who asked: a client that takes nothing for so long does without.
@@ -58,6 +61,15 @@ class Failed(TypedVarlinkErrorReply, interface="org.vmmback.Guest", paramprefix=
     class Parameters:  # noqa: D106
         message: str
         hint: str
+
+
+class Refused(TypedVarlinkErrorReply, interface="org.vmmback.Guest", paramprefix=""):
+    """It could not be done; `exit_code` tells the kind of the error (errors.py)."""
+
+    class Parameters:  # noqa: D106
+        message: str
+        hint: str
+        exit_code: int
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,9 @@ class Life(Protocol):
     def canary_halves(self) -> tuple[bytes, bytes] | None:
         """Return the halves of its canary."""
 
+    async def grow(self, size: int, progress: Callable[[int, int], None]) -> IsolationReport:
+        """Add so many bytes of RAM, and audit it."""
+
     def attach_console(self, *, scrollback: bool) -> int:
         """Return the descriptor of a stream socket at its console."""
 
@@ -111,7 +126,7 @@ class Life(Protocol):
 class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
     """One guest, from the moment that its name is held until it is gone."""
 
-    errors = (Failed,)
+    errors = (Failed, Refused)
 
     def __init__(self, life: Life) -> None:
         self._life = life
@@ -188,6 +203,41 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
             raise Failed(message=error.message, hint=error.hint) from error
         except OSError as error:  # out of descriptors
             raise Failed(message=f"the console cannot be attached to: {error.strerror}", hint="") from error
+
+    @varlinkmethod(return_parameter="step", delay_generator=False, allow_foreign=True)
+    async def Grow(self, size: int) -> AsyncIterator[Any]:  # noqa: N802 (objects)
+        """Add `size` bytes of RAM: tell how many are present (`done`, of `total`), at last the `report` of the guest.
+
+        If the caller goes away before QEMU was asked, nothing of it is done.
+        """
+        steps: asyncio.Queue[dict[str, int] | None] = asyncio.Queue()
+        work = asyncio.ensure_future(
+            self._life.grow(size, lambda done, total: steps.put_nowait({"done": done, "total": total}))
+        )
+
+        def done(_: object) -> None:
+            self._under_way.discard(work)
+            steps.put_nowait(None)
+            if not work.cancelled():
+                work.exception()  # is taken here, for a caller who is gone will not
+
+        self._under_way.add(work)
+        work.add_done_callback(done)
+        # Once a reply cannot be sent, asyncvarlink ends the call, and forgets to close this generator.
+        call = asyncio.current_task()
+        assert call is not None
+        call.add_done_callback(lambda _: work.cancel())
+        while (step := await steps.get()) is not None:
+            yield step
+        if work.cancelled():
+            raise Failed(message="the guest ended meanwhile", hint="")
+        try:
+            report = work.result()
+        except VmmbackError as error:
+            raise Refused(message=error.message, hint=error.hint, exit_code=error.exit_code) from error
+        except (OSError, MemoryError, RuntimeError) as error:  # out of descriptors, memory or threads, say
+            raise Failed(message=f"the guest could not grow, or not be examined: {error}", hint="") from error
+        raise LastResult({"report": report.model_dump(mode="json")})
 
 
 @asynccontextmanager
@@ -300,6 +350,17 @@ class Supervisor:
             with await self._guest.Console(scrollback=scrollback) as answer:
                 return os.dup(answer["console"].fileno())
 
+    async def grow(self, size: int, progress: Callable[[int, int], None]) -> IsolationReport:
+        """Have `size` bytes of RAM added, and the guest audited. Raises VmmbackError of the kind that it was there."""
+        steps = aiter(self._guest.Grow(size=size))
+        no_more: dict[str, Any] = {}
+        while True:
+            async with _answer_to("Grow", _AUDIT_TIMEOUT_S):
+                step = (await anext(steps, no_more))["step"]
+                if "report" in step:
+                    return IsolationReport.model_validate(step["report"])
+                progress(step["done"], step["total"])
+
 
 @asynccontextmanager
 async def connect(folder: Path) -> AsyncIterator[Supervisor]:
@@ -330,6 +391,8 @@ async def _answer_to(what: str, timeout_s: float) -> AsyncIterator[None]:
         ) from error
     except Failed as failed:
         raise QemuFailed(failed.message, failed.hint) from failed
+    except Refused as refused:
+        raise _KINDS.get(refused.exit_code, QemuFailed)(refused.message, refused.hint) from refused
     except VarlinkErrorReply as reply:
         raise QemuFailed(f"the guest's supervisor refused: {reply}", "it may be another version of vmmback") from reply
     except ConnectionRefusedError:

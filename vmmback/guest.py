@@ -98,7 +98,9 @@ class Guest:
     unexamined: str = ""
     """Why the guest could not be examined the last time that it was to be; "" if it could."""
     exposed: asyncio.Event = field(default_factory=asyncio.Event)
-    _examining: asyncio.Lock = field(default_factory=asyncio.Lock)
+    examining: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while it is examined, and while its RAM changes."""
+    growing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def target(self) -> Target:
@@ -115,7 +117,7 @@ class Guest:
 
         What was found exposed once stays so in every later report. Raises QemuFailed when QEMU does not answer.
         """
-        async with self._examining:
+        async with self.examining:
             self.validated_after = self.validated_after or "a request while it ran"
             started = time.perf_counter()
             try:

@@ -18,6 +18,7 @@ from vmmback.host import HostMemory, can_share_aux_ram, choose_accel, find_qemu,
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.audit import in_thread
 from vmmback.lifecycle import State, Stop
+from vmmback.linux import memlock
 from vmmback.qmp_policy import Policy
 from vmmback.report import IsolationReport
 from vmmback.runtime import QEMU_LOG, QMP_SOCKET, SERIAL_LOG, guest_folder
@@ -81,6 +82,8 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     devices = _open_devices(config, plan, inherited)
 
     memories = stack.enter_context(ram.closed_together())
+    if config.memory.backing == "secret":
+        memlock.ensure(config.memory.largest)  # QEMU inherits the limit
     guest_ram = ram.allocate(config.memory.backing, config.memory.size)
     memories.append(guest_ram)
     # What takes its time without need of the RAM is done while the prefault runs.
@@ -111,7 +114,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
         plan.config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), devices, secret_aux
     )
     offers, log = {mem_path: guest_ram.fileno()}, folder / QEMU_LOG
-    jail = plan.jail(folder, qemu_binary, accel, secret_aux=secret_aux, host_network=config.needs_host_network)
+    jail = plan.jail(folder, qemu_binary, accel, secret_aux=secret_aux)
     qemu = await stack.enter_async_context(
         handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux, jail=jail)
     )
@@ -162,7 +165,7 @@ async def _run(guest: Guest, life: Life, stop: Stop, *, validate: bool) -> None:
 def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
     """Tell whether QEMU's other RAM blocks are to be secret: if the guest's RAM is, and QEMU and the limits allow."""
     memory = config.memory
-    return memory.backing == "secret" and can_share_aux_ram(qemu, config.machine.type, memory.size)
+    return memory.backing == "secret" and can_share_aux_ram(qemu, config.machine.type, memory.largest)
 
 
 def _import_network() -> None:

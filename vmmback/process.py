@@ -26,31 +26,23 @@ class Plan:
     config: GuestConfig
     files: dict[Path, Path]
 
-    def jail(
-        self,
-        root: Path,
-        program: Path,
-        accel: str,
-        *,
-        secret_aux: bool,
-        host_network: bool = False,
-        hotplug: int = 0,
-    ) -> jail.Jail | None:
+    def jail(self, root: Path, program: Path, accel: str, *, secret_aux: bool) -> jail.Jail | None:
         """Return the jail for QEMU, `program`; `root` is a folder of the guest's that lives as long.
 
-        It may lock its secret RAM, that of its other RAM blocks (`secret_aux`), and `hotplug` bytes more.
+        It may lock its secret RAM, as much of that as the guest may come to have, and that of its other RAM blocks
+        (`secret_aux`).
         """
         if self.ids is None:
             return None
         memory = self.config.memory
-        locked = memory.size + hotplug if memory.backing == "secret" else 0
+        locked = memory.largest if memory.backing == "secret" else 0
         return jail.Jail(
             *self.ids,
             root=root,
             program=program,
             locked=locked + AUX_RAM_BYTES * secret_aux,
             files=self.files,
-            host_network=host_network,
+            host_network=self.config.needs_host_network,
             kvm=accel == "kvm",
         )
 

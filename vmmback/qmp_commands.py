@@ -101,6 +101,15 @@ def _harmless_device(arguments: Mapping[str, object]) -> str:
     return ""
 
 
+def _no_dimm(arguments: Mapping[str, object]) -> str:
+    """Whatever names a DIMM of `vmmback grow`: its id, or a path in QEMU's object model that ends with it."""
+    if problem := _takes({"id": str})(arguments):
+        return problem
+    if re.search(r"(^|/)dimm[0-9]+/*$", str(arguments.get("id", ""))):
+        return "it is a part of the guest's RAM"
+    return ""
+
+
 # Passed to QEMU for everyone: status, and what steers the guest without touching its memory.
 DEFAULT: dict[str, Rule] = {
     # Steering. Pausing and resuming change no mapping; -no-reboot turns a reset into the guest's end.
@@ -153,7 +162,7 @@ ON_REQUEST: dict[str, Rule] = {
     "xen-event-list": _NOTHING,
     # Devices and the network.
     "device_add": _harmless_device,
-    "device_del": _takes({"id": str}),
+    "device_del": _no_dimm,
     "device-sync-config": _takes({"id": str}),
     "netdev_del": _takes({"id": str}),
     "set_link": _takes({"name": str, "up": bool}),

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from array import array
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import BinaryIO, Self
 from vmmback.config import GuestConfig
 from vmmback.control import GuestInterface, GuestStatus
 from vmmback.errors import QemuFailed, VmmbackError
+from vmmback.grow import grow
 from vmmback.guest import Guest, Watcher
 from vmmback.lifecycle import State, Stop
 from vmmback.notify import notify
@@ -134,6 +135,10 @@ class Life:
         """Return two halves whose XOR is the guest's canary. Raises QemuFailed."""
         return self._up().canary_halves()
 
+    async def grow(self, size: int, progress: Callable[[int, int], None]) -> IsolationReport:
+        """Add `size` bytes of RAM, audit the guest, and report it. Raises VmmbackError."""
+        return await grow(self._up(), size, progress)
+
     def attach_console(self, *, scrollback: bool) -> int:
         """Return the descriptor of a stream socket at its console. Raises QemuFailed, OSError."""
         return self._up().console.attach_client(scrollback=scrollback)
@@ -150,7 +155,7 @@ class Life:
             qemu_pid=guest.qemu.pid if guest and guest.qemu.status is None else None,
             started_at=self._started_at,
             uptime_s=round(time.monotonic() - self._started, 3),
-            ram_bytes=self._config.memory.size,
+            ram_bytes=sum(memory.size for memory in guest.ram) if guest else self._config.memory.size,
             prefaulted_bytes=self._prefaulted,
             secret_bytes=guest.proof.secret if guest else 0,
             verdict=found.verdict.value if found else None,

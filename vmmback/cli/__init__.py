@@ -13,6 +13,7 @@ from vmmback.cli.completion import completion
 from vmmback.cli.console import console
 from vmmback.cli.disk import disk
 from vmmback.cli.files import ReportFiles, report_files
+from vmmback.cli.grow import grow
 from vmmback.cli.guests import ps, status, stop
 from vmmback.cli.logs import logs, qmp
 from vmmback.cli.output import as_user_error, exit_code_of, finish, print_error
@@ -98,5 +99,5 @@ def schema() -> None:
     click.echo(json.dumps(config.json_schema(), indent=2))
 
 
-for command in (audit, selftest, ps, status, stop, console, logs, qmp, disk, completion):
+for command in (audit, selftest, ps, status, stop, console, logs, qmp, grow, disk, completion):
     commands.add_command(command)

@@ -79,10 +79,10 @@ def audit(name: str, as_json: bool, files: ReportFiles, source: str | None, from
     with stopped("before the audit was done"):
         found = None
         if source is not None or from_guest:
-            frames, halves = _run(known())
+            frames, halves = run(known())
             with _needle(descriptor, halves, from_guest=from_guest) as needle:
                 found = _hunted(needle, name, frames)  # before any probe: none of theirs is to be found
-        report = _run(audited())
+        report = run(audited())
     if found:
         report = with_hunt(report, found)
 
@@ -117,7 +117,7 @@ def selftest(as_json: bool, files: ReportFiles) -> None:
 
     with stopped("before the self-test was done"):
         try:
-            report = _run(try_all(progress))
+            report = run(try_all(progress))
         finally:
             if is_terminal(sys.stderr):
                 show(sys.stderr, "\r\x1b[K")
@@ -128,7 +128,8 @@ def selftest(as_json: bool, files: ReportFiles) -> None:
     finish(exit_code_of(report.verdict), show_report, *files.outputs(report))
 
 
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run it to its end in an event loop of its own."""
     import asyncio
 
     return asyncio.run(coroutine)

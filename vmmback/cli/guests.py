@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vmmback.cli.completion import GuestName
 from vmmback.cli.output import EXIT_EXPOSED, print_result, show
 from vmmback.errors import UsageError, VmmbackError
 
@@ -54,7 +55,7 @@ def ps(as_json: bool) -> None:
 
 
 @click.command(epilog="Exit codes: 0, 2 wrong argument, 6 the supervisor does not answer, 7 no such guest.")
-@click.argument("name")
+@click.argument("name", type=GuestName())
 @click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON document.")
 def status(name: str, as_json: bool) -> None:
     """Show how the guest NAME is; nothing is measured for that (see `vmmback audit`).
@@ -90,7 +91,7 @@ def status(name: str, as_json: bool) -> None:
     epilog="Exit codes: 0 the guest is gone, 2 wrong argument, 5 it is gone, and its last verdict is exposed, "
     "6 the supervisor does not answer, or the guest is still there, 7 no such guest."
 )
-@click.argument("name")
+@click.argument("name", type=GuestName())
 @click.option("--timeout", "patience", metavar="DURATION", help='How long it may take to power off (default "15s").')
 @click.option("--kill", is_flag=True, help="End it at once, without its power button.")
 @click.option(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
+from vmmback.cli.completion import GuestName
 from vmmback.cli.output import print_result, write
 from vmmback.cli.signals import stopped
 from vmmback.errors import CommandRefused, QemuFailed, UsageError
@@ -24,7 +25,7 @@ _QMP_TIMEOUT_S = 40.0  # the supervisor gives QEMU 30 s for a command
 
 
 @click.command(epilog="Exit codes: 0, 2 wrong argument, 7 no such guest, 128 + signal when stopped.")
-@click.argument("name")
+@click.argument("name", type=GuestName())
 @click.option("-f", "--follow", is_flag=True, help="Go on until the guest's end.")
 @click.option("--qemu", "which", flag_value="qemu", help="What QEMU said, instead of the serial console.")
 @click.option("--supervisor", "which", flag_value="supervisor", help="What the supervisor noted.")
@@ -80,7 +81,7 @@ def _write(text: str) -> str:
 @click.command(
     epilog="Exit codes: 0, 2 wrong argument, 6 QEMU or the guest's policy refused it, or is gone, 7 no such guest."
 )
-@click.argument("name")
+@click.argument("name", type=GuestName())
 @click.argument("command")
 @click.argument("arguments", required=False)
 def qmp(name: str, command: str, arguments: str | None) -> None:

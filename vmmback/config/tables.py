@@ -21,6 +21,8 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from vmmback.config.values import (
+    DIMM_GRAIN_BYTES,
+    MAX_MEMORY_BYTES,
     AllowedCommands,
     CommandLine,
     CpuModel,
@@ -30,6 +32,7 @@ from vmmback.config.values import (
     Seconds,
     Size,
     WatchPeriod,
+    shown_size,
 )
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -69,6 +72,12 @@ class Memory(Table):
     size: Size = Field(
         description="All of the guest's RAM, in multiples of 8KiB, from 1MiB to 16TiB.", examples=["256MiB"]
     )
+    max: Size | None = Field(
+        default=None,
+        description="The most RAM that the guest may grow to while it runs (vmmback grow): size and a multiple of "
+        "128MiB. Without it, the guest cannot grow.",
+        examples=["2GiB"],
+    )
     prefault: bool = Field(
         default=True,
         description="Allocate every page before the guest starts, so that it cannot run out of memory later.",
@@ -78,6 +87,32 @@ class Memory(Table):
         description="What holds the RAM: secret is memfd_secret, which the host kernel cannot read. "
         "ordinary is a plain memfd, the control that shows what an exposed guest looks like: its report says exposed.",
     )
+
+    @field_validator("max")
+    @classmethod
+    def _room_for_dimms(cls, largest: int | None, info: ValidationInfo) -> int | None:
+        size = info.data.get("size")  # not there if it is wrong itself
+        if largest is None or size is None:
+            return largest
+        if largest < size:
+            raise ValueError(f"is less than size; write at least {shown_size(size)}")
+        room = largest - size
+        if room % DIMM_GRAIN_BYTES:
+            near = [size + room // DIMM_GRAIN_BYTES * DIMM_GRAIN_BYTES]
+            near.append(near[0] + DIMM_GRAIN_BYTES)
+            wanted = " or ".join(shown_size(bytes_) for bytes_ in near if bytes_ <= MAX_MEMORY_BYTES)
+            raise ValueError(f"is not size and a multiple of 128MiB, in which a guest grows; write {wanted}")
+        return largest
+
+    @property
+    def largest(self) -> int:
+        """Bytes that the guest may grow to."""
+        return self.max or self.size
+
+    @property
+    def slots(self) -> int:
+        """How many times it may grow: QEMU takes no more DIMMs (ACPI_MAX_RAM_SLOTS of include/hw/acpi/acpi.h)."""
+        return min((self.largest - self.size) // DIMM_GRAIN_BYTES, 256)
 
 
 class Cpu(Table):

@@ -14,6 +14,8 @@ from vmmback.qmp_policy import ALLOW_PATTERN, check_entry
 from vmmback.toml_errors import ascii_path, open_regular, quote, why, wrong_type
 
 GRAIN_BYTES = 8192  # QEMU rounds -m up to it (softmmu/vl.c, later system/vl.c: set_memory_options)
+# Linux on x86 plugs RAM in whole blocks of at least so much (arch/x86/mm/init_64.c, probe_memory_block_size).
+DIMM_GRAIN_BYTES = 128 << 20
 MIN_MEMORY_BYTES = 1 << 20
 MAX_MEMORY_BYTES = 16 << 40
 MAX_DURATION_S = 24 * 3600
@@ -46,6 +48,12 @@ def parse_size(text: str) -> int:
     if size_bytes % GRAIN_BYTES:
         raise ValueError(f"{quote(text)} is not a multiple of 8KiB, as QEMU rounds RAM sizes; write whole 8KiB")
     return size_bytes
+
+
+def shown_size(size: int) -> str:
+    """Return a size in bytes, a multiple of 1 KiB, as a guest file writes it, in the largest unit that is whole."""
+    unit = max((unit for unit, factor in _SIZE_UNITS.items() if size % factor == 0), key=_SIZE_UNITS.__getitem__)
+    return f"{size // _SIZE_UNITS[unit]}{unit}"
 
 
 def parse_duration(text: str) -> float:
@@ -159,6 +167,14 @@ def check_name(name: str) -> str:
     """Return the name of a guest as it is. Raises UsageError unless a guest may have it."""
     try:
         return _guest_name(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_size(text: str) -> int:
+    """Return the bytes of a size. Raises UsageError as parse_size does ValueError."""
+    try:
+        return parse_size(text)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
