@@ -37,7 +37,7 @@ from integration.conftest import (
 )
 from integration.debian_kernel import cpio
 from vmmback import grow, ram
-from vmmback.errors import AdmissionRefused, CommandRefused, HandoffFailed, UsageError
+from vmmback.errors import AdmissionRefused, CommandRefused, HandoffFailed, QemuFailed, UsageError
 from vmmback.host import HostMemory
 from vmmback.isolation import qmp_proof
 from vmmback.linux import procfs
@@ -74,7 +74,15 @@ def held_by(pid: int | Literal["self"]) -> set[int]:
 
 @pytest.fixture
 def growing(tmp_path: Path) -> Iterator[LiveGuest]:
-    """A tiny guest on secret RAM that runs, and may grow twice."""
+    """A tiny guest on secret RAM that runs, and may grow twice. Unprefaulted, so that growing takes no time."""
+    with prepared(guest_file(tmp_path, memory=f"{ROOM}\nprefault = false")) as live:
+        live.start()
+        yield live
+
+
+@pytest.fixture
+def growing_prefaulted(tmp_path: Path) -> Iterator[LiveGuest]:
+    """The same, prefaulted."""
     with prepared(guest_file(tmp_path, memory=ROOM)) as live:
         live.start()
         yield live
@@ -134,6 +142,7 @@ def test_the_twin_on_ordinary_memory_grows_and_is_readable(tmp_path: Path) -> No
 def test_a_guest_grows_before_its_first_instruction_and_unvalidated(tmp_path: Path) -> None:
     """As with --no-validate: growing examines it for the first time."""
     with prepared(guest_file(tmp_path, memory=ROOM)) as live:
+        assert live.guest.evidence is None
         assert grown(live).memory.checked_pages == (TINY_BYTES + DIMM) // PAGE_SIZE
 
 
@@ -169,20 +178,13 @@ def test_admission_refuses_what_the_host_has_not(growing: LiveGuest, monkeypatch
     assert_as_before(growing)
 
 
-@pytest.mark.parametrize("step", ["prefault", "object-add", "handed_over", "mapped", "device_add"])
+@pytest.mark.parametrize("step", ["object-add", "handed_over", "mapped", "device_add"])
 def test_an_attempt_that_fails_at_any_step_is_undone(
     growing: LiveGuest, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """What makes QEMU refuse is real where it can be: too large a backend of another, slots that are taken."""
+    """That QEMU refuses is real: an open that is denied, slots that are taken."""
     expected: type[Exception] = CommandRefused
-    if step == "prefault":
-
-        async def exhausted(*_: object) -> None:
-            raise AdmissionRefused("no page left")
-
-        monkeypatch.setattr(ram.Ram, "prefault", exhausted)
-        expected = AdmissionRefused
-    elif step == "object-add":  # QEMU's open is denied, as the offer is of another path
+    if step == "object-add":  # QEMU's open is denied, as the offer is of another path
         monkeypatch.setattr(type(growing.guest.qemu), "_offer", lambda *_: None)
     elif step == "handed_over":
 
@@ -209,7 +211,24 @@ def test_an_attempt_that_fails_at_any_step_is_undone(
         assert held_by("self") == {growing.guest.ram[0].inode}
     else:
         assert_as_before(growing)
-        assert grown(growing).verdict is GuestVerdict.ISOLATED
+
+
+@pytest.mark.parametrize("step", ["object-add", "device_add", "human-monitor-command"])
+def test_qemu_that_is_killed_amid_it(growing: LiveGuest, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """The last is the proof after the plugging. The descriptors go with the launch, or at once."""
+    execute = type(growing.guest.monitor).execute
+
+    async def killed(self: Any, name: str, arguments: Any = None) -> object:
+        if name == step:
+            os.kill(growing.pid, signal.SIGKILL)
+        return await execute(self, name, arguments)
+
+    monkeypatch.setattr(type(growing.guest.monitor), "execute", killed)
+    with pytest.raises(QemuFailed):
+        grown(growing)
+    assert growing.guest.qemu.status == -signal.SIGKILL or growing.run(growing.guest.qemu.ended(5)) == -signal.SIGKILL
+    assert not growing.guest.exposed.is_set()
+    assert held_by("self") == {memory.inode for memory in growing.guest.ram}
 
 
 def test_a_backend_of_any_other_path_is_denied_and_lands_on_no_file(growing: LiveGuest, runtime_dir: Path) -> None:
@@ -256,8 +275,10 @@ def test_two_at_once_come_one_after_the_other(growing: LiveGuest) -> None:
 
 
 def test_cancelled_during_the_prefault_nothing_is_left_and_later_it_is_finished(
-    growing: LiveGuest, monkeypatch: pytest.MonkeyPatch
+    growing_prefaulted: LiveGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    growing = growing_prefaulted
+
     async def cancelled_at(reached: asyncio.Event) -> None:
         work = asyncio.ensure_future(grow.grow(growing.guest, DIMM, lambda *_: reached.set()))
         await reached.wait()

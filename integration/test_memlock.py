@@ -125,14 +125,21 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("needs_qemu")
-def test_launch_is_exit_code_3(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("size", "memory", "kib"),
+    [("16MiB", "", 16 << 10), ("4MiB", 'max = "132MiB"', 132 << 10)],
+    ids=["size", "what the guest may grow to"],
+)
+def test_launch_is_exit_code_3(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch, size: str, memory: str, kib: int
+) -> None:
     monkeypatch.setenv("VMMBACK_RUNTIME_DIR", str(open_folder / "run"))
-    file = guest_file(open_folder)
+    file = guest_file(open_folder, size=size, memory=memory)
     for path in open_folder.iterdir():
         path.chmod(0o644)
     program = "from vmmback.isolation import residue\nsys.argv[0] = 'vmmback'\ncli.main()\n"
     result = unprivileged(program, 8 * MIB, 8 * MIB, "launch", str(file), "--json")
     assert (result.returncode, result.stdout) == (3, ""), result.stderr
-    assert "vmmback: error: RLIMIT_MEMLOCK is 8192 KiB, too small to map 16384 KiB of secret RAM" in result.stderr
+    assert f"vmmback: error: RLIMIT_MEMLOCK is 8192 KiB, too small to map {kib} KiB of secret RAM" in result.stderr
     assert "Traceback" not in result.stderr
     assert list((open_folder / "run").iterdir()) == []
