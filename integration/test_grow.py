@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import signal
+import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -457,3 +458,39 @@ def test_sigkill_amid_a_grow_leaves_nothing(launched: Launched, vmmback: Start, 
     assert of_launch.code == (6 if victim == "QEMU" else -signal.SIGKILL)
     assert "Traceback" not in of_launch.stderr
     eventually(lambda: not processes_of(runtime_dir), "all processes are gone", GONE_S)
+
+
+# `vmmback` beside whose DIMM another of ordinary memory appears.
+WITH_A_STRANGER = """
+from vmmback import cli
+from vmmback.monitor import Monitor
+
+execute = Monitor.execute
+
+async def with_a_stranger(self, name, arguments=None):
+    if name == "device_add":
+        await execute(self, "object-add", {"qom-type": "memory-backend-ram", "id": "stranger", "size": 128 << 20})
+        await execute(self, "device_add", {"driver": "pc-dimm", "memdev": "stranger"})
+    return await execute(self, name, arguments)
+
+Monitor.execute = with_a_stranger
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--no-validate",)], ids=["validated", "never validated"])
+def test_ram_that_is_not_confirmed_ends_the_guest_whatever_its_file_says(
+    tmp_path: Path, start: Start, vmmback: Start, options: tuple[str, ...]
+) -> None:
+    file = guest_file(tmp_path, memory=f"{ROOM}\nprefault = false", isolation='on-exposed = "warn"')
+    launch = start(sys.executable, "-c", WITH_A_STRANGER, "launch", str(file), "--json", *options)
+    launch.wait_for("READY" if options else "is isolated while it runs")
+    client = vmmback("grow", file.stem, "128MiB").ended()
+    assert (client.code, client.stdout, client.has_one_error()) == (6, "", True), client
+    assert "the guest could write to memory that is not ours: stranger" in client.stderr
+    ended = launch.ended()
+    assert (ended.code, "Traceback" in ended.stderr) == (5, False), ended.stderr
+    assert "the guest is ended, as its new RAM was not confirmed" in ended.stderr
+    report = json.loads(ended.stdout)
+    assert report["verdict"] == "exposed"
+    assert "RAM block stranger is ordinary memory that the guest can write to" in report["reasons"]
