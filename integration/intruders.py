@@ -22,15 +22,16 @@ from vmmback.linux import procfs
 
 # `vmmback` with little patience with a guest that ignores its power button, and with what a test changes.
 LAUNCHES = """
-import dataclasses, json, os, sys
+import dataclasses, json, os, socket, sys
 from vmmback import cli, command, guest, handoff, launch
 launch._POWERDOWN_TIMEOUT_S = 0.1
 
-def change_command(change):
+def change_command(change, descriptors=()):
     build = command.build
     def changed(*arguments):
         built = build(*arguments)
-        return dataclasses.replace(built, argv=tuple(change(list(built.argv))))
+        argv = tuple(change(list(built.argv)))
+        return dataclasses.replace(built, argv=argv, descriptors=(*built.descriptors, *descriptors))
     command.build = changed
 
 {change}
@@ -50,10 +51,13 @@ handoff.Qemu.handed_over = handed_over
 launch.confirm = lambda guest_ram, proof: None
 """
 
-# QEMU has a second full QMP connection. The socket is at argv[1].
+# QEMU has a second full QMP connection. The socket is at argv[1]: bound here, since QEMU sees no such folder.
 WITH_FULL_QMP = """
-socket_path = sys.argv.pop(1)
-change_command(lambda argv: [*argv, "-qmp", "unix:" + socket_path + ",server=on,wait=off"])
+full = socket.socket(socket.AF_UNIX)
+full.bind(sys.argv.pop(1))
+full.listen()
+chardev = f"socket,id=full,fd={full.fileno()},server=on,wait=off"
+change_command(lambda argv: [*argv, "-chardev", chardev, "-mon", "chardev=full,mode=control"], [full.fileno()])
 """
 
 # The audit says that it is under way (by the file argv[1]), and waits for the guest's end.
