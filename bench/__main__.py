@@ -28,6 +28,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.many import GUESTS, cost, many_guests
 from vmmback import command, config, ram, tiny_guest
 from vmmback.guest import SilentWatcher
 from vmmback.host import find_qemu
@@ -86,6 +87,7 @@ def measure(folder: Path, rounds: int) -> Iterator[Figure]:
     yield audit(folder, rounds)
     yield start_up(rounds)
     yield resident(folder)
+    yield from many(folder, rounds)
 
 
 def prefault(touch: Path, size: int, rounds: int) -> Figure:
@@ -299,6 +301,23 @@ def resident(folder: Path) -> Figure:
         "resident memory of a supervisor, its guest validated, against bare Python",
         mine / MIB, theirs / MIB, "MiB", mine / theirs, "stated", 1,
     )  # fmt: skip
+
+
+def many(folder: Path, rounds: int) -> Iterator[Figure]:
+    """List fifty guests, against a Python that does nothing; and weigh one of their supervisors, which has no rival."""
+    say(f"{GUESTS} guests at once")
+    program = str(Path(sys.executable).with_name("vmmback"))
+    with many_guests(program, folder) as pids:
+        mine, theirs = in_turn(rounds, lambda: run_s([program, "ps"]), lambda: run_s([sys.executable, "-c", ""]))
+        yield Figure(
+            f"vmmback ps with {GUESTS} guests, against bare Python", mine * 1000, theirs * 1000, "ms", mine / theirs,
+            "< 300 ms", rounds, f"{(mine - theirs) * 1000:.0f} ms over it",
+        )  # fmt: skip
+        one = cost(pids)
+        yield Figure(
+            f"one more supervisor beside {GUESTS - 1}, proportional memory", one.proportional_bytes / MIB, None, "MiB",
+            None, "stated", 1, str(one),
+        )  # fmt: skip
 
 
 @contextmanager
