@@ -52,7 +52,7 @@ def test_the_documented_exposure_level_is_that_of_the_unit(installed: Path) -> N
     assert level is not None, done.stderr
     documented = re.search(r"exposure level ([0-9.]+)", (ROOT / "docs/SYSTEMD.md").read_text())
     assert documented is not None
-    assert float(level[1]) == pytest.approx(float(documented[1]), abs=0.3)  # its weights change between releases
+    assert float(level[1]) == pytest.approx(float(documented[1]), abs=0.5)  # its weights change between releases
 
 
 def test_there_is_time_for_every_step_of_an_end() -> None:
@@ -68,15 +68,28 @@ def test_no_error_that_would_come_again_is_tried_again() -> None:
     assert settings("SuccessExitStatus") == [str(128 + signal.SIGTERM)]
 
 
+# ProtectSystem=full and ProtectControlGroups=yes, in a mount namespace of its own.
+READ_ONLY = """
+    for folder in /usr /boot /etc /sys/fs/cgroup; do
+        [ ! -d $folder ] || { mount --bind $folder $folder && mount -o remount,bind,ro $folder; } || exit
+    done
+    ! touch /etc/vmmback-test 2>/dev/null || exit
+    exec "$@"
+"""
+
+
 @pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
 def test_a_guest_is_isolated_with_the_rights_that_the_unit_leaves(start: Start, tmp_path: Path) -> None:
-    """The same bounding set, by setpriv(1). Every probe can still be tried."""
+    """The same bounding set, by setpriv(1), and the same folders read-only. Every probe can still be tried."""
+    assert settings("ProtectSystem") == ["full"]
+    assert settings("ProtectControlGroups") == settings("NoNewPrivileges") == settings("ProtectHostname") == ["yes"]
     taken = [name for line in settings("CapabilityBoundingSet") for name in line.removeprefix("~").split()]
     assert len(taken) == len(set(taken)) > 10
     without = ",".join(f"-{name.removeprefix('CAP_').lower()}" for name in taken)
     file = guest_file(tmp_path, isolation='after-validation = "powerdown"')
-    command = ["setpriv", f"--bounding-set={without}", "--no-new-privs", sys.executable, "-m", "vmmback"]
-    running = start(*command, "launch", file, "--json")
+    confined = ["unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c", READ_ONLY, "sh"]
+    limited = ["setpriv", f"--bounding-set={without}", "--no-new-privs"]
+    running = start(*confined, *limited, sys.executable, "-m", "vmmback", "launch", file, "--json")
     running.wait_for("while it runs")
     for _ in range(3):  # the tiny guest has no driver of its power button
         running.process.send_signal(signal.SIGTERM)
