@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vmmback.cli.console import Keys, _Buffer
+
+
+def test_a_standard_output_that_is_closed_is_refused_before_anything_gets_its_number() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m vmmback console demo >&-"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "standard output is closed" in done.stderr
 
 
 def parted(*chunks: bytes) -> tuple[bytes, list[str]]:

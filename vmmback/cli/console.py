@@ -60,6 +60,8 @@ def console(name: str, no_scrollback: bool) -> None:
     from vmmback.runtime import runtime_folder
 
     folder = runtime_folder() / check_name(name)
+    if sys.__stdout__ is None:  # another descriptor may have its number by now
+        raise UsageError("standard output is closed", "give the console a place to go to")
 
     async def attached() -> int:
         async with control.connect(folder) as supervisor:
