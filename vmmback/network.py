@@ -298,7 +298,7 @@ async def _kept(half_made: dict[str, str], taps: list[str], note: Callable[[str]
     keeper = await asyncio.create_subprocess_exec(
         "/bin/sh", "-c", bridge_keeper.KEEPER, "vmmback-bridge-keeper",
         sys.executable, "-I", "-S", bridge_keeper.__file__,
-        ",".join(half_made), ",".join(half_made.values()), ",".join(taps),
+        ",".join(half_made), ",".join(half_made.values()), ",".join(taps), str(_LOCK_TIMEOUT_S),
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         start_new_session=True, cwd="/",
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Removes the bridges that vmmback made once they have no port, in a process of its own that outlives a guest.
 
-Run as `python -I -S bridge_keeper.py BRIDGES HALF-MADE TAPS`, lists of names with commas; standard library only, few
-imports. `KEEPER` is the shell that waits for its supervisor's end, at a tenth of Python's memory, and then runs this.
+Run as `python -I -S bridge_keeper.py BRIDGES HALF-MADE TAPS LOCK_TIMEOUT_S`, lists of names with commas; standard
+library only, few imports. `KEEPER` is the shell that waits for its supervisor's end, in less memory than Python's, and
+then runs this.
 
 It waits until the guest's taps are gone, that is until QEMU is, and removes those of BRIDGES that bear our mark and
 have no port, and all of HALF-MADE. The lock lets no other guest come between its look and the removal. Source:
@@ -13,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import socket
 import struct
 import sys
@@ -50,10 +52,14 @@ def network() -> int:
 
 def main() -> None:
     """Wait for the taps to go, and remove what is to go with them."""
-    bridges, half_made, taps = ([name for name in argument.split(",") if name] for argument in sys.argv[1:])
+    bridges, half_made, taps = ([name for name in argument.split(",") if name] for argument in sys.argv[1:4])
     _wait_for_the_end_of(taps)
     lock = network()
+    # Any process of the network could hold it for ever, and the end of a guest waits for this one.
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.setitimer(signal.ITIMER_REAL, float(sys.argv[4]))
     fcntl.flock(lock, fcntl.LOCK_EX)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     links = list(_links())
     ports = {link.get(_IFLA_MASTER, b"") for _, link in links}
     for index, link in links:
@@ -63,6 +69,10 @@ def main() -> None:
         left = name in bridges and alias == MARK and struct.pack("=I", index) not in ports
         if left or name in half_made:
             list(_ask(_RTM_DELLINK, _NLM_F_ACK, index))
+
+
+def _give_up(*_: object) -> None:
+    raise TimeoutError("another process holds the lock on this network's bridges")
 
 
 def _wait_for_the_end_of(taps: list[str]) -> None:
