@@ -6,6 +6,7 @@ machine that runs vmmback must have is a failure instead: a run that skips its c
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import functools
 import os
@@ -20,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from integration import browser
-from vmmback import vsock
+from vmmback import shares, vsock
+from vmmback.config.share import Share
 from vmmback.errors import VmmbackError
 from vmmback.host import can_share_aux_ram, find_qemu
 from vmmback.linux import kernel_image, seccomp
@@ -126,6 +128,12 @@ def _iproute2() -> None:
         subprocess.run(argv, check=True, capture_output=True, timeout=30)
 
 
+def _virtiofsd() -> None:
+    share = Share(path=Path("/"), tag="t")
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(shares.usable_program(share, Path(folder), "secret", 1 << 20))
+
+
 def _memory_group() -> None:
     new_memory_group().rmdir()
 
@@ -158,6 +166,7 @@ NETWORK_NAMESPACE = Capability("a network namespace of our own", _network_namesp
 VHOST_VSOCK = Capability("/dev/vhost-vsock", _vhost_vsock, required=False)
 TAPS = Capability("/dev/net/tun, and the right to make taps", _taps)
 IPROUTE2 = Capability("ip (iproute2) and nsenter (util-linux)", _iproute2)
+VIRTIOFSD = Capability("a virtiofsd that can map secret RAM (QEMU 7.2's)", _virtiofsd, required=False)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
 
 

@@ -210,6 +210,11 @@ def needs_guest_kernel() -> None:
 
 
 @pytest.fixture(scope="session")
+def needs_virtiofsd() -> None:
+    capabilities.require(capabilities.VIRTIOFSD)
+
+
+@pytest.fixture(scope="session")
 def needs_chromium() -> None:
     capabilities.require(capabilities.CHROMIUM)
 

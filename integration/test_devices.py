@@ -1,43 +1,248 @@
-"""Virtio devices of a guest on secret RAM: they work, and what they open is named."""
+"""Virtio devices of a guest on secret RAM: they work, as on ordinary RAM, and what they open is named."""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+import signal
 import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from integration import capabilities
-from integration.conftest import Backing, Start
-from integration.task_guest import guest_file as task_guest_file
+from integration.conftest import (
+    MIB,
+    Backing,
+    LiveGuest,
+    Start,
+    eventually,
+    guest_file,
+    prepared,
+    processes_of,
+    qemu_of,
+)
+from integration.leftovers import RESETS
 from integration.task_guest import printed, task_guest
-from vmmback import vsock
+from vmmback import command, shares, vsock
 from vmmback.errors import HostUnfit
-from vmmback.report import GuestVerdict
+from vmmback.isolation.catalogue import ACCESS_PROBES
+from vmmback.isolation.holders import HoldersProbe
+from vmmback.linux import procfs
+from vmmback.report import GuestVerdict, Verdict
 
-pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_guest_kernel")
+pytestmark = pytest.mark.usefixtures("needs_qemu")
+virtiofsd = pytest.mark.usefixtures("needs_virtiofsd")
+linux = pytest.mark.usefixtures("needs_guest_kernel")
 
-RNG = """\
+# --- Random numbers, shares, a balloon: two Linux guests for all ------------------------------------------------------
+
+TASK = """\
 echo "rng: $(cat /sys/class/misc/hw_random/rng_current)"
 echo "random: $(head -c 32 /dev/hwrng | hexdump -v -e '1/1 "%02x"')"
+mkdir /mnt/read /mnt/write
+mount -t virtiofs to.read /mnt/read || fail "cannot mount to.read"
+mount -t virtiofs to.write /mnt/write || fail "cannot mount to.write"
+sum=$(sha256sum </mnt/read/data) && echo "read: $sum"
+for refused in "touch /mnt/read/data" "rm /mnt/read/data" "mkdir /mnt/read/folder" "mknod /mnt/write/null c 1 3"; do
+  $refused 2>/dev/null && fail "could $refused"
+done
+cp /mnt/read/data /mnt/write/copy || fail "cannot write"
+echo "mounted below: $(ls /mnt/read/below | wc -l)"
 """
 
 
-def test_every_guest_has_random_numbers_of_the_hosts_and_no_two_have_the_same(tmp_path: Path) -> None:
-    seen = set()
+@contextmanager
+def with_balloon() -> Iterator[None]:
+    """Give guests a balloon, which no guest file can."""
+    build = command.build
+
+    def build_more(*arguments: Any) -> command.QemuCommand:
+        built = build(*arguments)
+        return replace(built, argv=(*built.argv, "-device", "virtio-balloon-pci"))
+
+    with mock.patch.object(command, "build", build_more):
+        yield
+
+
+def shared(folder: Path) -> tuple[str, bytes]:
+    """Make two folders to share; return the tables, and what is in to.read's file."""
+    data = secrets.token_bytes(3 * MIB + 5)
+    for name in ("read/below", "write"):
+        (folder / name).mkdir(parents=True)
+    (folder / "read/data").write_bytes(data)
+    return (
+        f'[[share]]\npath = "{folder}/read"\ntag = "to.read"\n'
+        f'[[share]]\npath = "{folder}/write"\ntag = "to.write"\nread-only = false\nplaintext = "allowed"\n'
+    ), data
+
+
+def present_bytes(live: LiveGuest) -> int:
+    """Return how much of the RAM's file is there: pages that QEMU has mapped, or what an ordinary file holds."""
+    (memory,), pid = live.guest.ram, live.pid
+    if memory.backing == "ordinary":
+        return os.fstat(memory.fileno()).st_blocks * 512
+    mappings = procfs.memory_mappings(procfs.maps(pid), memory.inode)
+    return sum(entry >> 63 for mapping in mappings for entry in procfs.pagemap(pid, mapping.start, mapping.size)) * 4096
+
+
+@linux
+@virtiofsd
+def test_devices_work_on_secret_ram_as_on_ordinary_and_open_nothing_but_what_is_named(tmp_path: Path) -> None:
+    random = set()
     kinds: tuple[Backing, ...] = ("secret", "ordinary")
     for backing in kinds:
-        with task_guest(tmp_path, RNG, backing=backing) as live:
+        folder = tmp_path / backing
+        tables, data = shared(folder)
+        with with_balloon(), task_guest(folder, TASK, tables, backing) as live:
             live.start()
+
             assert printed(live, "rng: ") == "virtio_rng.0"
-            numbers = bytes.fromhex(printed(live, "random: "))
-            assert len(numbers) == 32
-            assert len(set(numbers)) > 8  # 30 different ones, or so, in 32 random bytes
-            seen.add(numbers)
-            if backing == "secret":  # the device has no memory of its own that the guest could write to
-                found = live.run(live.guest.examine())
-                assert found.verdict is GuestVerdict.ISOLATED, found.reasons
-    assert len(seen) == 2
+            random.add(printed(live, "random: "))
+            assert len(set(bytes.fromhex(printed(live, "random: ")))) > 8  # 30 different ones, or so, of 32
+
+            assert printed(live, "read: ").split()[0] == hashlib.sha256(data).hexdigest()
+            assert (folder / "write/copy").read_bytes() == data
+            assert sorted(path.name for path in (folder / "read").iterdir()) == ["below", "data"]
+            check_daemons(live)
+            check_balloon(live)
+            check_end_of_a_daemon(live)
+    assert len(random) == 2
+
+
+def check_daemons(live: LiveGuest) -> None:
+    """The daemons have the RAM, are named, and give nobody more than QEMU does; a stranger is found beside them."""
+    secret = live.guest.ram[0].backing == "secret"
+    found = live.run(live.guest.examine())
+    assert found.verdict is (GuestVerdict.ISOLATED if secret else GuestVerdict.EXPOSED), found.reasons
+    holders = next(probe for probe in found.probes if probe.name == "holders")
+    assert holders.verdict is Verdict.BLOCKED, holders.detail
+    named = [exposure for exposure in found.exposures if exposure.name == "share"]
+    assert [exposure.detail.partition(":")[0] for exposure in named] == ["to.read", "to.write"]
+    rights = r"uid 0, capabilities dac_read_search(, ipc_lock)?, maps the guest's RAM"
+    assert re.search(rights, named[0].detail), named[0].detail
+
+    target = live.guest.target
+    workers = [int(re.search(r"pid (\d+)", exposure.holders)[1]) for exposure in named]  # type: ignore[index]
+    assert set(workers) < target.partners
+    for worker in workers:
+        assert procfs.memory_mappings(procfs.maps(worker), *target.ram)  # it maps the RAM, so this says something:
+        for probe in ACCESS_PROBES:
+            seen = probe().observe(replace(target, pid=worker))
+            if probe.name in ("proc-mem", "process-vm-readv"):
+                assert seen.target is (Verdict.BLOCKED if secret else Verdict.READABLE), (probe.name, seen.detail)
+
+    unknown = HoldersProbe().observe(replace(target, partners=frozenset()))  # were they not known, they would be found
+    assert unknown.target is Verdict.READABLE
+    assert all(f"process {worker} (virtiofsd) maps it" in unknown.detail for worker in workers), unknown.detail
+    with ExitStack() as stack:
+        stranger = stack.enter_context(
+            subprocess.Popen(["sh", "-c", "sleep 99 & echo $!; wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             pass_fds=[live.guest.ram[0].fileno()])
+        )  # fmt: skip
+        stack.callback(stranger.kill)
+        assert stranger.stdout is not None
+        sleeper = int(stranger.stdout.readline())
+        stack.callback(os.kill, sleeper, signal.SIGKILL)
+        seen = HoldersProbe().observe(target)
+        assert seen.target is Verdict.READABLE
+        assert f"process {sleeper} " in seen.detail
+        assert not any(f"process {worker} " in seen.detail for worker in workers)
+
+
+def check_balloon(live: LiveGuest) -> None:
+    """What the guest gives up comes back to the host from ordinary memory alone: why [balloon] is refused."""
+    before = present_bytes(live)
+
+    def inflated() -> bool:
+        answer = live.run(live.guest.monitor.execute("query-balloon"))
+        assert isinstance(answer, dict)
+        return int(answer["actual"]) <= 97 * MIB
+
+    live.run(live.guest.monitor.execute("balloon", {"value": 96 * MIB}))
+    eventually(inflated, "the balloon has its size", 20)
+    given_back = before - present_bytes(live)
+    log = (live.guest.folder / "qemu.log").read_text()
+    if live.guest.ram[0].backing == "secret":
+        assert given_back <= 0
+        assert log.count("Failed to fallocate ram0") > 7000
+    else:
+        assert given_back > 30 * MIB
+        assert log == ""
+
+
+def check_end_of_a_daemon(live: LiveGuest) -> None:
+    """The guest goes on without a daemon that was killed, and somebody is told."""
+
+    told = asyncio.Event()
+
+    async def end_one() -> None:
+        watched = shares.watched(live.guest.daemons, live.guest.qemu, note_and_tell)
+        async with watched, asyncio.timeout(10):
+            os.kill(max(live.guest.daemons[0].pids), signal.SIGKILL)
+            await told.wait()
+
+    def note_and_tell(note: str) -> None:
+        live.watcher.notes.append(note)
+        told.set()
+
+    live.run(end_one())
+    (note,) = live.watcher.notes
+    assert note.startswith("share to.read: virtiofsd ended; the guest goes on, and waits in vain for what it wants of")
+    assert live.guest.qemu.status is None
+    found = live.run(live.guest.examine())
+    assert found.verdict is (GuestVerdict.ISOLATED if live.guest.ram[0].backing == "secret" else GuestVerdict.EXPOSED)
+
+
+# --- Shares of guests that have no driver for them --------------------------------------------------------------------
+
+
+def with_share(file: Path, path: Path) -> Path:
+    """Add a share to a guest file."""
+    file.write_text(file.read_text() + f'[[share]]\npath = "{path}"\ntag = "t"\n')
+    return file
+
+
+@virtiofsd
+def test_the_death_of_the_supervisor_takes_the_daemons_along(tmp_path: Path, runtime_dir: Path, vmmback: Start) -> None:
+    supervisor = vmmback("launch", with_share(guest_file(tmp_path), tmp_path))
+    supervisor.wait_for("pages checked")
+    assert any("virtiofsd" in line for line in processes_of(runtime_dir).values())
+    assert qemu_of(runtime_dir)
+    supervisor.process.kill()
+    supervisor.process.wait()
+    eventually(lambda: not processes_of(runtime_dir), "all processes of the guest are gone")
+    eventually(lambda: not list(runtime_dir.iterdir()), "its folder is gone")
+
+
+@virtiofsd
+def test_a_daemon_that_ends_with_its_guest_is_not_told_of(tmp_path: Path, vmmback: Start) -> None:
+    ended = vmmback("launch", with_share(guest_file(tmp_path, rom=RESETS, ready=None), tmp_path)).ended()
+    assert ended.code in (0, 8)
+    assert "virtiofsd" not in ended.stderr
+
+
+def test_a_daemon_that_cannot_map_the_ram_is_refused_with_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "virtiofsd"
+    program.write_text("#!/bin/sh\necho 'I cannot map that' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(shares, "_PROGRAMS", (str(program),))
+    monkeypatch.setenv("PATH", str(tmp_path) + ":/usr/sbin:/usr/bin:/sbin:/bin")
+    file = with_share(guest_file(tmp_path), tmp_path)
+    said = r"\[\[share\]\] t: no virtiofsd here can .*said: I cannot map that"
+    with pytest.raises(HostUnfit, match=said), prepared(file):
+        pass
 
 
 # --- Vsock ------------------------------------------------------------------------------------------------------------
@@ -48,13 +253,16 @@ VSOCK = "[vsock]\ncid = 4242\n"
 def test_a_guest_with_a_vsock_is_refused_where_the_host_has_none(tmp_path: Path, vmmback: Start) -> None:
     if capabilities.has(capabilities.VHOST_VSOCK):
         pytest.skip("this host has vhost-vsock")
-    ended = vmmback("launch", task_guest_file(tmp_path, "", VSOCK)).ended()
+    file = guest_file(tmp_path)
+    file.write_text(file.read_text() + VSOCK)
+    ended = vmmback("launch", file).ended()
     assert ended.code == 3
     assert ended.has_one_error()
     assert "[vsock] needs /dev/vhost-vsock" in ended.stderr
     assert "modprobe vhost_vsock" in ended.stderr
 
 
+@linux
 def test_a_guest_talks_to_the_host_over_vsock(tmp_path: Path) -> None:
     capabilities.require(capabilities.VHOST_VSOCK)
     with task_guest(tmp_path, "", VSOCK) as live:

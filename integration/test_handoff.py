@@ -41,6 +41,7 @@ from vmmback.errors import HandoffFailed, HostUnfit
 from vmmback.handoff import Qemu
 from vmmback.isolation.audit import in_thread
 from vmmback.linux import procfs, seccomp
+from vmmback.runtime import last_words
 
 pytestmark = pytest.mark.usefixtures("needs_secretmem", "needs_seccomp")
 
@@ -155,7 +156,7 @@ class Place:
         """Let the program take these steps and end; return what its attempts came to."""
 
         async def end(qemu: Qemu) -> None:
-            assert await qemu.ended(20) == 0, handoff.last_words(self.log)
+            assert await qemu.ended(20) == 0, last_words(self.log)
             self.auxiliary = qemu.auxiliary_inodes
 
         self.run(memory, [*steps, "exit 0"], end, secret_memfds=secret_memfds)

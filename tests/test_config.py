@@ -62,6 +62,16 @@ log = "logs/console.log"
 [qmp]
 allow = ["device_del", "job-*"]
 
+[[share]]
+path = "images"
+tag = "images"
+
+[[share]]
+path = "logs"
+tag = "logs"
+plaintext = "allowed"
+read-only = false
+
 [vsock]
 cid = 3
 """
@@ -230,7 +240,10 @@ def test_bad_durations(text: str) -> None:
 
 BOOT = '[boot]\nkernel = "vmlinuz"\n'
 MEMORY = '[memory]\nsize = "256MiB"\n'
-TABLES = "[memory], [cpu], [machine], [boot], [[disk]], [[nic]], [isolation], [console], [qmp], [vsock], [process]"
+TABLES = (
+    "[memory], [cpu], [machine], [boot], [[disk]], [[nic]], [isolation], [console], [qmp], "
+    "[[share]], [vsock], [process]"
+)
 FILE_ADVICE = "write the path of a file that you may read, absolute or from the guest file's folder"
 NAME_ADVICE = (
     'write 1 to 63 of a-z, 0-9, "." and "-", starting with a letter or a digit, without ".."'  # shared by the rows
@@ -557,6 +570,30 @@ WRONG: list[tuple[str, str]] = [
     ),
     # refused
     (f"{MINIMAL}[balloon]\n", f"guest.toml:8: balloon: {REFUSED_TABLES['balloon']}"),
+    (
+        f'{MINIMAL}[[share]]\npath = "images"\ntag = "t"\nread-only = false\n',
+        "guest.toml:11: share[0].read-only: is false, and what the guest writes there lies in the host's page cache "
+        'and file system in the clear; write plaintext = "allowed" if it may, or remove read-only',
+    ),
+    (
+        f'{MINIMAL}[[share]]\npath = "images"\ntag = "t"\n[[share]]\npath = "logs"\ntag = "t"\n',
+        'guest.toml:8: share: has the tag "t" 2 times; give each share a tag of its own',
+    ),
+    (
+        f'{MINIMAL}[[share]]\npath = "vmlinuz"\ntag = "t"\n',
+        "guest.toml:9: share[0].path: vmlinuz: is not a folder; write the path of a folder, absolute or from the guest "
+        "file's",
+    ),
+    (
+        f'{MINIMAL}[[share]]\npath = "nowhere"\ntag = "t"\n',
+        "guest.toml:9: share[0].path: nowhere: no such file or directory; write the path of a folder, absolute or from "
+        "the guest file's",
+    ),
+    (
+        f'{MINIMAL}[[share]]\npath = "images"\ntag = "a,b"\n',
+        'guest.toml:10: share[0].tag: "a,b" is not a tag; '
+        'write 1 to 36 of A-Z, a-z, 0-9, "_", "." and "-", like "shared"',
+    ),
     *(
         (
             f"{MINIMAL}[vsock]\ncid = {cid}\n",
@@ -571,7 +608,6 @@ WRONG: list[tuple[str, str]] = [
     ),
     (f"{MINIMAL}[vsock]\n", "guest.toml:8: vsock.cid: missing; write cid = 3"),
     # not built yet
-    (f"{MINIMAL}[[share]]\n", f"guest.toml:8: share: [[share]] is not built yet; the tables so far are {TABLES}"),
     (
         f"{MINIMAL}[process]\nuids = 7\n",
         'guest.toml:9: process.uids: 7 is an integer; write a range in quotes, like "1900000000-1900065535"',
@@ -833,7 +869,7 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
     assert {name: set(table["properties"]) for name, table in tables.items()} == {
         "": {
             *("name", "memory", "cpu", "machine", "boot", "disk", "isolation", "console", "qmp", "vsock", "process"),
-            "nic",
+            *("nic", "share"),
         },
         "memory": {"size", "max", "prefault", "backing"},
         "cpu": {"count", "model"},
@@ -853,6 +889,7 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
         "isolation": {"validate", "every", "on-exposed", "ready", "ready-timeout", "after-validation"},
         "console": {"log"},
         "qmp": {"allow"},
+        "share": {"path", "tag", "read-only", "plaintext"},
         "vsock": {"cid"},
         "process": {"user", "uids"},
         "nic": {"mode", "plaintext", "bridge", "create", "address", "mac", "mtu", "queues"},
@@ -905,7 +942,7 @@ def test_each_default_of_the_schema_is_what_a_file_without_the_key_means(folder:
             continue
         defaults = {key: value["default"] for key, value in table["properties"].items() if "default" in value}
         lines += [
-            f"{name}.{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
+            f"{name}.{key}".removeprefix(".") + f" = {str(value).lower() if isinstance(value, bool) else repr(value)}"
             for key, value in defaults.items()
         ]
     dotted = "\n".join(['name = "demo"', 'memory.size = "256MiB"', 'boot.kernel = "vmlinuz"', *lines[1:]])

@@ -17,7 +17,7 @@ import pytest
 from vmmback.isolation import holders
 from vmmback.isolation.holders import HoldersProbe, Memory, TracerProbe
 from vmmback.isolation.probe import Target
-from vmmback.linux import procfs
+from vmmback.linux import procfs, ptrace
 from vmmback.report import Verdict
 
 SIZE = 1 << 20
@@ -135,11 +135,11 @@ def test_a_tracer_of_any_thread_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     tracers = {"7/task/7": "0", "7/task/8": "0", "7/task/9": str(os.getppid())}
     monkeypatch.setattr(procfs, "threads", lambda _: [7, 8, 9])
     monkeypatch.setattr(procfs, "status", lambda task: {"TracerPid": tracers[task]})
-    reading = TracerProbe().attempt(7)
+    reading = TracerProbe().attempt((7,))
     assert reading.verdict is Verdict.READABLE
     assert f"process {os.getppid()} " in reading.detail
     tracers["7/task/9"] = "0"
-    assert TracerProbe().attempt(7).verdict is Verdict.BLOCKED
+    assert TracerProbe().attempt((7,)).verdict is Verdict.BLOCKED
 
 
 def test_a_child_of_the_supervisor_is_no_stranger_and_that_of_another_is(memory: int) -> None:
@@ -208,6 +208,15 @@ def test_qemu_and_its_supervisor_may_have_it_and_the_control_leaves_nothing(memo
         assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+def test_a_daemon_that_qemu_shares_the_ram_with_is_known_and_another_is_not(memory: int) -> None:
+    with child("cat", descriptors=(memory,)) as qemu, child("cat", descriptors=(memory,)) as daemon:
+        target = Target(qemu, {os.fstat(memory).st_ino: SIZE}, partners=frozenset({daemon, os.getpid()}))
+        assert HoldersProbe().observe(target).target is Verdict.BLOCKED
+        with child("cat", descriptors=(memory,)) as stranger:
+            seen = HoldersProbe().observe(target)
+    assert (seen.target, seen.detail) == (Verdict.READABLE, f"process {stranger} (cat) holds its descriptor")
+
+
 def test_a_mapping_without_a_descriptor_is_seen_in_this_process_too() -> None:
     descriptor = os.memfd_create("vmmback-test", os.MFD_CLOEXEC)
     os.ftruncate(descriptor, SIZE)
@@ -217,6 +226,20 @@ def test_a_mapping_without_a_descriptor_is_seen_in_this_process_too() -> None:
         assert holders._holding(os.getpid(), wanted) == "holds its descriptor and maps it"
     os.close(descriptor)
     assert holders._holding(os.getpid(), wanted) == ""
+
+
+def test_a_tracer_of_a_daemon_is_found_and_a_daemon_that_is_gone_hides_none() -> None:
+    with child("cat") as qemu, child("cat") as daemon:
+        target = Target(qemu, {}, partners=frozenset({daemon}))
+        assert TracerProbe().observe(target).detail == "none of 2 threads is traced"
+        with ptrace.stopped(daemon):
+            seen = TracerProbe().observe(target)
+        assert seen.target is Verdict.READABLE
+        assert f"traced by process {os.getpid()} " in seen.detail
+        with child("cat") as ended:
+            pass
+        gone = TracerProbe().observe(replace(target, partners=frozenset({ended})))
+        assert gone.detail == "none of 1 threads is traced"
 
 
 def test_a_process_that_nobody_traces() -> None:

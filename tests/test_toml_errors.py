@@ -23,7 +23,7 @@ class Top(Table):
     disk: Annotated[tuple[Disk, ...], Tables] = ()
 
 
-GRAMMAR = Grammar(tables={"": Top.model_fields, "disk": Disk.model_fields}, not_built={}, arrays={"disk"})
+GRAMMAR = Grammar(tables={"": Top.model_fields, "disk": Disk.model_fields}, arrays={"disk"})
 
 
 def errors(tmp_path: Path, text: str) -> list[str]:

@@ -6,14 +6,14 @@ import asyncio
 import os
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from vmmback import command, console, handoff, monitor, ram, report
+from vmmback import command, console, handoff, monitor, ram, report, shares
 from vmmback.config import GuestConfig
 from vmmback.errors import HandoffFailed, VmmbackError
 from vmmback.isolation import exposures, qmp_proof
@@ -89,6 +89,7 @@ class Guest:
     timings: dict[str, float]
     watcher: Watcher
     policy: Policy
+    daemons: Sequence[shares.Daemon] = ()
     clients: QmpSocket | None = None
     validated_after: str = ""
     evidence: Evidence | None = None
@@ -105,7 +106,7 @@ class Guest:
     @property
     def target(self) -> Target:
         """The guest's RAM in the terms of a probe."""
-        return target_of(self.qemu, self.ram)
+        return target_of(self.qemu, self.ram, self.daemons)
 
     @property
     def prefaulted(self) -> dict[int, array[int]]:
@@ -189,6 +190,7 @@ class Guest:
                 *(evidence.exposures if evidence else ()),
                 exposures.console_exposure(self.console.bytes_seen, self.console.bytes_typed),
                 *(exposure for device in self.devices for exposure in device.exposures),
+                *(daemon.exposure for daemon in self.daemons if daemon.exposure),
             ),
             drifts=tuple(self.drifts),
             process=evidence.process if evidence else None,
@@ -198,10 +200,11 @@ class Guest:
         )
 
 
-def target_of(qemu: handoff.Qemu, guest_ram: Sequence[ram.Ram]) -> Target:
+def target_of(qemu: handoff.Qemu, guest_ram: Sequence[ram.Ram], daemons: Iterable[shares.Daemon]) -> Target:
     """Return a guest's RAM in the terms of a probe; this process is the supervisor."""
     descriptors = {memory.inode: memory.size for memory in guest_ram}
-    return Target(qemu.pid, descriptors, os.getpid(), qemu.auxiliary_inodes)
+    partners = frozenset[int]().union(*(daemon.pids for daemon in daemons))
+    return Target(qemu.pid, descriptors, os.getpid(), qemu.auxiliary_inodes, partners)
 
 
 def confirm(guest_ram: Sequence[ram.Ram], proof: qmp_proof.Proof) -> None:

@@ -24,8 +24,8 @@ from vmmback.host import QEMU_ENVIRONMENT as _ENVIRONMENT
 from vmmback.jail import Jail
 from vmmback.linux import arch, procfs, seccomp
 from vmmback.linux.memfd_secret import memfd_secret
+from vmmback.runtime import last_words
 
-_LAST_WORDS_BYTES = 2000
 _PATH_MAX = 4096  # with the NUL; limits.h
 
 # Secretmem takes a size once, and lseek(2) tells none (mm/secretmem.c). QEMU truncates a new memfd to 0, asks lseek for
@@ -316,16 +316,3 @@ async def start(
         yield qemu
     finally:
         await qemu._close()
-
-
-def last_words(log: Path) -> str:
-    """Return the end of a log as one line: at most 2,000 bytes, without control characters."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_WORDS_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return " / ".join(
-        "".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines() if line.strip()
-    )

@@ -10,7 +10,20 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmmback import command, console, control, disks, handoff, monitor, process, qmp_socket, ram, report, vsock
+from vmmback import (
+    command,
+    console,
+    control,
+    devices,
+    disks,
+    handoff,
+    monitor,
+    process,
+    qmp_socket,
+    ram,
+    report,
+    shares,
+)
 from vmmback.config import GuestConfig
 from vmmback.errors import HandoffFailed, Interrupted, QemuFailed, VmmbackError
 from vmmback.guest import Guest, Watcher, confirm, target_of
@@ -79,7 +92,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     HostMemory.read().admit(config.memory.size)
     plan = stack.enter_context(process.planned(config))
     inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
-    devices = _open_devices(config, plan, inherited)
+    opened, daemons = await devices.open_devices(config, plan.ids, folder, stack, inherited)
 
     memories = stack.enter_context(ram.closed_together())
     if config.memory.backing == "secret":
@@ -89,7 +102,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     # What takes its time without need of the RAM is done while the prefault runs.
     async with (
         _meanwhile(in_thread(lambda: _shares_aux_ram(config, qemu_binary))) as share_aux_ram,
-        _meanwhile(in_thread(_import_network) if config.nic else asyncio.sleep(0)),
+        _meanwhile(in_thread(devices.import_network) if config.nic else asyncio.sleep(0)),
     ):
         if config.memory.prefault:
             with _timed(timings, "prefault"):
@@ -100,10 +113,8 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     qmp, qemu_qmp = _socket_pair(stack, inherited)
     serial, qemu_serial = _socket_pair(stack, inherited)
     if config.nic:
-        from vmmback import network
-
         with _timed(timings, "network"):
-            devices += await network.attach(config, stack, inherited, watcher.note)
+            opened += await devices.attach_nics(config, stack, inherited, watcher.note)
     logs = [folder / SERIAL_LOG, *([config.console.log] if config.console.log else [])]
     guest_console = await stack.enter_async_context(
         console.attach(serial, logs, watcher, (config.isolation.ready or "").encode())
@@ -111,7 +122,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     # Nothing is ever at this path: QEMU's open of it is answered, and could make no file in a folder that is not there.
     mem_path = folder / "ram" / command.RAM_ID
     qemu_command = command.build(
-        plan.config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), devices, secret_aux
+        plan.config, qemu_binary, accel, mem_path, qemu_qmp.fileno(), qemu_serial.fileno(), opened, secret_aux
     )
     offers, log = {mem_path: guest_ram.fileno()}, folder / QEMU_LOG
     jail = plan.jail(folder, qemu_binary, accel, secret_aux=secret_aux)
@@ -128,26 +139,26 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
         qemu_monitor = await stack.enter_async_context(monitor.connect(qmp, _GREETING_TIMEOUT_S))
         host = report.Host(kernel=kernel_release(), qemu=await qemu_monitor.version(), accel=accel)
         timings["qmp_ready"] = time.perf_counter() - started
-        proof = await qmp_proof.observe(target_of(qemu, memories), qemu_monitor.hmp)
+        for daemon in daemons:
+            daemon.settle()
+        proof = await qmp_proof.observe(target_of(qemu, memories, daemons), qemu_monitor.hmp)
         confirm(memories, proof)
     policy = Policy(config.qmp.allow)
     policy.deny("cont", "the guest was not started yet")
     return Guest(
-        config, folder, memories, devices, qemu, qemu_monitor, guest_console, host, proof, timings, watcher, policy
-    )
-
-
-def _open_devices(config: GuestConfig, plan: process.Plan, inherited: ExitStack) -> list[command.Device]:
-    """Open what the guest's devices need of the host; `inherited` closes it, once QEMU has it."""
-    devices = disks.open_disks(config, inherited, plan.ids)
-    if config.vsock:
-        devices.append(inherited.enter_context(vsock.opened(config.vsock.cid)))
-    return devices
+        config, folder, memories, opened, qemu, qemu_monitor, guest_console, host, proof, timings, watcher, policy,
+        daemons=daemons,
+    )  # fmt: skip
 
 
 async def _run(guest: Guest, life: Life, stop: Stop, *, validate: bool) -> None:
     """Let a prepared guest run, and examine it, until it has ended. Raises QemuFailed."""
-    async with _last_words(guest.qemu), life.of(guest), _qmp_served(guest):
+    async with (
+        _last_words(guest.qemu),
+        life.of(guest),
+        _qmp_served(guest),
+        shares.watched(guest.daemons, guest.qemu, life.note),
+    ):
         await guest.monitor.cont()
         life.entered(State.BOOTING)
         guest.policy.permit("cont")
@@ -166,11 +177,6 @@ def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:
     """Tell whether QEMU's other RAM blocks are to be secret: if the guest's RAM is, and QEMU and the limits allow."""
     memory = config.memory
     return memory.backing == "secret" and can_share_aux_ram(qemu, config.machine.type, memory.largest)
-
-
-def _import_network() -> None:
-    """Import what only guests with a nic need: pyroute2 takes 110 ms, more than QMP, pydantic and asyncio together."""
-    from vmmback import network  # noqa: F401
 
 
 @asynccontextmanager

@@ -43,6 +43,7 @@ chmod 700 -- "$1" && echo kept && read -r _
 wipe "$1"
 rm -rf -- "$1"
 """
+_LAST_WORDS_BYTES = 2000
 
 # Whoever removes stale folders holds the lock of one for a moment, until it has another name (`live_guests`).
 _MOMENT_S = 0.25
@@ -276,4 +277,17 @@ def _cannot_be_made(folder: Path, problem: str) -> HostUnfit:
     return HostUnfit(
         f"the folder {folder} cannot be made: {problem}",
         "run as root, or set VMMBACK_RUNTIME_DIR to a folder that you may write to",
+    )
+
+
+def last_words(log: Path) -> str:
+    """Return the end of a log as one line: at most 2,000 bytes, without control characters."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_WORDS_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return " / ".join(
+        "".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines() if line.strip()
     )

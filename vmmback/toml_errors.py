@@ -35,13 +35,12 @@ KeyPath = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a file may say: the fields of each table ("" is the top of the file), and what is not built yet.
+    """What a file may say: the fields of each table ("" is the top of the file).
 
     `arrays` names those of the tables that may be there several times, as [[table]].
     """
 
     tables: Mapping[str, Mapping[str, FieldInfo]]
-    not_built: Mapping[KeyPath, str]
     refused: Mapping[KeyPath, str] = field(default_factory=dict)
     """What users may look for and cannot have, and why."""
     arrays: Collection[str] = ()
@@ -263,8 +262,6 @@ def _missing(keys: KeyPath, _: ErrorDetails, grammar: Grammar) -> str:
 def _unknown(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
     if keys in grammar.refused:
         return grammar.refused[keys]
-    if keys in grammar.not_built:
-        return f"{grammar.not_built[keys]} is not built yet; the tables so far are {_named_tables(grammar)}"
     key, table = keys[-1], _table(keys)
     known = grammar.tables[table]
     is_table = isinstance(detail["input"], dict | list)

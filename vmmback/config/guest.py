@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -26,6 +27,7 @@ from vmmback.config.disk import Disk, disk_conflicts
 from vmmback.config.nic import MAX_NICS, Nic, generated_mac
 from vmmback.config.process import Process
 from vmmback.config.refused import REFUSED_TABLES
+from vmmback.config.share import Share, different_tags
 from vmmback.config.tables import (
     Boot,
     Conflict,
@@ -92,6 +94,9 @@ class GuestConfig(Table):
     )
     console: Console = Field(default_factory=Console, description="The guest's serial console.")
     qmp: Qmp = Field(default_factory=Qmp, description="What other processes may ask of the guest on its socket.")
+    share: Annotated[tuple[Share, ...], Tables, AfterValidator(different_tags)] = Field(
+        default_factory=tuple, description="Folders of the host that the guest can mount."
+    )
     vsock: Vsock | None = Field(
         default=None, description="Sockets between the guest and the host, without a network.", examples=[{"cid": 3}]
     )
@@ -154,6 +159,7 @@ _TABLES: dict[str, type[Table]] = {
     "isolation": Isolation,
     "console": Console,
     "qmp": Qmp,
+    "share": Share,
     "vsock": Vsock,
     "process": Process,
 }
@@ -162,11 +168,8 @@ _GRAMMAR = Grammar(
         name: {field.alias or key: field for key, field in table.model_fields.items()}
         for name, table in _TABLES.items()
     },
-    not_built={
-        ("share",): "[[share]]",
-    },
     refused={(name,): reason for name, reason in REFUSED_TABLES.items()},
-    arrays={"disk", "nic"},
+    arrays={"disk", "nic", "share"},
 )
 
 

@@ -27,6 +27,7 @@ _DURATION_UNITS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 _SIZE_PATTERN = "([0-9]{1,15})(KiB|MiB|GiB|TiB)"
 _DURATION_PATTERN = "([0-9]{1,15})(ms|s|min|h)"
 _NAME_PATTERN = r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{0,62}"
+_TAG_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.-]{0,35}"  # a virtiofs device has room for 36 bytes (linux/virtio_fs.h)
 # A comma only adds CPU properties ("max,-avx"): the whole text stays one argument of QEMU's.
 _CPU_MODEL_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.,+=-]{0,254}"
 
@@ -102,6 +103,21 @@ def _input_file(value: object, info: ValidationInfo) -> Path:
         advice = "write the path of a file that you may read, absolute or from the guest file's folder"
         raise ValueError(f"{ascii_path(path)}: {why(error)}; {advice}") from error
     return path
+
+
+def _input_folder(value: object, info: ValidationInfo) -> Path:
+    """Return the path of a folder that is there, absolute."""
+    path = given_path(value, info)
+    if info.context is None:
+        return path
+    try:
+        if path.is_dir():
+            return path.absolute()
+        path.stat()
+        problem = "is not a folder"
+    except OSError as error:
+        problem = why(error)
+    raise ValueError(f"{ascii_path(path)}: {problem}; write the path of a folder, absolute or from the guest file's")
 
 
 def _output_file(value: object, info: ValidationInfo) -> Path:
@@ -206,6 +222,11 @@ GuestName = Annotated[
     AfterValidator(_guest_name),
     WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"}),
 ]
+ShareTag = Annotated[
+    str,
+    AfterValidator(matching(_TAG_PATTERN, 'a tag; write 1 to 36 of A-Z, a-z, 0-9, "_", "." and "-", like "shared"')),
+    WithJsonSchema({"type": "string", "pattern": f"^{_TAG_PATTERN}$"}),
+]
 CpuModel = Annotated[
     str,
     AfterValidator(matching(_CPU_MODEL_PATTERN, 'a CPU model; write it like "max", with features like "max,-avx"')),
@@ -216,6 +237,7 @@ Seconds = Annotated[
     float, BeforeValidator(_duration), WithJsonSchema({"type": "string", "pattern": f"^{_DURATION_PATTERN}$"})
 ]
 _PATH_SCHEMA = WithJsonSchema({"type": "string", "minLength": 1})
+InputFolder = Annotated[Path, BeforeValidator(_input_folder), _PATH_SCHEMA]
 InputFile = Annotated[Path | None, BeforeValidator(_input_file), _PATH_SCHEMA]
 OutputFile = Annotated[Path | None, BeforeValidator(_output_file), _PATH_SCHEMA]
 

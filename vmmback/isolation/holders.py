@@ -38,13 +38,13 @@ class Memory:
 
 
 class HoldersProbe(Probe[Memory]):
-    """Looks at the descriptors and mappings of all threads: only QEMU and its supervisor may have the guest's RAM.
+    """Looks at the descriptors and mappings of all threads: only QEMU, its supervisor and partners may have it.
 
     QEMU's other secret RAM blocks are the guest's as well.
     """
 
     name = "holders"
-    vector = "a process other than QEMU and its supervisor holds the descriptor of the RAM, or maps it"
+    vector = "a process other than QEMU, its supervisor and its daemons holds the descriptor of the RAM, or maps it"
     control_is = "a memfd that the prober itself holds and maps"
     source = "proc_pid_fd(5), proc_pid_maps(5); a descriptor spreads by fork(2), SCM_RIGHTS of unix(7), pidfd_getfd(2)"
 
@@ -57,7 +57,7 @@ class HoldersProbe(Probe[Memory]):
         files = {(file.device, file.inode) for file in of_qemu if _is_one_of(wanted, file)}
         if not target.ram.keys() <= {inode for _, inode in files}:
             raise OSError(errno.ENOENT, "QEMU does not have the guest's RAM")
-        return Memory(frozenset(files), frozenset({target.pid, target.supervisor}), target.supervisor)
+        return Memory(frozenset(files), frozenset({target.pid, target.supervisor}) | target.partners, target.supervisor)
 
     def control(self, target: Target) -> Memory:  # noqa: ARG002
         _, inode = self._resources.enter_context(ordinary_memory(bytes(procfs.PAGE_SIZE)))
@@ -84,37 +84,44 @@ class HoldersProbe(Probe[Memory]):
         return Reading(Verdict.INCONCLUSIVE if unseen else Verdict.BLOCKED, detail)
 
 
-class TracerProbe(Probe[int]):
-    """Looks for a tracer on each of QEMU's threads. A place is a pid."""
+class TracerProbe(Probe[tuple[int, ...]]):
+    """Looks for a tracer on each thread of QEMU and of its partners. A place is their pids, QEMU's first."""
 
     name = "tracer"
-    vector = "a debugger is attached to a thread of QEMU: it can run code in it"
+    vector = "a debugger is attached to a thread of QEMU or of a daemon of its: it can run code in it"
     control_is = "a child of ours that we trace"
     source = "TracerPid of proc_pid_status(5); ptrace(2)"
 
-    def target(self, target: Target) -> int:
-        return target.pid
+    def target(self, target: Target) -> tuple[int, ...]:
+        return target.pid, *sorted(target.partners)
 
-    def control(self, target: Target) -> int:  # noqa: ARG002
+    def control(self, target: Target) -> tuple[int, ...]:  # noqa: ARG002
         child = self._resources.enter_context(
             subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
         )
         self._resources.callback(child.kill)
         self._resources.enter_context(ptrace.stopped(child.pid))
-        return child.pid
+        return (child.pid,)
 
-    def attempt(self, place: int) -> Reading:
+    def attempt(self, place: tuple[int, ...]) -> Reading:
         tracers: set[int] = set()
-        threads = procfs.threads(place)
-        for thread in threads:
+        threads = [(pid, thread) for pid in place for thread in _live_threads(pid)]
+        for pid, thread in threads:
             with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-                tracers.add(int(procfs.status(f"{place}/task/{thread}")["TracerPid"]))
+                tracers.add(int(procfs.status(f"{pid}/task/{thread}")["TracerPid"]))
         if not tracers:
-            raise ProcessLookupError(errno.ESRCH, f"process {place} ended")
+            raise ProcessLookupError(errno.ESRCH, f"process {place[0]} ended")
         if tracers := tracers - {0}:
             names = ", ".join(f"{tracer} ({procfs.command_name(tracer)})" for tracer in sorted(tracers))
             return Reading(Verdict.READABLE, f"traced by process {names}")
         return Reading(Verdict.BLOCKED, f"none of {len(threads)} threads is traced")
+
+
+def _live_threads(pid: int) -> list[int]:
+    try:
+        return procfs.threads(pid)
+    except FileNotFoundError:
+        return []
 
 
 def _is_child(pid: int, parent: int) -> bool:

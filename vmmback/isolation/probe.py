@@ -24,6 +24,7 @@ class Target:
     """A guest's RAM as the host sees it: QEMU's pid, and the RAM's descriptors: the size in bytes of each, by inode.
 
     `supervisor` is the pid of the process that holds the descriptors besides QEMU, 0 if none does.
+    `partners` are the pids of processes that QEMU shares the RAM with, as the guest's file wants it.
     `auxiliary` are the inodes of the secret descriptors that QEMU got for its other RAM blocks.
     """
 
@@ -31,6 +32,7 @@ class Target:
     ram: Mapping[int, int]
     supervisor: int = 0
     auxiliary: frozenset[int] = frozenset()
+    partners: frozenset[int] = frozenset()
 
     @property
     def size(self) -> int:

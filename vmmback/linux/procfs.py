@@ -9,6 +9,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -155,6 +156,15 @@ class Descriptor:
 def processes(root: Path = PROC) -> list[int]:
     """Return the pids of all processes that this one can see."""
     return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal())
+
+
+def children(pid: int, root: Path = PROC) -> list[int]:
+    """Return the pids of the children of all threads of a process; none when it is gone."""
+    found: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for thread in threads(pid, root):
+            found += [int(child) for child in (root / f"{pid}/task/{thread}/children").read_text().split()]
+    return found
 
 
 def threads(pid: int, root: Path = PROC) -> list[int]:

@@ -1,0 +1,45 @@
+"""The tables [[share]]."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from vmmback.config.tables import Table
+from vmmback.config.values import InputFolder, ShareTag
+
+
+class Share(Table):
+    """A folder of the host that the guest can mount (virtiofs)."""
+
+    path: InputFolder = Field(
+        description="The folder: absolute, or relative to the guest file's folder; without what is mounted below it.",
+        examples=["shared"],
+    )
+    tag: ShareTag = Field(description="The name by which the guest mounts it: mount -t virtiofs TAG /mnt.")
+    plaintext: Literal["allowed"] | None = Field(
+        default=None, description="That what the guest writes may lie on the host in the clear; needed for writing."
+    )
+    read_only: bool = Field(
+        default=True, alias="read-only", description="Whether the guest can only read it; false needs plaintext."
+    )
+
+    @field_validator("read_only")
+    @classmethod
+    def _knows_what_is_written(cls, read_only: bool, info: ValidationInfo) -> bool:
+        if not read_only and not info.data.get("plaintext"):
+            raise ValueError(
+                "is false, and what the guest writes there lies in the host's page cache and file system in the clear; "
+                'write plaintext = "allowed" if it may, or remove read-only'
+            )
+        return read_only
+
+
+def different_tags(shares: tuple[Share, ...]) -> tuple[Share, ...]:
+    """Return the shares as they are. Raises ValueError where two have the same tag."""
+    for tag, times in Counter(share.tag for share in shares).items():
+        if times > 1:
+            raise ValueError(f'has the tag "{tag}" {times} times; give each share a tag of its own')
+    return shares

@@ -1,0 +1,262 @@
+"""Folders of the host in a guest: virtiofs, by a daemon (virtiofsd) that maps the guest's RAM as QEMU does.
+
+QEMU hands the daemon the descriptor of the RAM once the guest uses the share (vhost-user). So the daemon is a third
+process that has the guest's RAM, and a report names it. It gets as few rights as it works with: docs/DEVICES.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from vmmback import ram, vhost_user
+from vmmback.command import Device
+from vmmback.config.share import Share
+from vmmback.errors import HostUnfit, QemuFailed, UsageError
+from vmmback.handoff import Qemu
+from vmmback.host import AUX_RAM_BYTES, QEMU_ENVIRONMENT
+from vmmback.linux import memlock, procfs
+from vmmback.report import Exposure
+from vmmback.runtime import last_words, listening_socket, socket_address
+
+# The one written in C, which is part of QEMU until 7.2; then where Debian has the one written in Rust.
+_PROGRAMS = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
+
+Backing: TypeAlias = Literal["secret", "ordinary"]
+
+_TRIAL_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 10.0
+_ENDS_WITH_QEMU_S = 1.0
+
+# In a mount namespace of its own: the folder without what is mounted below it, and without devices. mount(8) makes the
+# flags hold also where the daemon itself knows no way to be read-only.
+_ENTER = 'ulimit -c 0 && mount -n --bind -o "$3,nosuid,nodev" -- "$1" "$2" && shift 3 && exec "$@"'
+
+# What a daemon drops besides what it drops by itself. Where nothing can be written, it needs no other user's identity
+# and no right to change a file; it opens what its user, root, may not read (CAP_DAC_READ_SEARCH).
+_CAPABILITIES = {
+    True: "+dac_read_search:-dac_override:-chown:-fowner:-fsetid:-mknod:-setfcap:-setuid:-setgid",
+    False: "-mknod:-setfcap",
+}
+_NAMES = {
+    0: "chown", 1: "dac_override", 2: "dac_read_search", 3: "fowner", 4: "fsetid", 6: "setgid", 7: "setuid",
+    14: "ipc_lock", 27: "mknod", 31: "setfcap",
+}  # fmt: skip  # include/uapi/linux/capability.h
+
+
+class Daemon:
+    """A daemon that serves a folder to a guest. Made by `serve`."""
+
+    def __init__(self, share: Share, log: Path, device: Device) -> None:
+        self.share = share
+        self.log = log
+        self.device = device
+        self.pids: frozenset[int] = frozenset()
+        self.exposure: Exposure | None = None
+        self.ended = asyncio.Event()
+
+    @property
+    def epitaph(self) -> str:
+        """What its end means to a guest that goes on."""
+        return (
+            f"share {self.share.tag}: virtiofsd ended; the guest goes on, and waits in vain for what it wants of the "
+            f"share; it said: {last_words(self.log) or 'nothing'}"
+        )
+
+    def settle(self) -> None:
+        """Find out which processes it is, and with what rights, now that QEMU has spoken with it.
+
+        It has put itself into namespaces by then, where its child works and the first process waits for that one.
+        """
+        pid = self._process.pid
+        children = procfs.children(pid)
+        self.pids = frozenset({pid, *children})
+        worker = procfs.status(children[0] if children else pid)
+        rights = int(worker["CapEff"], 16)
+        names = ", ".join(_NAMES.get(bit, str(bit)) for bit in range(64) if rights >> bit & 1) or "none"
+        used = "reads" if self.share.read_only else "reads and writes"
+        self.exposure = Exposure(
+            name="share",
+            holders=f"virtiofsd (pid {worker['Pid']}), the host kernel, root",
+            detail=f"{self.share.tag}: virtiofsd, uid {worker['Uid'].split()[0]}, capabilities {names}, "
+            f"maps the guest's RAM while the guest uses the share: whoever takes that process over reads it; what "
+            f"the guest {used} there is in the host's page cache in the clear",
+        )
+
+    def _start(self, program: str, folder: Path, number: int, listening: int, ram_size: int) -> None:
+        mount_point = folder / f"share{number}"
+        mount_point.mkdir(exist_ok=True)
+        capabilities = _CAPABILITIES[self.share.read_only]
+        if memlock.falls_short(ram_size + AUX_RAM_BYTES):
+            capabilities += ":+ipc_lock"  # of the limit of its own, which nobody here may raise
+        _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+        argv = [
+            "setpriv", "--pdeathsig", "KILL", "--no-new-privs", "--",
+            "unshare", "--mount", "--",
+            "/bin/sh", "-c", _ENTER, "vmmback-share",
+            str(self.share.path), str(mount_point), "ro" if self.share.read_only else "rw",
+            program,
+            f"--fd={listening}",
+            f"--rlimit-nofile={descriptors}",
+            "-o", f"source={mount_point},sandbox=namespace,modcaps={capabilities}",
+        ]  # fmt: skip
+        # By the event loop's thread, with which PR_SET_PDEATHSIG ends the daemon (prctl(2)). Its child it ends itself.
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[listening],
+                env=QEMU_ENVIRONMENT,
+                cwd=folder,
+                start_new_session=True,
+            )
+        self._pidfd = os.pidfd_open(self._process.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
+
+    def _reap(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        self._process.wait()
+        self.ended.set()
+
+    async def _stop(self) -> None:
+        pid = self._process.pid
+        try:
+            if not self.ended.is_set():
+                for child in procfs.children(pid):
+                    _kill_child(child, pid)
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                try:
+                    async with asyncio.timeout(_END_TIMEOUT_S):
+                        await self.ended.wait()
+                except TimeoutError:
+                    raise QemuFailed(f"virtiofsd (pid {pid}) did not end {_END_TIMEOUT_S} s after SIGKILL") from None
+        finally:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+
+
+@asynccontextmanager
+async def serve(
+    share: Share,
+    number: int,
+    program: str,
+    folder: Path,
+    ram_size: int,
+    inherited: ExitStack,
+) -> AsyncIterator[Daemon]:
+    """Serve a share to the QEMU that gets the device; the daemon is gone on exit, and with QEMU or this process.
+
+    `inherited` holds our end of the connection until QEMU has its own. Raises OSError.
+    """
+    connection = inherited.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    device = Device(
+        argv=(
+            "-chardev", f"socket,id=share{number},fd={connection.fileno()}",
+            "-device", f"vhost-user-fs-pci,chardev=share{number},tag={share.tag}",
+        ),
+        descriptors=(connection.fileno(),),
+    )  # fmt: skip
+    daemon = Daemon(share, folder / f"share{number}.log", device)
+    address = folder / f"share{number}.sock"
+    with listening_socket(address) as listening:  # nobody else can connect: one place in the queue, then it is gone
+        listening.listen(1)
+        with socket_address(address) as reachable:
+            connection.connect(reachable)
+        daemon._start(program, folder, number, listening.fileno(), ram_size)
+    try:
+        yield daemon
+    finally:
+        await daemon._stop()
+
+
+async def usable_program(share: Share, folder: Path, backing: Backing, ram_size: int) -> str:
+    """Return the virtiofsd that can map RAM of that kind, tried with a descriptor of that size.
+
+    Raises HostUnfit with what each one said when there is none.
+    """
+    if set(",\\") & set(str(folder)):
+        raise UsageError(
+            f"{folder} has a comma or a backslash, which virtiofsd's options cannot carry",
+            "set VMMBACK_RUNTIME_DIR to another folder, or remove [[share]]",
+        )
+    programs = [path for path in (*_PROGRAMS, shutil.which("virtiofsd")) if path and os.access(path, os.X_OK)]
+    if not programs:
+        raise HostUnfit(
+            "[[share]] needs virtiofsd, which was not found",
+            "install it: apt-get install qemu-system-common (Debian 12), or remove [[share]]",
+        )
+    problems = []
+    for program in dict.fromkeys(programs):
+        if not (problem := await _try(program, share, folder, backing, ram_size)):
+            return program
+        problems.append(f"{program} {problem}")
+    raise HostUnfit(
+        f"[[share]] {share.tag}: no virtiofsd here can serve it to a guest on secret RAM: {'; '.join(problems)}",
+        "the virtiofsd of QEMU 7.2 can (Debian 12: qemu-system-common), the one written in Rust cannot; or remove "
+        "[[share]]",
+    )
+
+
+async def _try(program: str, share: Share, folder: Path, backing: Backing, ram_size: int) -> str:
+    """Let a daemon of this program map memory of that size, of which no page is ever touched; say what failed."""
+    log = folder / "share0.log"
+    with ram.allocate(backing, ram_size) as memory, ExitStack() as inherited:
+        async with serve(share, 0, program, folder, ram_size, inherited) as daemon:
+            try:
+                with socket.socket(fileno=os.dup(daemon.device.descriptors[0])) as connection:
+                    connection.setblocking(False)
+                    async with asyncio.timeout(_TRIAL_TIMEOUT_S):
+                        taken = await vhost_user.give_memory(connection, memory.fileno(), ram_size)
+            except TimeoutError:
+                return f"did not answer within {_TRIAL_TIMEOUT_S:g} s"
+            except (ConnectionError, EOFError):
+                taken = False
+            if taken:
+                log.unlink()
+                return ""
+            with suppress(TimeoutError):  # its last words come with its end
+                async with asyncio.timeout(1):
+                    await daemon.ended.wait()
+            return f"said: {last_words(log) or 'nothing'}"
+
+
+def _kill_child(child: int, parent: int) -> None:
+    """Kill a process if it is that one's child still, and no other under its pid."""
+    with suppress(OSError):
+        pidfd = os.pidfd_open(child)
+        try:
+            if procfs.status(child)["PPid"] == str(parent):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
+
+
+@asynccontextmanager
+async def watched(daemons: Sequence[Daemon], qemu: Qemu, note: Callable[[str], None]) -> AsyncIterator[None]:
+    """Tell of each daemon that ends while the block runs, unless QEMU ended, with which it ends."""
+
+    async def tell_of_end(daemon: Daemon) -> None:
+        await daemon.ended.wait()
+        try:
+            await qemu.ended(_ENDS_WITH_QEMU_S)
+        except TimeoutError:
+            note(daemon.epitaph)
+
+    tasks = [asyncio.create_task(tell_of_end(daemon)) for daemon in daemons]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
