@@ -509,14 +509,14 @@ def test_a_memfd_that_a_signal_interrupts_is_secret_at_the_next_try(
 
 
 def test_qemus_descriptors(guest_running: LiveGuest) -> None:
-    """Its log, the secret RAM, the two sockets, and what it makes for itself, which leads nowhere."""
+    """Log, random numbers, secret RAM, the two sockets, and what it makes for itself, which leads nowhere."""
     folder = Path(f"/proc/{guest_running.pid}")
     links = descriptors_of(guest_running.pid)
     log = str(guest_running.guest.qemu.log)
     assert (links.pop("0"), links.pop("1"), links.pop("2")) == ("/dev/null", log, log)
     kinds = sorted(re.sub(r"\d+", "", link) for link in links.values() if not link.startswith("anon_inode:"))
     secret = ["/secretmem (deleted)"] * (1 + len(guest_running.guest.qemu.auxiliary_inodes))
-    assert kinds == [*secret, "socket:[]", "socket:[]"]
+    assert kinds == ["/dev/urandom", *secret, "socket:[]", "socket:[]"]
     own = {link for link in links.values() if link.startswith("anon_inode:")}
     assert own <= {"anon_inode:[eventfd]", "anon_inode:[eventpoll]", "anon_inode:[signalfd]"}
     for number, link in links.items():
