@@ -189,7 +189,10 @@ class Jail:
 
     def _folder(self, path: Path) -> Path:
         folder = self._place(path)
+        missing = [above for above in (folder, *folder.parents) if not above.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            made.chmod(0o755)  # whatever the umask
         return folder
 
     def _place(self, path: Path) -> Path:
