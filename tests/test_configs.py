@@ -17,8 +17,11 @@ def test_a_guest_file_is_loaded_and_named_after_its_guest(name: str, tmp_path: P
     """Where `./dev` has not made the guest yet, too: its files are made up."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "build/guest").mkdir(parents=True)
-    for made in ("vmlinuz", "initrd.img"):
-        (tmp_path / "build/guest" / made).write_bytes(b"made up")
+    (tmp_path / "build/debian").mkdir()
+    for made in ("guest/vmlinuz", "guest/initrd.img", "debian/initrd.img", "debian/root.key"):
+        (tmp_path / "build" / made).write_bytes(b"made up")
+        (tmp_path / "build" / made).chmod(0o600)
+    (tmp_path / "build/debian/root.luks").write_bytes(b"LUKS\xba\xbe\0\1".ljust(512))
     guest = config.load(Path(shutil.copy(CONFIGS / name, tmp_path / "configs")))
     assert f"{guest.name}.toml" == name
 
