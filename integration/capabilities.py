@@ -134,6 +134,11 @@ def _virtiofsd() -> None:
         asyncio.run(shares.usable_program(share, Path(folder), "secret", 1 << 20))
 
 
+def _debootstrap() -> None:
+    for argv in (["debootstrap", "--version"], ["mke2fs", "-V"], ["apt-get", "--version"]):
+        subprocess.run(argv, check=True, capture_output=True, timeout=30)
+
+
 def _memory_group() -> None:
     new_memory_group().rmdir()
 
@@ -167,6 +172,7 @@ VHOST_VSOCK = Capability("/dev/vhost-vsock", _vhost_vsock, required=False)
 TAPS = Capability("/dev/net/tun, and the right to make taps", _taps)
 IPROUTE2 = Capability("ip (iproute2) and nsenter (util-linux)", _iproute2)
 VIRTIOFSD = Capability("a virtiofsd that can map secret RAM (QEMU 7.2's)", _virtiofsd, required=False)
+DEBOOTSTRAP = Capability("debootstrap, apt and mke2fs (Debian's e2fsprogs)", _debootstrap)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
 
 

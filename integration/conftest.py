@@ -53,7 +53,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# No test takes a tenth of it.
+# No test takes a tenth of it, but those that say how long they may take: `timeout_s` in pyproject.toml.
 TEST_TIMEOUT_S = 90.0
 
 Backing: TypeAlias = Literal["secret", "ordinary"]
@@ -131,14 +131,16 @@ def nothing_is_left(runtime_dir: Path) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def watchdog(share_of_the_machine: None) -> Iterator[None]:
+def watchdog(request: pytest.FixtureRequest, share_of_the_machine: None) -> Iterator[None]:
     """Fail the test that hangs, be it in a system call, instead of letting it stop all others."""
+    marker = request.node.get_closest_marker("timeout_s")
+    timeout_s: float = marker.args[0] if marker else TEST_TIMEOUT_S
 
     def bark(*_: object) -> None:
-        pytest.fail(f"the test did not end within {TEST_TIMEOUT_S:g} s")
+        pytest.fail(f"the test did not end within {timeout_s:g} s")
 
     before = signal.signal(signal.SIGALRM, bark)
-    signal.setitimer(signal.ITIMER_REAL, TEST_TIMEOUT_S)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
