@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 from unittest import mock
@@ -37,10 +36,10 @@ from rich.table import Table
 from integration import capabilities
 from integration.conftest import Backing, LiveGuest, MemoryGroup, prepared
 from vmmback import command, disk_images
+from vmmback.config import GuestConfig
 from vmmback.host import kernel_release
 from vmmback.isolation.hunt import hunt
 from vmmback.isolation.needle import Needle
-from vmmback.process import Plan
 from vmmback.report import Hunt
 
 ROOT = capabilities.ROOT
@@ -195,7 +194,7 @@ def residue_guest(folder: Path, backing: Backing, way: Way, console_log: Path | 
 
         with (
             mock.patch.object(command, "build", build_more),
-            mock.patch.object(Plan, "jail", partialmethod(Plan.jail, host_network=way == "net-user")),
+            mock.patch.object(GuestConfig, "needs_host_network", way == "net-user"),
             prepared(guest_file(folder, backing, way, console_log)) as live,
         ):
             live.watcher.console = lambda data: None  # type: ignore[method-assign]  # a recorder would keep it

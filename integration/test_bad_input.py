@@ -265,7 +265,6 @@ WRONG = {
     "unknown-table": Wrong(
         r":8: memroy: unknown table \[memroy\]; did you mean \[memory\]\?$", rest={"more": "[memroy]"}
     ),
-    "table-not-yet-built": Wrong(r":8: nic: \[\[nic\]\] is not built yet; ", rest={"more": '[[nic]]\nbridge = "vmm0"'}),
     "wrong-type": Wrong(r":3: memory\.size: 256 is an integer; write a size in quotes", rest={"memory": "size = 256"}),
     "text-for-a-boolean": Wrong(
         r':4: memory\.prefault: "yes" is a string; write a boolean without quotes: true or false$',
@@ -348,15 +347,6 @@ def test_qemu_is_missing(scene: Scene) -> None:
     scene.environment["PATH"] = str(scene.folder)
     ended = scene.refused(UNFIT, rf"^{find_qemu().name} was not found on PATH$")
     assert "apt-get install qemu-system-" in ended.stderr
-
-
-@needs_qemu
-def test_flock_is_missing(scene: Scene) -> None:
-    """PATH holds QEMU alone."""
-    (scene.folder / "programs").mkdir()
-    (scene.folder / "programs" / find_qemu().name).symlink_to(find_qemu())
-    scene.environment["PATH"] = str(scene.folder / "programs")
-    scene.refused(UNFIT, r"flock \(util-linux\) is not installed$")
 
 
 @needs_qemu

@@ -188,10 +188,10 @@ def test_without_the_jail_the_report_says_what_is_wrong(tmp_path: Path, monkeypa
 
 
 def test_qemu_has_the_descriptors_and_files_that_it_needs(guest_running: LiveGuest) -> None:
-    """Its own eventfds and signalfd, two sockets, its log, /dev/null, and the guest's RAM."""
+    """Its own eventfds and signalfd, two sockets, its log, /dev/null, /dev/urandom, and the guest's RAM."""
     kinds = sorted(re.sub(r"\d+", "N", link.path) for link in procfs.descriptors(guest_running.pid))
     log = str(guest_running.guest.folder / "qemu.log")
-    expected = {"/dev/null": 1, re.sub(r"\d+", "N", log): 2, "socket:[N]": 2, procfs.SECRETMEM: 1}
+    expected = {"/dev/null": 1, "/dev/urandom": 1, re.sub(r"\d+", "N", log): 2, "socket:[N]": 2, procfs.SECRETMEM: 1}
     assert {kind: kinds.count(kind) for kind in kinds if not kind.startswith("anon_inode:")} == expected
     assert {kind for kind in kinds if kind.startswith("anon_inode:")} <= {
         "anon_inode:[eventfd]",

@@ -13,7 +13,6 @@ from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -35,6 +34,7 @@ from asyncvarlink.conversion import ConversionError
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 from asyncvarlink.types import JSONObject
 
+from vmmback import __version__
 from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
 from vmmback.report import IsolationReport
 from vmmback.runtime import CONTROL_SOCKET, listening_socket, socket_address
@@ -245,9 +245,7 @@ async def serve(folder: Path, interface: GuestInterface) -> AsyncIterator[None]:
     """Answer on the socket in a guest's folder until the exit, which ends what is under way. Raises HostUnfit."""
     registry = VarlinkInterfaceRegistry()
     registry.register_interface(interface)
-    registry.register_interface(
-        VarlinkServiceInterface("vmmback", "vmmback supervisor", version("vmmback"), "", registry)
-    )
+    registry.register_interface(VarlinkServiceInterface("vmmback", "vmmback supervisor", __version__, "", registry))
     answers: set[asyncio.Future[None]] = set()
     with listening_socket(folder / SOCKET) as listening:
         server = await create_unix_server(lambda: _Connection(registry, answers), sock=listening)

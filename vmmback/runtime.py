@@ -23,7 +23,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
@@ -43,6 +43,8 @@ chmod 700 -- "$1" && echo kept && read -r _
 wipe "$1"
 rm -rf -- "$1"
 """
+_KEEPERS_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+
 _LAST_WORDS_BYTES = 2000
 
 # Whoever removes stale folders holds the lock of one for a moment, until it has another name (`live_guests`).
@@ -113,11 +115,7 @@ def guest_folder(name: str) -> Iterator[Path]:
     _check_owner(folder.parent)
     lock = _take(folder)
     try:
-        with _keeper(folder, lock, subprocess.PIPE) as keeper:  # whose exit closes the pipe and waits
-            assert keeper.stdout is not None
-            if keeper.stdout.readline() != b"kept\n":
-                _, complaint = keeper.communicate()
-                raise _cannot_be_made(folder, complaint.decode(errors="replace").strip())
+        with _started_keeper(folder, lock) as keeper:  # whose exit closes the pipe and waits
             try:
                 yield folder
             finally:
@@ -126,6 +124,25 @@ def guest_folder(name: str) -> Iterator[Path]:
                         pass
     finally:
         os.close(lock)
+
+
+def _started_keeper(folder: Path, lock: int) -> subprocess.Popen[bytes]:
+    """Return a keeper that has emptied the folder. Raises HostUnfit, OSError; an empty folder is gone then."""
+    with ExitStack() as failed:
+        failed.callback(_remove_empty, folder)
+        keeper = _keeper(folder, lock, subprocess.PIPE)
+        failed.enter_context(keeper)
+        assert keeper.stdout is not None
+        if keeper.stdout.readline() != b"kept\n":
+            _, complaint = keeper.communicate()
+            raise _cannot_be_made(folder, complaint.decode(errors="replace").strip())
+        failed.pop_all()
+        return keeper
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def live_guests() -> list[str]:
@@ -169,7 +186,8 @@ def _take(folder: Path) -> int:
     try:
         while True:
             for path in reversed((folder, *folder.parents)):
-                path.mkdir(0o700, exist_ok=True)
+                with suppress(FileExistsError):  # exist_ok would look again, whether it is there still
+                    path.mkdir(0o700)
             if folder.is_symlink():
                 raise _cannot_be_made(folder, "it is a symbolic link")
             with suppress(FileNotFoundError):  # it was removed meanwhile
@@ -240,6 +258,7 @@ def _keeper(folder: Path, lock: int, stdin: int) -> subprocess.Popen[bytes]:
         pass_fds=[lock],
         start_new_session=True,
         cwd="/",
+        env=_KEEPERS_ENVIRONMENT,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from vmmback import __version__
 from vmmback.cli.audit import audit, selftest
 from vmmback.cli.completion import completion
 from vmmback.cli.console import console
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="vmmback", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def commands() -> None:
     """Guest RAM that the host kernel itself cannot see, for unmodified QEMU, with a proof that it cannot.
 
