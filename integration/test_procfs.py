@@ -120,3 +120,18 @@ def test_a_process_that_is_gone_is_an_oserror() -> None:
     for read in (procfs.maps, procfs.smaps, procfs.status, procfs.thread_group):
         with pytest.raises(OSError, match="No such"):
             read(pid)
+
+
+def test_who_holds_and_who_maps_a_file() -> None:
+    """Of the files asked for alone, told apart by device as well."""
+    descriptor = os.memfd_create("held")
+    os.ftruncate(descriptor, 4096)
+    (file,) = {(seen.device, seen.inode) for seen in procfs.descriptors("self") if seen.number == descriptor}
+    others = {(file[0], file[1] + 1), ("ff:ff", file[1])}
+    assert procfs.held("self", {file, *others}) == {file}
+    assert procfs.mapped("self", {file, *others}) == set()
+    with mmap.mmap(descriptor, 4096):
+        assert procfs.mapped("self", {file, *others}) == {file}
+    os.close(descriptor)
+    assert procfs.held("self", {file}) == set()
+    assert procfs.mapped("self", {file}) == set()

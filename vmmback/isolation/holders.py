@@ -149,7 +149,7 @@ def _holding(pid: int, memory: Memory) -> str:
                 continue
             task = f"{pid}/task/{thread}"
             with suppress(FileNotFoundError, ProcessLookupError):
-                holds = holds or any((file.device, file.inode) in memory.files for file in procfs.descriptors(task))
-                maps = maps or any((file.device, file.inode) in memory.files for file in procfs.maps(task))
+                holds = holds or bool(procfs.held(task, memory.files))
+                maps = maps or bool(procfs.mapped(task, memory.files))
                 seen.append(thread)
     return " and ".join(word for word, is_so in (("holds its descriptor", holds), ("maps it", maps)) if is_so)

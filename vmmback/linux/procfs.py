@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import TypeVar
 
 PROC = Path("/proc")
 PAGE_SIZE = os.sysconf("SC_PAGESIZE")
+File = tuple[str, int]
+"""A file by its device, as in Mapping, and its inode."""
 
 # Of an entry of pagemap: whether the page is present, and its frame (Documentation/admin-guide/mm/pagemap.rst).
 PRESENT, PFN_MASK = 1 << 63, (1 << 55) - 1
@@ -177,10 +179,41 @@ def descriptors(pid: int | str, root: Path = PROC) -> Iterator[Descriptor]:
     for link in (root / str(pid) / "fd").iterdir():
         try:
             status = link.stat()
-            device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-            yield Descriptor(int(link.name), device, status.st_ino, str(link.readlink()))
+            yield Descriptor(int(link.name), _device(status.st_dev), status.st_ino, str(link.readlink()))
         except FileNotFoundError:  # closed meanwhile
             continue
+
+
+def _device(number: int) -> str:
+    return f"{os.major(number):02x}:{os.minor(number):02x}"
+
+
+def held(pid: int | str, files: Collection[File], root: Path = PROC) -> set[File]:
+    """Return those of `files` of which a process has a descriptor.
+
+    As `descriptors` would tell, and several times as fast. Raises OSError when the process is gone.
+    """
+    folder = f"{root}/{pid}/fd"
+    inodes = {inode for _, inode in files}
+    found: set[File] = set()
+    for number in os.listdir(folder):  # noqa: PTH208 (a process may have thousands)
+        with suppress(FileNotFoundError):  # closed meanwhile
+            status = os.stat(f"{folder}/{number}")  # noqa: PTH116
+            if status.st_ino in inodes:
+                found.add((_device(status.st_dev), status.st_ino))
+    return found & set(files)
+
+
+def mapped(pid: int | str, files: Collection[File], root: Path = PROC) -> set[File]:
+    """Return those of `files` that a process maps.
+
+    As `maps` would tell, and several times as fast. Raises OSError when the process is gone.
+    """
+    text = (root / str(pid) / "maps").read_bytes()
+    wanted = [b" %s %d " % (device.encode(), inode) for device, inode in files]
+    if not any(word in text for word in wanted):
+        return set()
+    return {(mapping.device, mapping.inode) for mapping in maps(pid, root)} & set(files)
 
 
 def command_name(pid: int, root: Path = PROC) -> str:
