@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -313,6 +314,13 @@ def keepers_of(runtime_dir: Path) -> list[int]:
     return [pid for pid, line in processes_of(runtime_dir).items() if "bridge_keeper.py" in line]
 
 
+def mtu_of(interface: str) -> int:
+    """Return the MTU in bytes of an interface of this thread's network (SIOCGIFMTU of netdevice(7))."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        answer = fcntl.ioctl(any_socket, 0x8921, struct.pack("=16s24x", interface.encode()))
+    return int(struct.unpack_from("=i", answer, 16)[0])
+
+
 def nothing_but_loopback() -> bool:
     return [name for _, name in socket.if_nameindex()] == ["lo"]
 
@@ -405,6 +413,27 @@ def test_guests_come_and_go_at_once_and_the_bridge_goes_with_the_last() -> None:
         return notes
 
     assert in_new_network(lambda: asyncio.run(many())) == []
+
+
+@pytest.mark.parametrize(("bridge", "nic", "card"), [(1500, 68, 68), (1500, 1279, 1279), (1000, None, 1000),
+                                                     (65535, None, 65521)])  # fmt: skip
+def test_an_mtu_too_small_for_ipv6_and_one_too_large_for_a_tap(bridge: int, nic: int | None, card: int) -> None:
+    guest = nics("br0")
+    if nic:
+        guest = guest.model_copy(update={"nic": (guest.nic[0].model_copy(update={"mtu": nic}),)})
+
+    async def attach() -> None:
+        async with AsyncExitStack() as stack:
+            (device,) = await network.attach(guest, stack, stack.enter_context(ExitStack()), pytest.fail)
+            assert device.argv[-1].endswith(f",host_mtu={card}")
+            (tap_name,) = (name for _, name in socket.if_nameindex() if name.startswith("vmm"))
+            assert mtu_of(tap_name) == card
+
+    def run() -> None:
+        subprocess.run(["ip", "link", "add", "br0", "up", "mtu", str(bridge), "type", "bridge"], check=True)
+        asyncio.run(attach())
+
+    in_new_network(run)
 
 
 def test_a_bridge_without_our_mark_is_used_and_left() -> None:

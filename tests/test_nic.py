@@ -82,6 +82,10 @@ WRONG = [
     (f'[[nic]]\n{BRIDGE}mac = "00:00:00:00:00:00"\n', '3: nic[0].mac: "00:00:00:00:00:00" is nobody\'s address'),
     (f"[[nic]]\n{BRIDGE}mtu = 67\n", "3: nic[0].mtu: 67 is too small; write 68 or more"),
     (f"[[nic]]\n{BRIDGE}mtu = 65522\n", "3: nic[0].mtu: 65522 is too large; write 65521 or less"),
+    (
+        f'[[nic]]\n{BRIDGE}create = true\naddress = "fd00::1/64"\nmtu = 1279\n',
+        "5: nic[0].mtu: 1279 is less than IPv6 needs, and address is one of it; write 1280 or more",
+    ),
     (f"[[nic]]\n{BRIDGE}queues = 0\n", "3: nic[0].queues: 0 is too small; write 1 or more"),
     (f"[[nic]]\n{BRIDGE}queues = 3\n", "1: nic: queues of one are more than the guest's 2 processor(s); write 2 or"),
     (f'[[nic]]\n{BRIDGE}plaintext = "allowed"\n', '2: nic[0].bridge: a bridge needs no plaintext = "allowed"; remove'),

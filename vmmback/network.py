@@ -27,7 +27,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from vmmback import command
 from vmmback.config import GuestConfig
-from vmmback.config.nic import Nic
+from vmmback.config.nic import IPV6_MIN_MTU, MAX_MTU, Nic
 from vmmback.errors import HostUnfit, VmmbackError
 from vmmback.linux import bridge_keeper
 from vmmback.linux.network import LinkEvents
@@ -84,7 +84,7 @@ async def attach(
         with _explained(f"nic {index}"):
             async with _locked():
                 bridge = await _bridge(netlink, nic, half_made)
-                mtu = nic.mtu or int(bridge.get("mtu"))
+                mtu = nic.mtu or min(int(bridge.get("mtu")), MAX_MTU)  # a bridge can have a little more than a tap
                 descriptors = _open_tap(taps[index], nic.queues, inherited)
                 alias = f"vmmback: nic {index} of guest {config.name}"
                 tap_index = await _put_on_bridge(netlink, taps[index], bridge["index"], mtu, alias)
@@ -157,7 +157,8 @@ async def _put_on_bridge(netlink: AsyncIPRoute, name: str, bridge: int, mtu: int
     # a tap changes no bridge's that has another port. It must not be the guest's: the bridge keeps that for itself.
     address = bytes([0xFE, *secrets.token_bytes(5)]).hex(":")
     # Else the host itself would speak on the guest's port: neighbour and router solicitations, multicast reports.
-    silent = _NO_LINK_LOCAL if _has_ipv6() else {}
+    # Not on a tap too small for IPv6: this very request takes IPv6 from it, and would then fail for want of it.
+    silent = _NO_LINK_LOCAL if _has_ipv6() and mtu >= IPV6_MIN_MTU else {}
     await netlink.link("set", index=tap["index"], address=address, mtu=mtu, ifalias=alias, **silent)
     with suppress(OSError):  # a container's read-only /proc/sys: reports are left, and no address to solicit from
         _set_ipv6(name, disable_ipv6=1)

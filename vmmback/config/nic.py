@@ -17,6 +17,8 @@ MAX_NICS = 16
 
 MIN_MTU, MAX_MTU = 68, 65521
 """IPv4's least (RFC 791), and the most that Linux gives a tap: 65535 less an Ethernet header (drivers/net/tun.c)."""
+IPV6_MIN_MTU = 1280
+"""Below it (RFC 8200) Linux takes IPv6 off an interface (net/ipv6/addrconf.c, addrconf_notify)."""
 
 # IFNAMSIZ is 16, with the NUL. The kernel takes more (net/core/dev.c, dev_valid_name), which tools then cannot write.
 _BRIDGE_PATTERN = r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,15}"
@@ -172,6 +174,13 @@ class Nic(Table):
         if info.data.get("mode") == "bridge" and info.data.get("plaintext"):
             raise ValueError('a bridge needs no plaintext = "allowed"; remove that')
         return bridge
+
+    @field_validator("mtu")
+    @classmethod
+    def _room_for_ipv6(cls, mtu: int | None, info: ValidationInfo) -> int | None:
+        if mtu and mtu < IPV6_MIN_MTU and ":" in (info.data.get("address") or ""):
+            raise ValueError(f"{mtu} is less than IPv6 needs, and address is one of it; write {IPV6_MIN_MTU} or more")
+        return mtu
 
     @field_validator("create")
     @classmethod
