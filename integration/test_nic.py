@@ -37,7 +37,8 @@ from integration.conftest import (
     qemu_of,
 )
 from vmmback import command, config, console, handoff, monitor, network
-from vmmback.config.nic import generated_mac
+from vmmback.config.guest import MAX_DEVICES
+from vmmback.config.nic import MAX_NICS, generated_mac
 from vmmback.errors import HostUnfit, QemuFailed
 from vmmback.isolation import qmp_proof
 from vmmback.linux import bridge_keeper, tap
@@ -352,6 +353,21 @@ def test_nothing_is_left_of_a_launch_that_fails(
         with pytest.raises(QemuFailed, match="this step fails"), prepared(file):
             pass
         assert nothing_but_loopback()  # when the launch has ended, not some time later
+
+    in_new_network(run)
+
+
+def test_as_many_devices_as_a_guest_file_may_have_fit_on_the_board(tmp_path: Path) -> None:
+    nics = [CREATED] * MAX_NICS
+    disks = ""
+    for number in range(MAX_DEVICES - len(nics)):
+        (tmp_path / f"disk{number}").write_bytes(bytes(512))
+        disks += f'[[disk]]\npath = "disk{number}"\nformat = "raw"\nplaintext = "allowed"\n'
+    file = with_nics(guest_file(tmp_path), *nics, more=disks)
+
+    def run() -> None:
+        with prepared(file):
+            pass
 
     in_new_network(run)
 

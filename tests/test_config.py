@@ -1028,6 +1028,20 @@ def test_any_unknown_key(folder: Path, header: str, key: str, value: str) -> Non
     check_total(folder, f"{header}\n{toml_string(key)} = {value}\n")
 
 
+@pytest.mark.parametrize("more", ["", '[[nic]]\nbridge = "br0"\n', "[vsock]\ncid = 3\n"])
+def test_no_more_devices_than_the_board_has_room_for(tmp_path: Path, more: str) -> None:
+    (tmp_path / "vmlinuz").touch()
+    nic, share = '[[nic]]\nbridge = "br0"\n', '[[share]]\npath = "."\ntag = "t{}"\n'
+    file = tmp_path / "guest.toml"
+    file.write_text(MINIMAL + nic * 15 + "".join(share.format(number) for number in range(14)) + more)
+    if not more:
+        assert len(load(file).nic) == 15
+        return
+    with pytest.raises(ConfigError) as raised:
+        load(file)
+    assert "nic: with it the guest has 30 disks, nics, shares and vsocks; 29 is the most" in raised.value.message
+
+
 @pytest.mark.parametrize("log", ["guest.toml", "vmlinuz", "initrd.img", "./link"])
 def test_a_console_log_may_not_be_a_file_that_the_guest_is_made_of(tmp_path: Path, log: str) -> None:
     for name in ("vmlinuz", "initrd.img"):

@@ -82,12 +82,8 @@ WRONG = [
     (f'[[nic]]\n{BRIDGE}mac = "00:00:00:00:00:00"\n', '3: nic[0].mac: "00:00:00:00:00:00" is nobody\'s address'),
     (f"[[nic]]\n{BRIDGE}mtu = 67\n", "3: nic[0].mtu: 67 is too small; write 68 or more"),
     (f"[[nic]]\n{BRIDGE}mtu = 65522\n", "3: nic[0].mtu: 65522 is too large; write 65521 or less"),
-    (
-        f'[[nic]]\n{BRIDGE}create = true\naddress = "fd00::1/64"\nmtu = 1279\n',
-        "5: nic[0].mtu: 1279 is less than IPv6 needs, and address is one of it; write 1280 or more",
-    ),
     (f"[[nic]]\n{BRIDGE}queues = 0\n", "3: nic[0].queues: 0 is too small; write 1 or more"),
-    (f"[[nic]]\n{BRIDGE}queues = 3\n", "1: nic: queues of one are more than the guest's 2 processor(s); write 2 or"),
+    (f"[[nic]]\n{BRIDGE}queues = 3\n", "3: nic[0].queues: 3 are more than the guest's 2 processor(s); write"),
     (f'[[nic]]\n{BRIDGE}plaintext = "allowed"\n', '2: nic[0].bridge: a bridge needs no plaintext = "allowed"; remove'),
     (f'[[nic]]\n{BRIDGE}plaintext = "no"\n', '3: nic[0].plaintext: is "no"; write "allowed"'),
     (f'[[nic]]\n{BRIDGE}mode = "bridged"\n', '3: nic[0].mode: is "bridged"; write "bridge" or "user"'),
@@ -102,17 +98,21 @@ WRONG = [
     ),
     (
         f'[[nic]]\n{BRIDGE}mac = "52:54:00:00:00:0a"\n[[nic]]\n{BRIDGE}mac = "52:54:00:00:00:0A"\n',
-        "1: nic: two of them have the MAC address 52:54:00:00:00:0a; write another mac for one",
+        "6: nic[1].mac: 52:54:00:00:00:0a is that of nic[0] already; write another one",
     ),
     (
         f'[[nic]]\n{BRIDGE}[[nic]]\n{BRIDGE}mac = "{generated_mac("demo", 0)}"\n',
-        f"1: nic: two of them have the MAC address {generated_mac('demo', 0)}; write another mac for one",
+        f"5: nic[1].mac: {generated_mac('demo', 0)} is that of nic[0] already; write another one",
     ),
     (
         f'[[nic]]\n{BRIDGE}create = true\naddress = "10.0.0.1/24"\n[[nic]]\n{BRIDGE}',
-        "1: nic: bridge br0 has two addresses, or one and none; write the same for all its nics",
+        "5: nic[1].address: another nic has bridge br0 made with 10.0.0.1/24; write the same for all of its",
     ),
-    (f"[[nic]]\n{BRIDGE}" * (MAX_NICS + 1), f"1: nic: {MAX_NICS + 1} of them are more than a guest has room for; keep"),
+    (f"[[nic]]\n{BRIDGE}" * (MAX_NICS + 1), f"1: nic: there are {MAX_NICS + 1} nics; {MAX_NICS} is the most"),
+    (
+        f'[[nic]]\n{BRIDGE}create = true\naddress = "fd00::1/64"\nmtu = 1279\n',
+        "5: nic[0].mtu: 1279 is less than IPv6 needs, and address is one of it; write 1280 or more",
+    ),
     (f"[[nic]]\n{BRIDGE}brigde = 1\n", '3: nic[0].brigde: unknown key "brigde"; did you mean "bridge"?'),
 ]
 

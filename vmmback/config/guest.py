@@ -6,7 +6,8 @@ looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -17,14 +18,13 @@ from pydantic import (
     ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from vmmback.config.disk import Disk, disk_conflicts
-from vmmback.config.nic import MAX_NICS, Nic, generated_mac
+from vmmback.config.nic import Nic, generated_mac, nic_conflicts
 from vmmback.config.process import Process
 from vmmback.config.refused import REFUSED_TABLES
 from vmmback.config.share import Share, different_tags
@@ -54,6 +54,11 @@ size = "256MiB"
 [boot]
 kernel = "vmlinuz"
 """
+
+
+# q35's bus has 32 places (hw/pci/pci.c): its chipset has two of them (hw/pci-host/q35.c, hw/isa/lpc_ich9.c), the
+# virtio-rng that every guest has one.
+MAX_DEVICES = 29
 
 
 class GuestConfig(Table):
@@ -109,7 +114,11 @@ class GuestConfig(Table):
         guest = with_conflicts(cls, value, handler, _nothing_to_boot(value) if isinstance(value, dict) else ())
         others = {"[boot] kernel": guest.boot.kernel, "[boot] initrd": guest.boot.initrd}
         others |= {"[boot] firmware": guest.boot.firmware, "[console] log": guest.console.log}
-        found = disk_conflicts(guest.disk, others, kernel=bool(guest.boot.kernel), look=info.context is not None)
+        found = chain(
+            disk_conflicts(guest.disk, others, kernel=bool(guest.boot.kernel), look=info.context is not None),
+            nic_conflicts(guest.nic, guest.name, guest.cpu.count),
+            _too_many_devices(guest),
+        )
         return with_conflicts(cls, guest, lambda _: guest, found)
 
     def mac(self, index: int) -> str:
@@ -121,21 +130,13 @@ class GuestConfig(Table):
         """Tell whether QEMU itself opens connections to the network, so that it must see the host's."""
         return any(nic.mode == "user" for nic in self.nic)
 
-    @field_validator("nic")
-    @classmethod
-    def _nics_beside_each_other(cls, nics: tuple[Nic, ...], info: ValidationInfo) -> tuple[Nic, ...]:
-        if len(nics) > MAX_NICS:
-            raise ValueError(f"{len(nics)} of them are more than a guest has room for; keep {MAX_NICS}")
-        if "cpu" in info.data and (cpus := info.data["cpu"].count) < max((nic.queues for nic in nics), default=1):
-            raise ValueError(f"queues of one are more than the guest's {cpus} processor(s); write {cpus} or less")
-        if "name" in info.data:
-            macs = [nic.mac or generated_mac(info.data["name"], index) for index, nic in enumerate(nics)]
-            if twice := next((mac for mac in macs if macs.count(mac) > 1), None):
-                raise ValueError(f"two of them have the MAC address {twice}; write another mac for one")
-        for name in {nic.bridge for nic in nics if nic.create}:
-            if len({nic.address for nic in nics if nic.bridge == name}) > 1:
-                raise ValueError(f"bridge {name} has two addresses, or one and none; write the same for all its nics")
-        return nics
+
+def _too_many_devices(guest: GuestConfig) -> Iterator[Conflict]:
+    devices: dict[str, Collection[object]] = {"disk": guest.disk, "nic": guest.nic, "share": guest.share}
+    count = sum(map(len, devices.values())) + (guest.vsock is not None)
+    if count > MAX_DEVICES:
+        most = max(devices, key=lambda name: len(devices[name]))
+        yield (most,), f"with it the guest has {count} disks, nics, shares and vsocks; {MAX_DEVICES} is the most"
 
 
 def _nothing_to_boot(tables: Mapping[str, object]) -> Iterator[Conflict]:

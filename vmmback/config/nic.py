@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
-from vmmback.config.tables import Table
+from vmmback.config.tables import Conflict, Table
 from vmmback.toml_errors import quote
 
 MAX_NICS = 16
-"""Each is a PCI device, of which q35's bus has room for 32 (hw/pci/pci.c), and a guest has others."""
+"""Each is a PCI device, and a guest has others (guest.py has the most of all)."""
 
 MIN_MTU, MAX_MTU = 68, 65521
 """IPv4's least (RFC 791), and the most that Linux gives a tap: 65535 less an Ethernet header (drivers/net/tun.c)."""
@@ -192,3 +193,22 @@ class Nic(Table):
         if info.data["address"] and not create:
             raise ValueError("the address is for a bridge that is made; write create = true, or remove address")
         return create
+
+
+def nic_conflicts(nics: Sequence[Nic], guest: str, cpus: int) -> Iterator[Conflict]:
+    """Compare the nics of a guest of this name with each other, and with the number of its processors."""
+    if len(nics) > MAX_NICS:
+        yield ("nic",), f"there are {len(nics)} nics; {MAX_NICS} is the most that a guest can have"
+    macs: dict[str, int] = {}
+    addresses = {nic.bridge: nic.address for nic in reversed(nics) if nic.create}
+    for number, nic in enumerate(nics):
+        mac = nic.mac or generated_mac(guest, number)
+        if (first := macs.setdefault(mac, number)) != number:
+            yield ("nic", number, "mac"), f"{mac} is that of nic[{first}] already; write another one"
+        if nic.queues > cpus:
+            yield ("nic", number, "queues"), f"{nic.queues} are more than the guest's {cpus} processor(s); write fewer"
+        if nic.bridge in addresses and nic.address != addresses[nic.bridge]:
+            yield (
+                ("nic", number, "address"),
+                f"another nic has bridge {nic.bridge} made with {addresses[nic.bridge]}; write the same for all of its",
+            )
