@@ -577,7 +577,7 @@ WRONG: list[tuple[str, str]] = [
     ),
     (
         f'{MINIMAL}[[share]]\npath = "images"\ntag = "t"\n[[share]]\npath = "logs"\ntag = "t"\n',
-        'guest.toml:8: share: has the tag "t" 2 times; give each share a tag of its own',
+        'guest.toml:13: share[1].tag: "t" is that of share[0] already; write another one',
     ),
     (
         f'{MINIMAL}[[share]]\npath = "vmlinuz"\ntag = "t"\n',

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -27,7 +26,7 @@ from vmmback.config.disk import Disk, disk_conflicts
 from vmmback.config.nic import Nic, generated_mac, nic_conflicts
 from vmmback.config.process import Process
 from vmmback.config.refused import REFUSED_TABLES
-from vmmback.config.share import Share, different_tags
+from vmmback.config.share import Share, share_conflicts
 from vmmback.config.tables import (
     Boot,
     Conflict,
@@ -99,7 +98,7 @@ class GuestConfig(Table):
     )
     console: Console = Field(default_factory=Console, description="The guest's serial console.")
     qmp: Qmp = Field(default_factory=Qmp, description="What other processes may ask of the guest on its socket.")
-    share: Annotated[tuple[Share, ...], Tables, AfterValidator(different_tags)] = Field(
+    share: Annotated[tuple[Share, ...], Tables] = Field(
         default_factory=tuple, description="Folders of the host that the guest can mount."
     )
     vsock: Vsock | None = Field(
@@ -117,6 +116,7 @@ class GuestConfig(Table):
         found = chain(
             disk_conflicts(guest.disk, others, kernel=bool(guest.boot.kernel), look=info.context is not None),
             nic_conflicts(guest.nic, guest.name, guest.cpu.count),
+            share_conflicts(guest.share),
             _too_many_devices(guest),
         )
         return with_conflicts(cls, guest, lambda _: guest, found)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from vmmback.config.tables import Table
+from vmmback.config.tables import Conflict, Table
 from vmmback.config.values import InputFolder, ShareTag
 
 
@@ -37,9 +37,9 @@ class Share(Table):
         return read_only
 
 
-def different_tags(shares: tuple[Share, ...]) -> tuple[Share, ...]:
-    """Return the shares as they are. Raises ValueError where two have the same tag."""
-    for tag, times in Counter(share.tag for share in shares).items():
-        if times > 1:
-            raise ValueError(f'has the tag "{tag}" {times} times; give each share a tag of its own')
-    return shares
+def share_conflicts(shares: Sequence[Share]) -> Iterator[Conflict]:
+    """Compare a guest's shares with each other."""
+    tags: dict[str, int] = {}
+    for number, share in enumerate(shares):
+        if (first := tags.setdefault(share.tag, number)) != number:
+            yield ("share", number, "tag"), f'"{share.tag}" is that of share[{first}] already; write another one'
