@@ -129,7 +129,7 @@ def user_device(index: int, mac: str) -> command.Device:
         name="user-network",
         holders="the host kernel, root, the network",
         detail=f"nic {index} in user mode: QEMU's own network stack leaves copies of packets in its "
-        "heap, also when it has ended, and speaks to the world as the host",
+        "heap, also when it has ended, and speaks as the host, to what listens on its loopback, too",
     )
     return command.Device(("-netdev", f"user,id=net{index}", "-device", _card(index, mac)), (), (exposure,))
 
