@@ -1,7 +1,8 @@
 """A guest's nics: taps that are made, put on their bridges, and passed to QEMU by descriptor. All netlink is here.
 
-A tap is not persistent: QEMU alone holds it once it runs, and it goes with QEMU, however that ends. A bridge that
-vmmback made goes with its last port; a process that outlives the supervisor sees to it (linux/bridge_keeper.py).
+A tap is not persistent: QEMU alone holds it once it runs, and it goes with QEMU, however that ends; one that QEMU made
+persistent is removed. A bridge that vmmback made goes with its last port; a process that outlives the supervisor sees
+to it (linux/bridge_keeper.py).
 
 To import this costs more than all else of a launch: launch.py does it only for a guest that has a nic.
 """
@@ -72,9 +73,9 @@ async def attach(
     half_made = {str(nic.bridge): _new_name() for nic in on_bridges if nic.create}
     if half_made:
         await stack.enter_async_context(_kept(half_made, list(taps.values()), note))
-        stack.callback(inherited.close)  # before the keeper is waited for, who waits for the taps
     if on_bridges:
         netlink = await stack.enter_async_context(AsyncIPRoute())
+        stack.push_async_callback(_remove, netlink, list(taps.values()))
         events = stack.enter_context(_events())
     ports = []
     for index, nic in enumerate(config.nic):
@@ -147,6 +148,14 @@ def _open_tap(name: str, queues: int, inherited: ExitStack) -> list[int]:
     for descriptor in descriptors:
         inherited.callback(os.close, descriptor)
     return descriptors
+
+
+async def _remove(netlink: AsyncIPRoute, taps: list[str]) -> None:
+    """Remove taps that outlived QEMU: it needs no right to make one persistent (TUNSETPERSIST of drivers/net/tun.c)."""
+    for name in taps:
+        if tap := await _link(netlink, ifname=name):
+            with suppress(NetlinkError):  # it went meanwhile
+                await netlink.link("del", index=tap["index"])
 
 
 async def _put_on_bridge(netlink: AsyncIPRoute, name: str, bridge: int, mtu: int, alias: str) -> int:
@@ -299,7 +308,7 @@ async def _kept(half_made: dict[str, str], taps: list[str], note: Callable[[str]
     keeper = await asyncio.create_subprocess_exec(
         "/bin/sh", "-c", bridge_keeper.KEEPER, "vmmback-bridge-keeper",
         sys.executable, "-I", "-S", bridge_keeper.__file__,
-        ",".join(half_made), ",".join(half_made.values()), ",".join(taps), str(_LOCK_TIMEOUT_S),
+        ",".join(half_made), ",".join([*half_made.values(), *taps]), str(_LOCK_TIMEOUT_S),
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         start_new_session=True, cwd="/",
     )  # fmt: skip

@@ -1,12 +1,11 @@
 """Removes the bridges that vmmback made once they have no port, in a process of its own that outlives a guest.
 
-Run as `python -I -S bridge_keeper.py BRIDGES HALF-MADE TAPS LOCK_TIMEOUT_S`, lists of names with commas; standard
-library only, few imports. `KEEPER` is the shell that waits for its supervisor's end, in less memory than Python's, and
-then runs this.
+Run as `python -I -S bridge_keeper.py BRIDGES OURS LOCK_TIMEOUT_S`, lists of names with commas; standard library only,
+few imports. `KEEPER` is the shell that waits for its supervisor's end, in less memory than Python's, and then runs it.
 
-It waits until the guest's taps are gone, that is until QEMU is, and removes those of BRIDGES that bear our mark and
-have no port, and all of HALF-MADE. The lock lets no other guest come between its look and the removal. Source:
-rtnetlink(7), netlink(7).
+QEMU ends with its supervisor, and is dead or about to be. All of OURS is removed: the guest's taps, which a QEMU could
+have made persistent, and bridges that were not made to the end. Then go those of BRIDGES that bear our mark and have no
+port. The lock lets no other guest come between its look and the removal. Source: rtnetlink(7), netlink(7).
 """
 
 from __future__ import annotations
@@ -32,9 +31,6 @@ exec "$@"
 """
 """A script for sh; its standard input is a pipe that closes with the supervisor."""
 
-_TIMEOUT_S = 30.0  # QEMU dies with its supervisor; this is for one that the kernel cannot end
-
-_RTMGRP_LINK = 1
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
@@ -51,42 +47,39 @@ def network() -> int:
 
 
 def main() -> None:
-    """Wait for the taps to go, and remove what is to go with them."""
-    bridges, half_made, taps = ([name for name in argument.split(",") if name] for argument in sys.argv[1:4])
-    _wait_for_the_end_of(taps)
+    """Remove what is to go with a guest, and bridges that nobody has a port on any more."""
+    bridges, ours = ([name for name in argument.split(",") if name] for argument in sys.argv[1:3])
     lock = network()
     # Any process of the network could hold it for ever, and the end of a guest waits for this one.
     signal.signal(signal.SIGALRM, _give_up)
-    signal.setitimer(signal.ITIMER_REAL, float(sys.argv[4]))
+    signal.setitimer(signal.ITIMER_REAL, float(sys.argv[3]))
     fcntl.flock(lock, fcntl.LOCK_EX)
     signal.setitimer(signal.ITIMER_REAL, 0)
+    for index, link in list(_links()):
+        if _text(link, _IFLA_IFNAME) in ours:
+            _remove(index)
     links = list(_links())
     ports = {link.get(_IFLA_MASTER, b"") for _, link in links}
     for index, link in links:
-        name, alias = (
-            link.get(key, b"").rstrip(b"\0").decode(errors="replace") for key in (_IFLA_IFNAME, _IFLA_IFALIAS)
-        )
-        left = name in bridges and alias == MARK and struct.pack("=I", index) not in ports
-        if left or name in half_made:
-            list(_ask(_RTM_DELLINK, _NLM_F_ACK, index))
+        is_left = _text(link, _IFLA_IFNAME) in bridges and _text(link, _IFLA_IFALIAS) == MARK
+        if is_left and struct.pack("=I", index) not in ports:
+            _remove(index)
+
+
+def _text(link: dict[int, bytes], key: int) -> str:
+    return link.get(key, b"").rstrip(b"\0").decode(errors="replace")
+
+
+def _remove(index: int) -> None:
+    try:
+        list(_ask(_RTM_DELLINK, _NLM_F_ACK, index))
+    except OSError as error:
+        if error.errno != errno.ENODEV:  # a tap that went with its QEMU just now
+            raise
 
 
 def _give_up(*_: object) -> None:
     raise TimeoutError("another process holds the lock on this network's bridges")
-
-
-def _wait_for_the_end_of(taps: list[str]) -> None:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
-        events.bind((0, _RTMGRP_LINK))  # before the first look, so that no end is missed
-        events.settimeout(_TIMEOUT_S)
-        while {name for _, name in socket.if_nameindex()} & set(taps):
-            try:
-                events.recv(1 << 16)
-            except TimeoutError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:  # events were lost; what is there now tells as much
-                    raise
 
 
 def _links() -> Iterator[tuple[int, dict[int, bytes]]]:
