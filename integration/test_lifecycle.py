@@ -371,6 +371,7 @@ MANY = 50
 MANY_TIMEOUT_S = 300.0  # nobody waits for so long on a machine that does nothing else: some 30 s
 
 
+@pytest.mark.alone
 def test_fifty_guests_are_started_at_once_listed_and_stopped(tmp_path: Path, runtime_dir: Path) -> None:
     signal.setitimer(signal.ITIMER_REAL, max(TEST_TIMEOUT_S, MANY_TIMEOUT_S))  # the watchdog's
     rom = tiny_rom()
