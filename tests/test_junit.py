@@ -17,12 +17,13 @@ from tests.sample_reports import (
     guest_report,
     hostile_report,
     probe,
+    process,
     selftest_report,
     vector,
 )
 from vmmback.render.junit import guest_xml, selftest_xml
 from vmmback.render.text import visible
-from vmmback.report import SelftestVerdict, Verdict
+from vmmback.report import Drift, Exposure, SelftestVerdict, Verdict
 
 DOCUMENTS = {
     "isolated": guest_xml(guest_report()),
@@ -66,6 +67,7 @@ def test_every_result_of_a_guest_is_a_test() -> None:
         *(f"exposures/{one.name}" for one in report.exposures),
         *(f"drifts/{one.probe}" for one in report.drifts),
         "hunt/guest-frames",
+        "process/qemu",
     }
     assert set(ends(DOCUMENTS["exposed"])) == expected
 
@@ -78,6 +80,7 @@ def test_what_exposes_a_guest_is_a_failure() -> None:
         "probes/proc-mem": "failure",
         "probes/fd-reopen": "failure",
         "probes/process-vm-readv": "error",
+        "process/qemu": "passed",
         "hunt/guest-frames": "failure",
         "drifts/vma-flags": "failure",
         "exposures/pidfd-getfd": "passed",
@@ -112,6 +115,24 @@ def test_an_exposure_passes_and_says_what_was_measured_and_who_holds_the_key() -
     (case,) = [one for one in ET.fromstring(DOCUMENTS["selftest"]).iter("testcase") if one.get("name") == "pidfd-getfd"]
     output = (case.findtext("system-out") or "").splitlines()
     assert {"verdict: readable", "who holds the key: root, CAP_SYS_PTRACE"} <= set(output)
+
+
+def test_what_two_have_by_one_name_are_two_tests() -> None:
+    report = guest_report()
+    network = [Exposure(name="network", holders="root", detail=f"nic {number}") for number in (0, 1)]
+    drifts = [Drift(at="2026-01-01T00:00:00Z", probe="tracer", detail=text) for text in ("one", "two")]
+    document = guest_xml(report.model_copy(update={"exposures": tuple(network), "drifts": tuple(drifts)}))
+    names = [(case.attrib["classname"], case.attrib["name"]) for case in ET.fromstring(document).iter("testcase")]
+    assert len(names) == len(set(names))
+    assert {name for place, name in names if place.endswith("exposures")} == {"network", "network (2)"}
+    assert {name for place, name in names if place.endswith("drifts")} == {"tracer", "tracer (2)"}
+
+
+def test_what_qemu_is_and_should_not_be_is_its_output() -> None:
+    document = guest_xml(guest_report().model_copy(update={"process": process(lacking=("it may dump core",))}))
+    (case,) = [case for case in ET.fromstring(document).iter("testcase") if case.attrib["name"] == "qemu"]
+    assert case.attrib["classname"].endswith(".process")
+    assert "not as it should be: it may dump core" in (case.findtext("system-out") or "")
 
 
 def test_a_self_test_says_why_it_did_not_pass() -> None:
