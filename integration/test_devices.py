@@ -32,13 +32,14 @@ from integration.conftest import (
     qemu_of,
 )
 from integration.leftovers import RESETS
+from integration.task_guest import guest_file as task_guest_file
 from integration.task_guest import printed, task_guest
 from vmmback import command, shares, vsock
 from vmmback.errors import HostUnfit
 from vmmback.isolation.catalogue import ACCESS_PROBES
 from vmmback.isolation.holders import HoldersProbe
 from vmmback.linux import procfs
-from vmmback.report import GuestVerdict, Verdict
+from vmmback.report import GuestVerdict, IsolationReport, Verdict
 
 pytestmark = pytest.mark.usefixtures("needs_qemu")
 virtiofsd = pytest.mark.usefixtures("needs_virtiofsd")
@@ -222,6 +223,28 @@ def test_the_death_of_the_supervisor_takes_the_daemons_along(tmp_path: Path, run
     supervisor.process.wait()
     eventually(lambda: not processes_of(runtime_dir), "all processes of the guest are gone")
     eventually(lambda: not list(runtime_dir.iterdir()), "its folder is gone")
+
+
+@linux
+@virtiofsd
+def test_daemons_that_stand_still_are_ended_before_the_frames_are_looked_at(
+    tmp_path: Path, runtime_dir: Path, vmmback: Start
+) -> None:
+    file = task_guest_file(tmp_path, "mkdir /mnt/t\nmount -t virtiofs t /mnt/t || fail 'cannot mount t'\n")
+    supervisor = vmmback("launch", with_share(file, tmp_path), "--json")
+    supervisor.wait_for("is isolated while it runs")
+    daemons = {pid for pid, line in processes_of(runtime_dir).items() if "virtiofsd " in line}
+    assert len(daemons) == 2
+    for daemon in daemons:
+        os.kill(daemon, signal.SIGSTOP)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # at once, without waiting for the guest
+        supervisor.process.send_signal(signum)
+    ended = supervisor.ended()
+    assert not daemons & processes_of(runtime_dir).keys()  # a zombie is none
+    report = IsolationReport.model_validate_json(ended.stdout)
+    freed = report.probes[-1]
+    assert (freed.name, freed.verdict) == ("freed-frames", Verdict.BLOCKED), freed
+    assert int(freed.detail.split()[0]) > 16384, freed  # most of 32768 are zero: they were freed
 
 
 @virtiofsd

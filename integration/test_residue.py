@@ -5,6 +5,8 @@ The whole matrix is `./dev residue`; its table is in docs/RESIDUE.md.
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 import tempfile
 from array import array
@@ -20,7 +22,9 @@ from integration.residue import End, Search, Way
 from vmmback import ram
 from vmmback.errors import HostUnfit
 from vmmback.isolation import exposures
-from vmmback.isolation.residue import clears_freed_memory
+from vmmback.isolation.direct_map import pagemap_entries
+from vmmback.isolation.residue import FreedFramesProbe, clears_freed_memory
+from vmmback.report import Verdict
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,16 @@ def test_no_former_frame_of_secret_ram_holds_the_canary_however_the_guest_ends(
         assert left == 0
     else:
         assert left > 0
+
+
+def test_frames_that_nobody_has_freed_prove_nothing(secret_ram: ram.Ram, guest_paused: LiveGuest) -> None:
+    """Somebody maps the RAM still when its descriptor is closed: its frames are out of the direct map as before."""
+    with mmap.mmap(secret_ram.fileno(), secret_ram.size) as memory:
+        memory[:] = b"x" * secret_ram.size
+        frames = pagemap_entries(os.getpid(), secret_ram.inode)
+        seen = FreedFramesProbe([secret_ram], frames, None).observe(guest_paused.guest.target)
+    assert (seen.target, seen.control) == (Verdict.INCONCLUSIVE, Verdict.READABLE), seen
+    assert f"none of {len(frames)} former frames is free" in seen.detail
 
 
 # --- While it writes --------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ async def _live(config: GuestConfig, folder: Path, life: Life, stop: Stop, *, va
             life.note(error.message)  # that QEMU fails must not hide what was found before
             await guest.qemu.kill()
         life.entered(State.STOPPING)
+        for daemon in guest.daemons:  # which map its RAM: as long as one does, no frame of it is free
+            await daemon.end()
         return guest.report(await in_thread(guest.observe_freed_frames))
 
 

@@ -63,6 +63,7 @@ class Daemon:
         self.pids: frozenset[int] = frozenset()
         self.exposure: Exposure | None = None
         self.ended = asyncio.Event()
+        self._children: dict[int, int] = {}
 
     @property
     def epitaph(self) -> str:
@@ -78,9 +79,9 @@ class Daemon:
         It has put itself into namespaces by then, where its child works and the first process waits for that one.
         """
         pid = self._process.pid
-        children = procfs.children(pid)
-        self.pids = frozenset({pid, *children})
-        worker = procfs.status(children[0] if children else pid)
+        self._hold_children()
+        self.pids = frozenset({pid, *self._children})
+        worker = procfs.status(next(iter(self._children), pid))
         rights = int(worker["CapEff"], 16)
         names = ", ".join(_NAMES.get(bit, str(bit)) for bit in range(64) if rights >> bit & 1) or "none"
         used = "reads" if self.share.read_only else "reads and writes"
@@ -129,21 +130,40 @@ class Daemon:
         self._process.wait()
         self.ended.set()
 
-    async def _stop(self) -> None:
-        pid = self._process.pid
+    async def end(self) -> None:
+        """Kill it, and wait until none of its processes has the guest's RAM any more; again, it does nothing.
+
+        Raises QemuFailed when the kernel does not end them in time.
+        """
+        if not self.ended.is_set():
+            self._hold_children()
+        for pidfd in (*self._children.values(), self._pidfd):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         try:
-            if not self.ended.is_set():
-                for child in procfs.children(pid):
-                    _kill_child(child, pid)
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-                try:
-                    async with asyncio.timeout(_END_TIMEOUT_S):
-                        await self.ended.wait()
-                except TimeoutError:
-                    raise QemuFailed(f"virtiofsd (pid {pid}) did not end {_END_TIMEOUT_S} s after SIGKILL") from None
-        finally:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                await self.ended.wait()
+                for pidfd in self._children.values():
+                    await _gone(pidfd)
+        except TimeoutError:
+            pids = ", ".join(str(pid) for pid in (self._process.pid, *self._children))
+            raise QemuFailed(f"virtiofsd (pid {pids}) did not end {_END_TIMEOUT_S:g} s after SIGKILL") from None
+
+    def _hold_children(self) -> None:
+        """Open a pidfd of each child, so that it can be ended, and its end awaited, whichever process ends first."""
+        pid = self._process.pid
+        for child in set(procfs.children(pid)) - self._children.keys():
+            with suppress(OSError):
+                pidfd = os.pidfd_open(child)
+                if procfs.children(pid).count(child):  # still, so that the pid is no other process's
+                    self._children[child] = pidfd
+                else:
+                    os.close(pidfd)
+
+    def _close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        for pidfd in (*self._children.values(), self._pidfd):
+            os.close(pidfd)
 
 
 @asynccontextmanager
@@ -177,7 +197,10 @@ async def serve(
     try:
         yield daemon
     finally:
-        await daemon._stop()
+        try:
+            await daemon.end()
+        finally:
+            daemon._close()
 
 
 async def usable_program(share: Share, folder: Path, backing: Backing, ram_size: int) -> str:
@@ -231,15 +254,15 @@ async def _try(program: str, share: Share, folder: Path, backing: Backing, ram_s
             return f"said: {last_words(log) or 'nothing'}"
 
 
-def _kill_child(child: int, parent: int) -> None:
-    """Kill a process if it is that one's child still, and no other under its pid."""
-    with suppress(OSError):
-        pidfd = os.pidfd_open(child)
-        try:
-            if procfs.status(child)["PPid"] == str(parent):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        finally:
-            os.close(pidfd)
+async def _gone(pidfd: int) -> None:
+    """Wait for the end of a process, of all its threads (pidfd_open(2)): its memory is released by then."""
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    loop.add_reader(pidfd, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(pidfd)
 
 
 @asynccontextmanager

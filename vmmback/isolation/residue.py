@@ -75,6 +75,11 @@ class FreedFramesProbe(FrameProbe[Frames]):
         if not zeroness.checked or zeroness.checked != zeroness.present:
             detail = f"{zeroness.checked} of {zeroness.present} former frames could be tried"
             return Reading(Verdict.INCONCLUSIVE, detail)
+        if not zeroness.readable:  # of what is out of the direct map nobody can tell whether it was freed
+            detail = (
+                f"none of {zeroness.present} former frames is free: who holds them, or has them as secret RAM again?"
+            )
+            return Reading(Verdict.INCONCLUSIVE, detail)
         detail = f"{zeroness.readable - zeroness.nonzero} of {zeroness.present} former frames are zero"
         if zeroness.readable < zeroness.present:  # out of the direct map: somebody's secret RAM again
             detail += f", {zeroness.present - zeroness.readable} are secret again"
