@@ -208,8 +208,9 @@ def test_qemu_has_the_descriptors_and_files_that_it_needs(guest_running: LiveGue
     assert all({"ro", "nosuid"} <= set(mount[3].split(",")) for mount in mounts), mounts
 
 
+@pytest.mark.parametrize("ids", ["a uid of the range", "an account with a group of another number"])
 def test_a_process_of_qemus_uid_gets_at_it_where_it_is_dumpable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: str
 ) -> None:
     """The twin of the probe in test_what_the_kernel_shows_of_qemu: with a loader that QEMU may read, it is open."""
     if not jail.may_lock_by_limit(4 << 20):
@@ -217,7 +218,10 @@ def test_a_process_of_qemus_uid_gets_at_it_where_it_is_dumpable(
     monkeypatch.setattr(jail.Jail, "_hide_loader", lambda _: None)
     # Not with CAP_IPC_LOCK: a tracer must have all capabilities of its tracee (security/commoncap.c).
     monkeypatch.setattr("vmmback.launch._shares_aux_ram", lambda *_: False)
-    with prepared(guest_file(tmp_path, size="4MiB")) as guest:
+    file = guest_file(tmp_path, size="4MiB")
+    if ids.startswith("an account"):
+        file.write_text(file.read_text() + f'[process]\nuser = "{unused_account(of_another_group=True).pw_name}"\n')
+    with prepared(file) as guest:
         seen = owner.observe(guest.pid)
         observation = rights.UnprivilegedProbe().observe(guest.guest.target)
     assert seen.dumpable
@@ -265,9 +269,15 @@ def test_a_file_that_qemu_could_not_read_is_refused_first(tmp_path: Path, runtim
         pass
 
 
-def test_an_account_of_the_guests_own(tmp_path: Path) -> None:
+def unused_account(*, of_another_group: bool = False) -> pwd.struct_passwd:
+    """Return an account that no process runs as; its group has another number than it, if that is wanted."""
     running = {Path(f"/proc/{pid}").stat().st_uid for pid in procfs.processes() if Path(f"/proc/{pid}").exists()}
-    account = next(a for a in pwd.getpwall() if a.pw_uid not in running and 0 < a.pw_uid < 1000)
+    unused = (a for a in pwd.getpwall() if a.pw_uid not in running and 0 < a.pw_uid < 1000)
+    return next(a for a in unused if not of_another_group or a.pw_gid != a.pw_uid)
+
+
+def test_an_account_of_the_guests_own(tmp_path: Path) -> None:
+    account = unused_account()
     file = guest_file(tmp_path)
     file.write_text(file.read_text() + f'[process]\nuser = "{account.pw_name}"\n')
     with prepared(file) as guest:

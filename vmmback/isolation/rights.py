@@ -80,7 +80,8 @@ def _attempts(target: Target) -> list[Attempt]:
     """Let the helper try: first the control. Raises Missing without the right to take another uid, OSError."""
     if not (procfs.has_capability(_CAP_SETUID) and procfs.has_capability(_CAP_SETGID)):
         raise Missing("right to take another uid: CAP_SETUID and CAP_SETGID")
-    owner = int(procfs.status(target.pid)["Uid"].split()[0])
+    status = procfs.status(target.pid)
+    owner, group = (int(status[key].split()[0]) for key in ("Uid", "Gid"))
     if owner == os.geteuid():
         raise Missing("uid of QEMU's own: it runs as vmmback does")
     numbers = access.descriptors_of(target)
@@ -88,8 +89,8 @@ def _attempts(target: Target) -> list[Attempt]:
         raise OSError(errno.ENOENT, "QEMU does not hold the descriptor")
     names = [f"uid {NOBODY}", f"uid {NOBODY}", f"QEMU's own uid {owner}"]
     words = [arch.current().pidfd_getfd, NOBODY]
-    for uid in (NOBODY, owner):
-        words += [target.pid, numbers[0], uid]
+    for ids in ((NOBODY, NOBODY), (owner, group)):
+        words += [target.pid, numbers[0], *ids]
     program = [sys.executable, "-I", "-S", stranger_worker.__file__, *(str(word) for word in words)]
     try:
         said = subprocess.run(

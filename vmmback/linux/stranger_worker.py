@@ -1,7 +1,8 @@
 """Processes without rights that try to get at another process, and one that they must get at: the control.
 
-Run as root: `python -I -S stranger_worker.py PIDFD_GETFD UID [PID DESCRIPTOR UID]...`, with the number of
+Run as root: `python -I -S stranger_worker.py PIDFD_GETFD UID [PID DESCRIPTOR UID GID]...`, with the number of
 pidfd_getfd(2). The first UID tries a process of its own; each further one tries descriptor DESCRIPTOR of process PID.
+The gid counts as well: ptrace(2) refuses who has another one than the process.
 For each it prints a line: three words, the errno's name or `done`, for pidfd_getfd(2), open(2) of /proc/PID/mem and
 ptrace(2) with PTRACE_SEIZE, which stops nothing. A copy is closed at once; a tracer lets go by ending. Nothing is read.
 
@@ -18,7 +19,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 DONE = "done"
 
@@ -38,13 +39,13 @@ def main() -> None:
     """Let each of them try, one after the other."""
     getfd, own, *others = (int(argument) for argument in sys.argv[1:])
     _in_child(lambda: _control(getfd, own))
-    for start in range(0, len(others), 3):
-        pid, descriptor, uid = others[start : start + 3]
-        _in_child(lambda pid=pid, descriptor=descriptor, uid=uid: _stranger(getfd, uid, pid, descriptor))  # type: ignore[misc]
+    for start in range(0, len(others), 4):
+        pid, descriptor, *ids = others[start : start + 4]
+        _in_child(lambda pid=pid, descriptor=descriptor, ids=ids: _stranger(getfd, ids, pid, descriptor))  # type: ignore[misc]
 
 
 def _control(getfd: int, uid: int) -> None:
-    _become(uid)
+    _become(uid, uid)
     gone, ours = os.pipe()
     ready, theirs = os.pipe()
     victim = os.fork()
@@ -59,15 +60,15 @@ def _control(getfd: int, uid: int) -> None:
     _tell(getfd, victim, gone)
 
 
-def _stranger(getfd: int, uid: int, pid: int, descriptor: int) -> None:
-    _become(uid)
+def _stranger(getfd: int, ids: Sequence[int], pid: int, descriptor: int) -> None:
+    _become(*ids)
     _tell(getfd, pid, descriptor)
 
 
-def _become(uid: int) -> None:
+def _become(uid: int, gid: int) -> None:
     """Drop all groups and, with the change from uid 0, all capabilities (capabilities(7)); it ends with its parent."""
     os.setgroups([])
-    os.setresgid(uid, uid, uid)
+    os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
     _libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
 
