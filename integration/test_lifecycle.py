@@ -276,6 +276,16 @@ def test_the_end_of_who_waits_for_a_start_ends_it(
     all_is_gone(runtime_dir)
 
 
+def test_standard_streams_that_are_closed_cost_no_guest(tmp_path: Path, runtime_dir: Path) -> None:
+    file = guest_file(tmp_path)
+    argv = [*VMMBACK, "launch", str(file), "--detach", "--no-validate"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *argv], cwd=ROOT, check=False, timeout=60)
+    assert done.returncode == 0
+    assert listed()[file.stem]["state"] == "running"
+    assert run("stop", file.stem, "--kill").code == 0
+    all_is_gone(runtime_dir)
+
+
 def test_a_guest_that_starts_can_be_stopped(tmp_path: Path, runtime_dir: Path, vmmback: Start) -> None:
     file = guest_file(tmp_path, size="512MiB")
     parent = vmmback("launch", file, "--detach")

@@ -8,6 +8,7 @@ before, for whatever reason, nobody would know of the guest: then the launch is 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -27,11 +28,12 @@ from vmmback.lifecycle import State, Stop
 from vmmback.report import Drift, IsolationReport
 
 _LAST_WORD_TIMEOUT_S = 5.0
+_FIRST_OTHER = 3  # the lowest descriptor that is no standard stream's
 
 
 def detached(guest: GuestConfig, screen: Screen, *, validate: bool, file: Path, files: ReportFiles) -> NoReturn:
     """Start a guest in the background, show its start, and end this process with the verdict's exit code."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = _channel()
     wishes: list[int] = []
     file = file.absolute()
     # Until there is a child that can be told, and until that one has handlers (lead.py), none is lost.
@@ -69,6 +71,17 @@ def detached(guest: GuestConfig, screen: Screen, *, validate: bool, file: Path, 
     finish(code, last_word, *(files.outputs(report) if report else []))
 
 
+def _channel() -> tuple[socket.socket, socket.socket]:
+    """Return a pair of sockets with numbers that no standard stream has, also where those were closed."""
+    pair = []
+    for end in socket.socketpair():
+        with end:
+            number = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _FIRST_OTHER)
+        pair.append(socket.socket(fileno=number))
+    ours, theirs = pair
+    return ours, theirs
+
+
 def _followed(
     channel: socket.socket, child: int, screen: Screen, wishes: list[int]
 ) -> tuple[IsolationReport | None, bool]:
@@ -78,7 +91,10 @@ def _followed(
     """
     report: IsolationReport | None = None
     with channel, channel.makefile("rb") as lines:
-        for told in (json.loads(line) for line in lines):
+        for line in lines:
+            if not line.endswith(b"\n"):  # the supervisor was killed while it told this
+                break
+            told = json.loads(line)
             if "error" in told:
                 error = VmmbackError(told["error"], told["hint"])
                 error.exit_code = told["exit_code"]
@@ -92,8 +108,10 @@ def _followed(
                 return report, True
             else:
                 _show(screen, told)
-    _, status = os.waitpid(child, 0)
-    how = f"by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else "without a word"
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it is not reaped: see `pass_on`
+    assert ended is not None
+    killed = ended.si_code != os.CLD_EXITED
+    how = f"by {signal.Signals(ended.si_status).name}" if killed else "without a word"
     raise QemuFailed(f"the supervisor in the background was ended {how}", "the guest is gone with it")
 
 
@@ -143,10 +161,10 @@ def _leave(channel: socket.socket) -> None:
     os.chdir("/")  # the file system that we were started in can be unmounted
     os.umask(0o077)
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in range(3):
+    for descriptor in range(_FIRST_OTHER):
         os.dup2(null, descriptor)
     # What else was inherited, a pipe that somebody reads to its end, say, is closed; Python has opened nothing yet.
-    os.closerange(3, channel.fileno())
+    os.closerange(_FIRST_OTHER, channel.fileno())
     os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
     os.environ.pop("NOTIFY_SOCKET", None)  # the service is whoever started us, and ends
 
