@@ -286,6 +286,21 @@ def test_standard_streams_that_are_closed_cost_no_guest(tmp_path: Path, runtime_
     all_is_gone(runtime_dir)
 
 
+def test_what_is_wrong_with_a_qmp_command_is_told_at_once(tmp_path: Path) -> None:
+    name = detached(guest_file(tmp_path), "--no-validate")
+    for arguments, code in (('{"a": NaN}', 6), ("[" * 30_000, 2), ("[]", 2)):
+        ended = run("qmp", name, "query-status", arguments, timeout_s=20)
+        assert ended.code == code
+        assert ended.stderr.startswith("vmmback: error: ")
+        assert "did not answer" not in ended.stderr
+    with open("/dev/full", "wb") as full:
+        logs = [*VMMBACK, "logs", name, "--supervisor"]
+        done = subprocess.run(logs, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False, timeout=20)
+    assert done.returncode == 2
+    assert b"No space left" in done.stderr
+    assert run("stop", name, "--kill").code == 0
+
+
 def test_a_guest_that_starts_can_be_stopped(tmp_path: Path, runtime_dir: Path, vmmback: Start) -> None:
     file = guest_file(tmp_path, size="512MiB")
     parent = vmmback("launch", file, "--detach")

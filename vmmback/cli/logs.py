@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -54,11 +56,14 @@ def logs(name: str, follow: bool, which: str | None) -> None:
 
 
 def _print(log: BinaryIO, path: Path, *, follow: bool) -> None:
-    """Print a log; it ends when its last name is gone, which is after the guest's end, or when nobody reads."""
+    """Print a log; it ends when its last name is gone, which is after the guest's end, or when nobody reads.
+
+    Raises UsageError when it cannot be written for another reason.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     if not follow:
         while data := log.read(_CHUNK):
-            if _write(decoder.decode(data)):
+            if not _write(decoder.decode(data)):
                 return
         return
     from vmmback.linux.inotify import watch
@@ -66,16 +71,19 @@ def _print(log: BinaryIO, path: Path, *, follow: bool) -> None:
     with suppress(FileNotFoundError), watch(path) as changes:  # first, so that nothing is missed after what is read
         while True:
             while data := log.read(_CHUNK):
-                if _write(decoder.decode(data)):
+                if not _write(decoder.decode(data)):
                     return
             if os.fstat(log.fileno()).st_nlink == 0:
                 return
             changes.changed()
 
 
-def _write(text: str) -> str:
-    """Write what is text of it (a log is wiped with zeroes before it is removed); return what went wrong."""
-    return write(sys.stdout, "".join(c for c in text if c.isprintable() or c in "\n\t"))
+def _write(text: str) -> bool:
+    """Write what is text of it (a log is wiped with zeroes before it is removed); False once nobody reads."""
+    problem = write(sys.stdout, "".join(c for c in text if c.isprintable() or c in "\n\t"))
+    if problem and problem != os.strerror(errno.EPIPE):
+        raise UsageError(f"the log could not be written to standard output: {problem}", "give it a place to go to")
+    return not problem
 
 
 @click.command(
@@ -110,7 +118,7 @@ def qmp(name: str, command: str, arguments: str | None) -> None:
                 connection.connect(address)
             connection.sendall(b'{"execute":"qmp_capabilities"}' + json.dumps(request).encode())
             with connection.makefile("rb") as lines:
-                answer = next((said for line in lines if (said := json.loads(line)).get("id") == "asked"), None)
+                answer = next((said for line in lines if _answers(said := json.loads(line))), None)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise QemuFailed(f"the guest {name} takes no QMP commands now", "it starts, or ends: try it again") from error
     except TimeoutError as error:
@@ -124,13 +132,16 @@ def qmp(name: str, command: str, arguments: str | None) -> None:
     print_result(json.dumps(answer["return"], indent=2) + "\n")
 
 
+def _answers(said: Mapping[str, object]) -> bool:
+    """Tell whether it is the answer: what could not be read as a command is answered without its "id"."""
+    return said.get("id") == "asked" or "error" in said
+
+
 def _object(text: str) -> dict[str, object]:
     try:
         arguments = json.loads(text)
-    except ValueError as error:
-        raise UsageError(
-            f"the arguments are not JSON: {error}", 'write for example \'{"path": "/machine"}\''
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the arguments are not JSON: {error}", _OBJECT) from error
     if not isinstance(arguments, dict):
         raise UsageError("the arguments are not a JSON object", _OBJECT)
     return arguments
