@@ -301,6 +301,18 @@ def test_what_is_wrong_with_a_qmp_command_is_told_at_once(tmp_path: Path) -> Non
     assert run("stop", name, "--kill").code == 0
 
 
+def test_ctrl_c_on_stop_leaves_the_guest_ending_and_says_so(tmp_path: Path, runtime_dir: Path, vmmback: Start) -> None:
+    name = detached(guest_file(tmp_path), "--no-validate")
+    stop = vmmback("stop", name, "--timeout", "1min")
+    eventually(lambda: listed()[name]["state"] == "stopping", "the guest is asked to end")
+    stop.signal(signal.SIGINT)
+    ended = stop.ended()
+    told = "vmmback: error: stopped by SIGINT before the guest was gone: it goes on ending\n"
+    assert (ended.code, ended.stderr.endswith(told)) == (130, True), ended.stderr
+    assert run("stop", name, "--kill").code == 0
+    all_is_gone(runtime_dir)
+
+
 def test_a_guest_that_starts_can_be_stopped(tmp_path: Path, runtime_dir: Path, vmmback: Start) -> None:
     file = guest_file(tmp_path, size="512MiB")
     parent = vmmback("launch", file, "--detach")

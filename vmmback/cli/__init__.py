@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +21,7 @@ from vmmback.cli.guests import ps, status, stop
 from vmmback.cli.logs import logs, qmp
 from vmmback.cli.output import as_user_error, exit_code_of, finish, print_error
 from vmmback.cli.screen import Screen
-from vmmback.errors import VmmbackError
+from vmmback.errors import Interrupted, VmmbackError
 
 
 def main() -> None:
@@ -34,7 +36,16 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; Ctrl-C has its exit code also where a command makes nothing of it (click's is 1)."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted(signal.SIGINT, "before it was done") from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def commands() -> None:
     """Guest RAM that the host kernel itself cannot see, for unmodified QEMU, with a proof that it cannot.

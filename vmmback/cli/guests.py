@@ -10,7 +10,8 @@ import click
 
 from vmmback.cli.completion import GuestName
 from vmmback.cli.output import EXIT_EXPOSED, print_result, show
-from vmmback.errors import UsageError, VmmbackError
+from vmmback.cli.signals import stopped
+from vmmback.errors import Interrupted, UsageError, VmmbackError
 
 if TYPE_CHECKING:
     from vmmback.report import IsolationReport
@@ -89,7 +90,7 @@ def status(name: str, as_json: bool) -> None:
 
 @click.command(
     epilog="Exit codes: 0 the guest is gone, 2 wrong argument, 5 it is gone, and its last verdict is exposed, "
-    "6 the supervisor does not answer, or the guest is still there, 7 no such guest."
+    "6 the supervisor does not answer, or the guest is still there, 7 no such guest, 128 + signal when stopped."
 )
 @click.argument("name", type=GuestName())
 @click.option("--timeout", "patience", metavar="DURATION", help='How long it may take to power off (default "15s").')
@@ -117,7 +118,10 @@ def stop(name: str, patience: str | None, kill: bool, as_json: bool) -> None:
     show(sys.stderr, f"vmmback: guest {name} is stopped: {how}\n")
     found: IsolationReport | None = None
     try:
-        answer = ask(folder, "Stop", {"timeout_s": patience_s, "kill": kill}, patience_s + _AFTER_PATIENCE_S)
+        with stopped("before the guest was gone: it goes on ending"):
+            answer = ask(folder, "Stop", {"timeout_s": patience_s, "kill": kill}, patience_s + _AFTER_PATIENCE_S)
+    except Interrupted:
+        raise
     except VmmbackError as error:  # it never ran, or somebody killed its supervisor
         if not released(folder, _RELEASE_TIMEOUT_S):
             raise
