@@ -171,7 +171,10 @@ TRIES: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         for key, value in (("bridge", '"br0"'), ("create", "true"), ("address", '"10.0.0.1/8"'), ("mtu", 1400))
     ],
     ("[[nic]]", "`bridge`", "missing"): [("[[nic]]\n", "nic[0].bridge")],
-    ("[[nic]]", "`bridge`", "15"): [('[[nic]]\nbridge = "a/b"\n', "nic[0].bridge")],
+    ("[[nic]]", "`bridge`", "15"): [
+        ('[[nic]]\nbridge = "a/b"\n', "nic[0].bridge"),
+        ('[[nic]]\nbridge = "default"\n', "nic[0].bridge"),
+    ],
     ("[[nic]]", "`bridge`", "with `plaintext`"): [(NIC + PLAIN, "nic[0].bridge")],
     ("[[nic]]", "`create`", "without"): [
         (NIC + "create = true\n", "nic[0].create"),

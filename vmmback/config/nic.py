@@ -22,7 +22,8 @@ IPV6_MIN_MTU = 1280
 """Below it (RFC 8200) Linux takes IPv6 off an interface (net/ipv6/addrconf.c, addrconf_notify)."""
 
 # IFNAMSIZ is 16, with the NUL. The kernel takes more (net/core/dev.c, dev_valid_name), which tools then cannot write.
-_BRIDGE_PATTERN = r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,15}"
+# It has settings of its own by the names "all" and "default" (net/ipv6/addrconf.c, addrconf_sysctl_register).
+_BRIDGE_PATTERN = r"(?!(\.{1,2}|all|default)$)[A-Za-z0-9_.-]{1,15}"
 _MAC_PATTERN = "[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}"
 # QEMU's own (net/net.c, qemu_macaddr_default_if_unset); the second bit of 0x52 says: locally administered.
 _QEMU_PREFIX = "52:54:00"
@@ -41,7 +42,7 @@ def generated_mac(guest: str, index: int) -> str:
 def _bridge(name: str) -> str:
     if not re.fullmatch(_BRIDGE_PATTERN, name):
         raise ValueError(
-            f'{quote(name)} is not the name of a bridge; write 1 to 15 of letters, digits, ".", "_" and "-", like "br0"'
+            f'{quote(name)} is no name for a bridge; write 1 to 15 of letters, digits, ".", "_" and "-", like "br0"'
         )
     return name
 
