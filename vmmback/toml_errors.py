@@ -288,10 +288,6 @@ def _header(table: str, grammar: Grammar) -> str:
     return f"[[{table}]]" if table in grammar.arrays else f"[{table}]"
 
 
-def _named_tables(grammar: Grammar) -> str:
-    return ", ".join(_header(name, grammar) for name in grammar.tables if name)
-
-
 def _want_table(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
     name = keys[-1] if not keys[-1].isdecimal() else keys[-2]
     return wrong_type(detail["input"], f"a table: {_header(name, grammar)} and its keys under it")
