@@ -182,7 +182,18 @@ TRIES: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ],
     ("[[nic]]", "`address`", "prefix"): [
         (NIC + f'create = true\naddress = "{address}"\n', "nic[0].address")
-        for address in ("x", "10.0.0.1", "10.0.0.0/8", "10.255.255.255/8", "224.0.0.1/8", "::1/64", "fe80::1%a/64")
+        for address in (
+            "x",
+            "10.0.0.1",
+            "10.0.0.0/8",
+            "10.255.255.255/8",
+            "224.0.0.1/8",
+            "::1/64",
+            "fe80::1%a/64",
+            "255.255.255.255/32",
+            "10.0.0.1/0",
+            "fd00::1/0",
+        )
     ],
     ("[[nic]]", "`address`", "another one"): [(CREATED + NIC, "nic[1].address")],
     ("[[nic]]", "`mac`", "group"): [

@@ -27,6 +27,7 @@ _BRIDGE_PATTERN = r"(?!(\.{1,2}|all|default)$)[A-Za-z0-9_.-]{1,15}"
 _MAC_PATTERN = "[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}"
 # QEMU's own (net/net.c, qemu_macaddr_default_if_unset); the second bit of 0x52 says: locally administered.
 _QEMU_PREFIX = "52:54:00"
+_EVERYBODY = ipaddress.IPv4Address("255.255.255.255")
 _OF_BRIDGES_ALONE = ("bridge", "create", "address", "mtu", "queues")
 
 
@@ -67,8 +68,10 @@ def _address(text: str) -> str:
     if "/" not in text:
         raise ValueError(f"{quote(text)} has no prefix; {example}")
     ip, network = interface.ip, interface.network
-    if ip.is_multicast or ip.is_unspecified or ip.is_loopback or "%" in text:
+    if ip.is_multicast or ip.is_unspecified or ip.is_loopback or "%" in text or ip == _EVERYBODY:
         raise ValueError(f"{quote(text)} is no address that a bridge can have; {example}")
+    if not network.prefixlen:
+        raise ValueError(f"{quote(text)} would send all that leaves the host to the bridge; {example}")
     if network.num_addresses > 2 and (
         ip == network.network_address or (ip.version == 4 and ip == network.broadcast_address)
     ):
