@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from vmmback import cli
 from vmmback.ask import ask, ask_all, folder_of
 from vmmback.errors import NoSuchGuest, QemuFailed, VmmbackError
 from vmmback.runtime import CONTROL_SOCKET, guest_folder, listening_socket
@@ -98,3 +99,26 @@ def test_only_live_guests_have_a_folder(monkeypatch: pytest.MonkeyPatch) -> None
                 assert caught.value.hint == f"running in {runtime}: demo"
         with pytest.raises(NoSuchGuest):
             folder_of("demo")
+
+
+def test_ps_lists_a_guest_of_another_version_beside_the_others(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(stack.enter_context(TemporaryDirectory()))
+    monkeypatch.setenv("VMMBACK_RUNTIME_DIR", str(base))
+    for name, said in (("other", ANSWER), ("strange", b'{"parameters":{}}\0')):
+        folder = stack.enter_context(guest_folder(name))
+        listening = stack.enter_context(listening_socket(folder / CONTROL_SOCKET))
+        listening.listen(2)
+        for _ in range(2):
+            thread = threading.Thread(target=answer, args=(listening, (said,)))
+            thread.start()
+            stack.callback(thread.join)
+    cli.commands.main(["ps"], standalone_mode=False)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "other    no answer  -    -       -       -",
+        "strange  no answer  -    -       -       -",
+    ]
+    for name in ("other", "strange"):
+        with pytest.raises(QemuFailed, match="in a way not known here"):
+            cli.commands.main(["status", name], standalone_mode=False)

@@ -106,7 +106,7 @@ def _more(connection: socket.socket, name: str, received: bytearray) -> Answer |
         return _understood(bytes(received[:-1]))
     if not data:
         return QemuFailed(f"the guest {name} ended meanwhile")
-    return _unknown() if len(received) > _MOST_BYTES or b"\0" in received else None
+    return unknown_answer() if len(received) > _MOST_BYTES or b"\0" in received else None
 
 
 def _understood(text: bytes) -> Answer | VmmbackError:
@@ -120,9 +120,10 @@ def _understood(text: bytes) -> Answer | VmmbackError:
             )
         parameters = message["parameters"]
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return _unknown()
-    return parameters if isinstance(parameters, dict) else _unknown()
+        return unknown_answer()
+    return parameters if isinstance(parameters, dict) else unknown_answer()
 
 
-def _unknown() -> QemuFailed:
+def unknown_answer() -> QemuFailed:
+    """Return the error for an answer that this version does not know."""
     return QemuFailed("the guest's supervisor answered in a way not known here", "it may be another version of vmmback")

@@ -24,6 +24,11 @@ _AFTER_PATIENCE_S = 60.0
 _RELEASE_TIMEOUT_S = 10.0
 _DEFAULT_PATIENCE_S = 15.0
 _NO_ANSWER = "no answer"
+# Of control.GuestStatus, whose import would cost more than all else.
+_SHOWN = {
+    *("state", "verdict", "reasons", "validated_after", "unexamined", "secret_bytes", "ram_bytes", "prefaulted_bytes"),
+    *("started_at", "uptime_s", "pid", "qemu_pid", "config_file", "folder", "console_logs"),
+}
 
 
 @click.command(epilog="Exit codes: 0, 2 wrong argument, 3 the runtime folder cannot be read.")
@@ -45,9 +50,9 @@ def ps(as_json: bool) -> None:
     answers = ask_all([base / name for name in names], "Status", {}, _PS_TIMEOUT_S)
     guests = [
         {"name": name, "state": _NO_ANSWER, "problem": answer.message}
-        if isinstance(answer, VmmbackError)
-        else _of(answer)
-        for name, answer in zip(names, answers, strict=True)
+        if isinstance(answer := answered if isinstance(answered, VmmbackError) else _of(answered), VmmbackError)
+        else answer
+        for name, answered in zip(names, answers, strict=True)
     ]
     if as_json:
         print_result(json.dumps(guests, indent=2) + "\n")
@@ -142,19 +147,28 @@ def stop(name: str, patience: str | None, kill: bool, as_json: bool) -> None:
 def _status(name: str) -> dict[str, Any]:
     from vmmback.ask import ask, folder_of
 
-    return _of(ask(folder_of(name), "Status", {}, _STATUS_TIMEOUT_S))
+    guest = _of(ask(folder_of(name), "Status", {}, _STATUS_TIMEOUT_S))
+    if isinstance(guest, VmmbackError):
+        raise guest
+    return guest
 
 
-def _of(answer: dict[str, object]) -> dict[str, Any]:
-    status = answer["status"]
-    assert isinstance(status, dict)
-    return status
+def _of(answer: dict[str, object]) -> dict[str, Any] | VmmbackError:
+    """Return the status in an answer; an error if it lacks what is shown, as another version's may."""
+    from vmmback.ask import unknown_answer
+
+    status = answer.get("status")
+    return status if isinstance(status, dict) and status.keys() >= _SHOWN else unknown_answer()
 
 
 def _report(answer: dict[str, object]) -> IsolationReport:
+    from vmmback.ask import unknown_answer
     from vmmback.report import IsolationReport
 
-    return IsolationReport.model_validate(answer["report"])
+    try:
+        return IsolationReport.model_validate(answer.get("report"))
+    except ValueError as error:
+        raise unknown_answer() from error
 
 
 def _patience_s(text: str | None) -> float:
