@@ -111,9 +111,7 @@ def test_ps_lists_a_guest_of_another_version_beside_the_others(
         listening = stack.enter_context(listening_socket(folder / CONTROL_SOCKET))
         listening.listen(2)
         for _ in range(2):
-            thread = threading.Thread(target=answer, args=(listening, (said,)))
-            thread.start()
-            stack.callback(thread.join)
+            threading.Thread(target=answer, args=(listening, (said,)), daemon=True).start()
     cli.commands.main(["ps"], standalone_mode=False)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "other    no answer  -    -       -       -",
