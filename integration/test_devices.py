@@ -35,7 +35,8 @@ from integration.leftovers import RESETS
 from integration.task_guest import guest_file as task_guest_file
 from integration.task_guest import printed, task_guest
 from vmmback import command, shares, vsock
-from vmmback.errors import HostUnfit
+from vmmback.config.share import Share
+from vmmback.errors import HostUnfit, QemuFailed
 from vmmback.isolation.catalogue import ACCESS_PROBES
 from vmmback.isolation.holders import HoldersProbe
 from vmmback.linux import procfs
@@ -245,6 +246,21 @@ def test_daemons_that_stand_still_are_ended_before_the_frames_are_looked_at(
     freed = report.probes[-1]
     assert (freed.name, freed.verdict) == ("freed-frames", Verdict.BLOCKED), freed
     assert int(freed.detail.split()[0]) > 16384, freed  # most of 32768 are zero: they were freed
+
+
+@virtiofsd
+def test_a_daemon_that_ends_before_the_guest_runs_is_one_error(tmp_path: Path) -> None:
+    async def end_and_settle() -> None:
+        with ExitStack() as inherited:
+            share = Share(path=tmp_path, tag="t")
+            program = await shares.usable_program(share, tmp_path, "secret", 16 * MIB)
+            async with shares.serve(share, 0, program, tmp_path, 16 * MIB, inherited) as daemon:
+                await daemon.end()
+                await daemon.end()  # again, it does nothing
+                daemon.settle()
+
+    with pytest.raises(QemuFailed, match="share t: virtiofsd ended before the guest ran; it said: "):
+        asyncio.run(end_and_settle())
 
 
 @virtiofsd

@@ -332,6 +332,27 @@ def test_a_program_that_dies_at_once_says_why(place: Place, secret_ram: ram.Ram,
     assert time.monotonic() - started < 10
 
 
+def test_without_a_descriptor_left_for_what_was_started_it_is_ended(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptors can run out right behind the start: this must not be waited for in vain."""
+    started: list[int] = []
+
+    def none_left(pid: int, flags: int = 0) -> int:
+        started.append(pid)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+
+    async def start() -> None:
+        async with asyncio.timeout(10), handoff.start(["sleep", "99"], {}, (), place.log):
+            pass
+
+    with pytest.raises(OSError, match="Too many open files"):
+        asyncio.run(start())
+    assert not Path(f"/proc/{started[0]}").exists()
+
+
 def test_a_program_that_is_not_there(place: Place, secret_ram: ram.Ram) -> None:
     async def go() -> None:
         offers = {place.mem_path: secret_ram.fileno()}

@@ -156,11 +156,11 @@ class Qemu:
                     env=_ENVIRONMENT,
                     start_new_session=True,
                 )
+            self._pidfd = pidfd_of(process)
         except Exception as error:  # noqa: BLE001 (handed to the task that waits for it)
             loop.call_soon_threadsafe(self._started.set_exception, error)
             return
         self.pid = process.pid
-        self._pidfd = os.pidfd_open(process.pid)
         loop.call_soon_threadsafe(self._started.set_result, None)
         status = process.wait()
         with suppress(RuntimeError):  # the loop was closed: nobody waits any more
@@ -277,6 +277,16 @@ class Qemu:
             if self._pidfd >= 0:
                 os.close(self._pidfd)
             self._listener = self._pidfd = -1
+
+
+def pidfd_of(process: subprocess.Popen[bytes]) -> int:
+    """Return a pidfd of a child of ours. Raises OSError, without descriptors left, say: the child has ended then."""
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        process.wait()
+        raise
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from vmmback import ram, vhost_user
 from vmmback.command import Device
 from vmmback.config.share import Share
 from vmmback.errors import HostUnfit, QemuFailed, UsageError
-from vmmback.handoff import Qemu
+from vmmback.handoff import Qemu, pidfd_of
 from vmmback.host import AUX_RAM_BYTES, QEMU_ENVIRONMENT
 from vmmback.linux import memlock, procfs
 from vmmback.report import Exposure
@@ -77,11 +77,19 @@ class Daemon:
         """Find out which processes it is, and with what rights, now that QEMU has spoken with it.
 
         It has put itself into namespaces by then, where its child works and the first process waits for that one.
+        Raises QemuFailed when it has ended.
         """
         pid = self._process.pid
         self._hold_children()
         self.pids = frozenset({pid, *self._children})
-        worker = procfs.status(next(iter(self._children), pid))
+        try:
+            worker = procfs.status(next(iter(self._children), pid))
+        except OSError:  # it is gone, and reaped
+            words = last_words(self.log) or "nothing"
+            raise QemuFailed(
+                f"share {self.share.tag}: virtiofsd ended before the guest ran; it said: {words}",
+                "launch the guest again",
+            ) from None
         rights = int(worker["CapEff"], 16)
         names = ", ".join(_NAMES.get(bit, str(bit)) for bit in range(64) if rights >> bit & 1) or "none"
         used = "reads" if self.share.read_only else "reads and writes"
@@ -122,7 +130,7 @@ class Daemon:
                 cwd=folder,
                 start_new_session=True,
             )
-        self._pidfd = os.pidfd_open(self._process.pid)
+        self._pidfd = pidfd_of(self._process)
         asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
 
     def _reap(self) -> None:
