@@ -130,7 +130,7 @@ def check_daemons(live: LiveGuest) -> None:
     assert holders.verdict is Verdict.BLOCKED, holders.detail
     named = [exposure for exposure in found.exposures if exposure.name == "share"]
     assert [exposure.detail.partition(":")[0] for exposure in named] == ["to.read", "to.write"]
-    rights = r"uid 0, capabilities dac_read_search(, ipc_lock)?, maps the guest's RAM"
+    rights = r"uid 0, capabilities CAP_DAC_READ_SEARCH(, CAP_IPC_LOCK)?, maps the guest's RAM"
     assert re.search(rights, named[0].detail), named[0].detail
 
     target = live.guest.target

@@ -91,3 +91,11 @@ def test_a_host_without_virtiofsd_is_told_how_to_get_it(tmp_path: Path, monkeypa
 def test_a_folder_that_virtiofsds_options_cannot_carry(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has a comma or a backslash"):
         asyncio.run(shares.usable_program(SHARE, tmp_path / "a,b", "secret", 1 << 20))
+
+
+def test_a_launcher_that_may_make_no_namespaces_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "_PROGRAMS", ("/bin/true",))
+    monkeypatch.setattr("vmmback.linux.procfs.has_capability", lambda _: False)
+    with pytest.raises(HostUnfit, match=r"\[\[share\]\] t: .* without CAP_SYS_ADMIN") as caught:
+        asyncio.run(shares.usable_program(Share(path=tmp_path, tag="t"), tmp_path, "ordinary", 4096))
+    assert "run as root" in caught.value.hint

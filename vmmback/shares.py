@@ -24,7 +24,7 @@ from vmmback.config.share import Share
 from vmmback.errors import HostUnfit, QemuFailed, UsageError
 from vmmback.handoff import Qemu, pidfd_of
 from vmmback.host import AUX_RAM_BYTES, QEMU_ENVIRONMENT
-from vmmback.linux import memlock, procfs
+from vmmback.linux import capabilities, memlock, procfs
 from vmmback.report import Exposure
 from vmmback.runtime import last_words, listening_socket, socket_address
 
@@ -41,16 +41,14 @@ _ENDS_WITH_QEMU_S = 1.0
 # flags hold also where the daemon itself knows no way to be read-only.
 _ENTER = 'ulimit -c 0 && mount -n --bind -o "$3,nosuid,nodev" -- "$1" "$2" && shift 3 && exec "$@"'
 
+_CAP_SYS_ADMIN = 21  # include/uapi/linux/capability.h
+
 # What a daemon drops besides what it drops by itself. Where nothing can be written, it needs no other user's identity
 # and no right to change a file; it opens what its user, root, may not read (CAP_DAC_READ_SEARCH).
 _CAPABILITIES = {
     True: "+dac_read_search:-dac_override:-chown:-fowner:-fsetid:-mknod:-setfcap:-setuid:-setgid",
     False: "-mknod:-setfcap",
 }
-_NAMES = {
-    0: "chown", 1: "dac_override", 2: "dac_read_search", 3: "fowner", 4: "fsetid", 6: "setgid", 7: "setuid",
-    14: "ipc_lock", 27: "mknod", 31: "setfcap",
-}  # fmt: skip  # include/uapi/linux/capability.h
 
 
 class Daemon:
@@ -90,8 +88,7 @@ class Daemon:
                 f"share {self.share.tag}: virtiofsd ended before the guest ran; it said: {words}",
                 "launch the guest again",
             ) from None
-        rights = int(worker["CapEff"], 16)
-        names = ", ".join(_NAMES.get(bit, str(bit)) for bit in range(64) if rights >> bit & 1) or "none"
+        names = ", ".join(capabilities.names(int(worker["CapEff"], 16))) or "none"
         used = "reads" if self.share.read_only else "reads and writes"
         self.exposure = Exposure(
             name="share",
@@ -104,9 +101,9 @@ class Daemon:
     def _start(self, program: str, folder: Path, number: int, listening: int, ram_size: int) -> None:
         mount_point = folder / f"share{number}"
         mount_point.mkdir(exist_ok=True)
-        capabilities = _CAPABILITIES[self.share.read_only]
+        changes = _CAPABILITIES[self.share.read_only]
         if memlock.falls_short(ram_size + AUX_RAM_BYTES):
-            capabilities += ":+ipc_lock"  # of the limit of its own, which nobody here may raise
+            changes += ":+ipc_lock"  # of the limit of its own, which nobody here may raise
         _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
         argv = [
             "setpriv", "--pdeathsig", "KILL", "--no-new-privs", "--",
@@ -116,7 +113,7 @@ class Daemon:
             program,
             f"--fd={listening}",
             f"--rlimit-nofile={descriptors}",
-            "-o", f"source={mount_point},sandbox=namespace,modcaps={capabilities}",
+            "-o", f"source={mount_point},sandbox=namespace,modcaps={changes}",
         ]  # fmt: skip
         # By the event loop's thread, with which PR_SET_PDEATHSIG ends the daemon (prctl(2)). Its child it ends itself.
         with self.log.open("ab") as log:
@@ -226,6 +223,11 @@ async def usable_program(share: Share, folder: Path, backing: Backing, ram_size:
         raise HostUnfit(
             "[[share]] needs virtiofsd, which was not found",
             "install it: apt-get install qemu-system-common (Debian 12), or remove [[share]]",
+        )
+    if not procfs.has_capability(_CAP_SYS_ADMIN):
+        raise HostUnfit(
+            f"[[share]] {share.tag}: virtiofsd cannot be put into namespaces of its own without CAP_SYS_ADMIN",
+            "run as root with all capabilities, or remove [[share]]",
         )
     problems = []
     for program in dict.fromkeys(programs):
