@@ -11,7 +11,6 @@ import json
 import os
 import re
 import stat
-import struct
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,14 +19,14 @@ from vmmback.command import Device
 from vmmback.config import GuestConfig
 from vmmback.config.disk import MAX_KEY_BYTES, Disk, header_problem, key_problem, read_header
 from vmmback.errors import UsageError
+from vmmback.linux import byte_locks
 from vmmback.report import Exposure
 
 # QEMU locks a byte of an image for what it does with it, and one for what nobody else may do (block/file-posix.c:
-# RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE). The locks belong to the open file (fcntl(2), F_OFD_SETLK), which QEMU
+# RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE). The locks belong to the open file (linux/byte_locks.py), which QEMU
 # inherits from us: what we lock before it starts is what it would lock, and is released when QEMU is gone.
 _DOES, _FORBIDS = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3  # include/block/block-common.h, BLK_PERM_*
-_FLOCK = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
 
 _PLAIN_HOLDERS = "the host kernel, root, who reads the image or the disk that it is on"
 
@@ -85,23 +84,15 @@ def _lock(image: int, *, read_only: bool) -> bool:
     does = (_READ,) if read_only else (_READ, _WRITE)
     try:
         for byte in (*(_DOES + action for action in does), _FORBIDS + _WRITE):
-            fcntl.fcntl(image, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, byte))
+            byte_locks.set_lock(image, fcntl.F_RDLCK, byte)
         theirs = [_FORBIDS + action for action in does] + [_DOES + _WRITE]
-        return not any(_is_locked(image, byte) for byte in (*theirs, *(() if read_only else (_DOES + _RESIZE,))))
+        return not any(
+            byte_locks.is_locked(image, byte) for byte in (*theirs, *(() if read_only else (_DOES + _RESIZE,)))
+        )
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):  # another has it for itself alone (fcntl(2))
             return False
         raise
-
-
-def _is_locked(image: int, byte: int) -> bool:
-    answer = fcntl.fcntl(image, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
-    kind: int = struct.unpack(_FLOCK, answer)[0]
-    return kind != fcntl.F_UNLCK
-
-
-def _flock(kind: int, byte: int) -> bytes:
-    return struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)
 
 
 def key_pipe(path: Path, owner: tuple[int, int] | None = None) -> int:

@@ -13,20 +13,15 @@ import fcntl
 import os
 import pwd
 import secrets
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vmmback.config.process import Process
 from vmmback.errors import HostUnfit
-from vmmback.linux import procfs
+from vmmback.linux import byte_locks, procfs
 
 LOCKS = Path("/run/vmmback-uids.lock")
-
-# include/uapi/asm-generic/fcntl.h; Python 3.11 has no name for it. struct flock: type, whence, start, length, pid.
-_F_OFD_SETLK = 37
-_FLOCK = "hhqqi4x"
 
 
 @contextmanager
@@ -77,19 +72,15 @@ def _first_free(uids: Iterable[int], claim: Callable[[int], bool]) -> int | None
 def _claim(descriptor: int, uid: int) -> bool:
     """Lock the uid's byte; only who has it looks for processes, so that two supervisors never both find none."""
     try:
-        _set_lock(descriptor, fcntl.F_WRLCK, uid)
+        byte_locks.set_lock(descriptor, fcntl.F_WRLCK, uid)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
         return False
     if _is_in_use(uid):
-        _set_lock(descriptor, fcntl.F_UNLCK, uid)
+        byte_locks.set_lock(descriptor, fcntl.F_UNLCK, uid)
         return False
     return True
-
-
-def _set_lock(descriptor: int, kind: int, uid: int) -> None:
-    fcntl.fcntl(descriptor, _F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, uid, 1, 0))
 
 
 def _is_in_use(uid: int, proc: Path = procfs.PROC) -> bool:
