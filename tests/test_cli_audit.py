@@ -18,7 +18,7 @@ import pytest
 
 import vmmback.selftest
 from tests.sample_reports import exposed_report, guest_report, selftest_report, vector
-from vmmback import cli, control, errors
+from vmmback import cli, control_client, errors
 from vmmback.cli.files import ReportFiles
 from vmmback.cli.output import finish
 from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
@@ -66,7 +66,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Made:
         guest.asked.append(folder)
         yield guest
 
-    monkeypatch.setattr(control, "connect", connect)
+    monkeypatch.setattr(control_client, "connect", connect)
     return guest
 
 

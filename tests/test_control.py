@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from tests.sample_reports import guest_report
-from vmmback import ask, control
-from vmmback.control import SOCKET, GuestInterface, GuestStatus, Supervisor
+from vmmback import ask, control, control_client
+from vmmback.control import SOCKET, GuestInterface, GuestStatus
+from vmmback.control_client import Supervisor
 from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
 from vmmback.report import IsolationReport
 from vmmback.runtime import listening_socket
@@ -115,7 +116,11 @@ class Made:
 def play(folder: Path, scene: Callable[[Made, Supervisor], Coroutine[Any, Any, None]]) -> None:
     async def staged() -> None:
         made = Made()
-        async with asyncio.timeout(DEADLINE_S), control.serve(folder, made.interface), control.connect(folder) as guest:
+        async with (
+            asyncio.timeout(DEADLINE_S),
+            control.serve(folder, made.interface),
+            control_client.connect(folder) as guest,
+        ):
             await scene(made, guest)
 
     asyncio.run(staged())
@@ -210,7 +215,7 @@ def test_growing_is_cancelled_when_its_caller_goes_away_and_when_the_guest_ends(
     async def scene() -> None:
         made = Slow()
         async with asyncio.timeout(DEADLINE_S), control.serve(tmp_path, made.interface):
-            async with control.connect(tmp_path) as guest:
+            async with control_client.connect(tmp_path) as guest:
                 hasty = asyncio.create_task(guest.grow(400, lambda *_: None))
                 await made.began.wait()
                 hasty.cancel()
@@ -219,7 +224,7 @@ def test_growing_is_cancelled_when_its_caller_goes_away_and_when_the_guest_ends(
         made = Slow()
         async with asyncio.timeout(DEADLINE_S), AsyncExitStack() as stack:
             async with control.serve(tmp_path, made.interface):
-                guest = await stack.enter_async_context(control.connect(tmp_path))
+                guest = await stack.enter_async_context(control_client.connect(tmp_path))
                 growing = asyncio.create_task(guest.grow(400, lambda *_: None))
                 await made.began.wait()
             with pytest.raises(QemuFailed, match="the guest ended meanwhile"):
@@ -312,7 +317,7 @@ def test_the_end_of_the_guest_during_an_audit_is_told_and_ends_the_audit(
 
 
 async def audited(folder: Path) -> IsolationReport:
-    async with control.connect(folder) as guest:
+    async with control_client.connect(folder) as guest:
         return await guest.audit()
 
 
@@ -382,7 +387,7 @@ def refusal(folder: Path, answer: bytes, call: Callable[[Supervisor], Coroutine[
         with listening_socket(folder / SOCKET) as listening:
             server = await asyncio.start_unix_server(answered, sock=listening)
             async with asyncio.timeout(DEADLINE_S):
-                async with control.connect(folder) as guest:
+                async with control_client.connect(folder) as guest:
                     with pytest.raises(QemuFailed) as caught:
                         await call(guest)
                     await asyncio.sleep(0)
@@ -399,7 +404,7 @@ def test_a_supervisor_that_is_silent_keeps_nobody_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Supervisor], Coroutine[Any, Any, Any]]
 ) -> None:
     for name in ("_ANSWER_TIMEOUT_S", "_AUDIT_TIMEOUT_S"):
-        monkeypatch.setattr(control, name, 0.05)
+        monkeypatch.setattr(control_client, name, 0.05)
     error = refusal(tmp_path, b"", call)
     assert error.message.startswith("the guest's supervisor did not answer within 0.05 s: ")
     assert error.message.split()[-1].lower() == call.__name__.replace("_", "")

@@ -21,23 +21,19 @@ from asyncvarlink import (
     FileDescriptorArray,
     LastResult,
     TypedVarlinkErrorReply,
-    VarlinkClientProtocol,
-    VarlinkErrorReply,
     VarlinkInterface,
     VarlinkInterfaceRegistry,
     VarlinkInterfaceServerProtocol,
-    connect_unix_varlink,
     create_unix_server,
     varlinkmethod,
 )
-from asyncvarlink.conversion import ConversionError
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 from asyncvarlink.types import JSONObject
 
 from vmmback import __version__
-from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
+from vmmback.errors import VmmbackError
 from vmmback.report import IsolationReport
-from vmmback.runtime import CONTROL_SOCKET, listening_socket, socket_address
+from vmmback.runtime import CONTROL_SOCKET, listening_socket
 
 T = TypeVar("T")
 
@@ -47,12 +43,8 @@ MAX_PATIENCE_S = 24 * 3600
 
 _BACKLOG = 128
 
-_KINDS: dict[int, type[VmmbackError]] = {kind.exit_code: kind for kind in (UsageError, HostUnfit, AdmissionRefused)}
-
-_ANSWER_TIMEOUT_S = 60.0
 # What was answered at the end must reach who asked: a client that takes nothing for so long does without.
 _LAST_ANSWERS_S = 2.0
-_AUDIT_TIMEOUT_S = 600.0  # it looks at every page of a guest of any size, and lets others have the processor first
 
 
 class Failed(TypedVarlinkErrorReply, interface="org.vmmback.Guest", paramprefix=""):
@@ -293,123 +285,6 @@ async def _all_done(futures: "set[asyncio.Future[None]]", timeout_s: float) -> N
         await asyncio.wait(list(futures), timeout=left_s)
 
 
-class _Client(VarlinkClientProtocol):
-    """Keeps from the event loop, and so from a traceback, what asyncvarlink leaves to it.
-
-    That is some answers that cannot be read, which become an error of the call, and a call that is cancelled while it
-    is sent, whose future would be cancelled with it and yet be given a result.
-    """
-
-    def send_message(
-        self, obj: JSONObject, fds: list[int] | None = None, autoclose: bool = True
-    ) -> asyncio.Future[None]:
-        return asyncio.shield(super().send_message(obj, fds, autoclose))
-
-    def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
-        try:
-            super().message_received(data, fds)
-        except (ValueError, RecursionError) as error:  # it is not in UTF-8, or nested too deeply
-            self.connection_lost(ValueError(str(error)))
-
-    def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> None:
-        if self._pending:  # else nothing was asked
-            super().request_received(obj, fds)
-
-
-class Supervisor:
-    """The supervisor of a live guest, as another process sees it. Made by `connect`."""
-
-    def __init__(self, protocol: VarlinkClientProtocol) -> None:
-        self._guest = protocol.make_proxy(GuestInterface)
-
-    async def audit(self) -> IsolationReport:
-        """Have the guest audited. Raises QemuFailed, also when the guest ends meanwhile."""
-        async with _answer_to("Audit", _AUDIT_TIMEOUT_S):
-            return IsolationReport.model_validate((await self._guest.Audit())["report"])
-
-    async def frames(self) -> "array[int]":
-        """Return the pagemap entry of each page of the guest's RAM. Raises QemuFailed as above."""
-        async with _answer_to("Frames", _ANSWER_TIMEOUT_S):
-            with await self._guest.Frames() as answer:
-                return _entries_in(answer["frames"].fileno())
-
-    async def canary_halves(self) -> tuple[bytes, bytes] | None:
-        """Return two halves whose XOR is the guest's canary, None if it printed none. Raises QemuFailed as above."""
-        async with _answer_to("CanaryHalves", _ANSWER_TIMEOUT_S):
-            halves = [bytes.fromhex(half) for half in (await self._guest.CanaryHalves())["halves"]]
-            if not halves:
-                return None
-            first, second = halves
-            return first, second
-
-    async def console(self, *, scrollback: bool) -> int:
-        """Return the descriptor, the caller's, of a socket at the guest's console. Raises QemuFailed as above."""
-        async with _answer_to("Console", _ANSWER_TIMEOUT_S):
-            with await self._guest.Console(scrollback=scrollback) as answer:
-                return os.dup(answer["console"].fileno())
-
-    async def grow(self, size: int, progress: Callable[[int, int], None]) -> IsolationReport:
-        """Have `size` bytes of RAM added, and the guest audited. Raises VmmbackError of the kind that it was there."""
-        steps = aiter(self._guest.Grow(size=size))
-        no_more: dict[str, Any] = {}
-        while True:
-            async with _answer_to("Grow", _AUDIT_TIMEOUT_S):
-                step = (await anext(steps, no_more))["step"]
-                if "report" in step:
-                    return IsolationReport.model_validate(step["report"])
-                progress(step["done"], step["total"])
-
-
-@asynccontextmanager
-async def connect(folder: Path) -> AsyncIterator[Supervisor]:
-    """Reach the supervisor of the guest with this folder. Raises NoSuchGuest when there is none, and QemuFailed."""
-    try:
-        async with _answer_to("the connection", _ANSWER_TIMEOUT_S):
-            with socket_address(folder / SOCKET) as address:
-                transport, protocol = await connect_unix_varlink(_Client, address)
-    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
-        live = ", ".join(_live_guests(folder.parent)) or "none"
-        raise NoSuchGuest(f"no guest named {folder.name} is running", f"running in {folder.parent}: {live}") from error
-    try:
-        yield Supervisor(protocol)
-    finally:
-        transport.close()
-        await transport.closed_future
-
-
-@asynccontextmanager
-async def _answer_to(what: str, timeout_s: float) -> AsyncIterator[None]:
-    """Turn what a supervisor answers, its silence or its end into an error for the user."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            yield
-    except TimeoutError as error:
-        raise QemuFailed(
-            f"the guest's supervisor did not answer within {timeout_s:g} s: {what}", "look whether it is stopped"
-        ) from error
-    except Failed as failed:
-        raise QemuFailed(failed.message, failed.hint) from failed
-    except Refused as refused:
-        raise _KINDS.get(refused.exit_code, QemuFailed)(refused.message, refused.hint) from refused
-    except VarlinkErrorReply as reply:
-        raise QemuFailed(f"the guest's supervisor refused: {reply}", "it may be another version of vmmback") from reply
-    except ConnectionRefusedError:
-        raise
-    except ConnectionError as error:
-        raise QemuFailed("the guest ended meanwhile") from error
-    except (ConversionError, LookupError, TypeError, ValueError) as error:  # pydantic's and json's are ValueErrors
-        raise QemuFailed(
-            "the guest's supervisor answered in a way not known here", "it may be another version of vmmback"
-        ) from error
-
-
-def _live_guests(runtime: Path) -> list[str]:
-    try:
-        return sorted(entry.parent.name for entry in runtime.glob(f"*/{SOCKET}"))
-    except OSError:
-        return []
-
-
 def _file_of(entries: "array[int]") -> int:
     """Return the descriptor of a new memfd with these words, which nobody can change any more."""
     descriptor = os.memfd_create("vmmback-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -417,10 +292,3 @@ def _file_of(entries: "array[int]") -> int:
         file.write(entries)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return descriptor
-
-
-def _entries_in(descriptor: int) -> "array[int]":
-    entries = array("Q")
-    with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # its own position, at the beginning
-        entries.frombytes(file.read())
-    return entries

@@ -57,7 +57,7 @@ def audit(name: str, as_json: bool, files: ReportFiles, source: str | None, from
       vmmback audit demo --html report.html --hunt-from-guest
       vmmback audit demo --hunt 3 3<canary.bin
     """
-    from vmmback import control
+    from vmmback import control_client
     from vmmback.cli.tables import rendered, while_it_runs
     from vmmback.config.values import check_name
     from vmmback.report import with_hunt
@@ -69,11 +69,11 @@ def audit(name: str, as_json: bool, files: ReportFiles, source: str | None, from
     descriptor = None if source is None else _descriptor(source)
 
     async def known() -> tuple[array[int], tuple[bytes, bytes] | None]:
-        async with control.connect(folder) as supervisor:
+        async with control_client.connect(folder) as supervisor:
             return await supervisor.frames(), await supervisor.canary_halves()
 
     async def audited() -> IsolationReport:
-        async with control.connect(folder) as supervisor:
+        async with control_client.connect(folder) as supervisor:
             return await supervisor.audit()
 
     with stopped("before the audit was done"):

@@ -55,7 +55,7 @@ def console(name: str, no_scrollback: bool) -> None:
     """
     import asyncio
 
-    from vmmback import control
+    from vmmback import control_client
     from vmmback.config.values import check_name
     from vmmback.runtime import runtime_folder
 
@@ -64,7 +64,7 @@ def console(name: str, no_scrollback: bool) -> None:
         raise UsageError("standard output is closed", "give the console a place to go to")
 
     async def attached() -> int:
-        async with control.connect(folder) as supervisor:
+        async with control_client.connect(folder) as supervisor:
             return await supervisor.console(scrollback=not no_scrollback)
 
     with stopped("at the console"), socket.socket(fileno=asyncio.run(attached())) as connection:

@@ -36,7 +36,7 @@ def grow(name: str, size: str, as_json: bool) -> None:
       vmmback grow demo 128MiB
       vmmback grow demo 1GiB --json | jq .memory
     """
-    from vmmback import control
+    from vmmback import control_client
     from vmmback.cli.tables import rendered, while_it_runs
     from vmmback.config.values import check_name, check_size
     from vmmback.runtime import runtime_folder
@@ -44,7 +44,7 @@ def grow(name: str, size: str, as_json: bool) -> None:
     folder, size_bytes = runtime_folder() / check_name(name), check_size(size)
 
     async def grown(progress: ByteProgress) -> IsolationReport:
-        async with control.connect(folder) as supervisor:
+        async with control_client.connect(folder) as supervisor:
             return await supervisor.grow(size_bytes, progress.show)
 
     with stopped("before the guest had grown"), ByteProgress("prefault") as progress:
