@@ -34,6 +34,11 @@ def kilobytes(place: Specimen, name: str) -> int:
     return sum(mapping.sizes.get(name, 0) for mapping in mappings(place)) >> 10
 
 
+# New pages wait on the processor that touched them, up to 31 of them (include/linux/pagevec.h), before the kernel can
+# reclaim one; a process that has moved meanwhile does not reach those.
+_TRIAL_PAGES = 64
+
+
 class PageoutProbe(CallProbe):
     """MADV_PAGEOUT: the pages go to swap; without any, the kernel takes them out of the process and finds no place."""
 
@@ -44,7 +49,7 @@ class PageoutProbe(CallProbe):
     idle = Verdict.BLOCKED  # by Linux 6.1, where secret memory is not flagged as locked, though it is never reclaimed
 
     def require(self) -> None:
-        with specimen("ordinary", PAGE_SIZE) as trial:
+        with specimen("ordinary", _TRIAL_PAGES * PAGE_SIZE) as trial:
             if not self.reach(trial) and not procfs.meminfo()["SwapTotal"]:
                 raise Missing("swap, without which this kernel leaves the pages where they are")
 
