@@ -81,13 +81,17 @@ class Daemon:
         self._hold_children()
         self.pids = frozenset({pid, *self._children})
         try:
-            worker = procfs.status(next(iter(self._children), pid))
-        except OSError:  # it is gone, and reaped
+            processes = [procfs.status(each) for each in (*self._children, pid)]
+        except OSError:  # one is gone, and reaped
+            processes = []
+        # A dead process is there, as a zombie, until its parent asks for its status; init may take its time.
+        if self.ended.is_set() or not processes or any(process["State"][0] in "ZX" for process in processes):
             words = last_words(self.log) or "nothing"
             raise QemuFailed(
                 f"share {self.share.tag}: virtiofsd ended before the guest ran; it said: {words}",
                 "launch the guest again",
-            ) from None
+            )
+        worker = processes[0]
         names = ", ".join(capabilities.names(int(worker["CapEff"], 16))) or "none"
         used = "reads" if self.share.read_only else "reads and writes"
         self.exposure = Exposure(
