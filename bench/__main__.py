@@ -31,7 +31,7 @@ from rich.table import Table
 from bench.many import GUESTS, cost, many_guests
 from vmmback import command, config, ram, tiny_guest
 from vmmback.guest import SilentWatcher
-from vmmback.host import find_qemu
+from vmmback.host.qemu import find_qemu
 from vmmback.isolation.direct_map import pagemap_entries
 from vmmback.isolation.hunt import hunt
 from vmmback.isolation.needle import Needle

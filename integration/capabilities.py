@@ -24,7 +24,7 @@ from integration import browser
 from vmmback import shares, vsock
 from vmmback.config.share import Share
 from vmmback.errors import VmmbackError
-from vmmback.host import can_share_aux_ram, find_qemu
+from vmmback.host.qemu import can_share_aux_ram, find_qemu
 from vmmback.linux import kernel_image, seccomp
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.memfd_secret import memfd_secret

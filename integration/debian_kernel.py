@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from integration.capabilities import KERNEL, ROOT
-from vmmback.host import find_qemu
+from vmmback.host.qemu import find_qemu
 
 _MARK = "vmmback-result "
 _BOOT_S = 180.0

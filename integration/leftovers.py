@@ -17,7 +17,7 @@ from typing import Self
 
 from integration import capabilities
 from integration.conftest import MIB, eventually
-from vmmback.host import find_qemu
+from vmmback.host.qemu import find_qemu
 from vmmback.linux import procfs
 
 _PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h

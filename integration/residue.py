@@ -37,7 +37,7 @@ from integration import capabilities
 from integration.conftest import Backing, LiveGuest, MemoryGroup, prepared
 from vmmback import command, disk_images
 from vmmback.config import GuestConfig
-from vmmback.host import kernel_release
+from vmmback.host.qemu import kernel_release
 from vmmback.isolation.hunt import hunt
 from vmmback.isolation.needle import Needle
 from vmmback.report import Hunt

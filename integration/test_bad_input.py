@@ -20,7 +20,7 @@ import pytest
 from integration.capabilities import KERNEL
 from integration.conftest import ROOT, Ended, Start, guest_file, processes_of, qemu_of
 from integration.leftovers import RESETS, Family, environment, named_sockets, stand_in
-from vmmback.host import find_qemu
+from vmmback.host.qemu import find_qemu
 from vmmback.linux import kvm, procfs
 
 USAGE, UNFIT, REFUSED, QEMU_FAILED = 2, 3, 4, 6

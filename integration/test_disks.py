@@ -25,7 +25,7 @@ from integration.conftest import MIB, ROOT, Backing, LiveGuest, Start, eventuall
 from vmmback import config, disk_images, disks, runtime
 from vmmback.config import disk as disk_config
 from vmmback.errors import UsageError
-from vmmback.host import find_qemu
+from vmmback.host.qemu import find_qemu
 from vmmback.linux import memory
 
 INIT = ROOT / "integration/guest/disk-init"

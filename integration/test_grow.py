@@ -39,7 +39,7 @@ from integration.conftest import (
 from integration.debian_kernel import cpio
 from vmmback import grow, ram
 from vmmback.errors import AdmissionRefused, CommandRefused, HandoffFailed, QemuFailed, UsageError
-from vmmback.host import HostMemory
+from vmmback.host.memory import HostMemory
 from vmmback.isolation import qmp_proof
 from vmmback.linux import procfs
 from vmmback.linux.direct_map import DirectMap

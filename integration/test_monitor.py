@@ -18,7 +18,7 @@ import pytest
 from integration.conftest import LiveGuest, eventually
 from vmmback import monitor
 from vmmback.errors import CommandRefused, QemuFailed
-from vmmback.host import find_qemu
+from vmmback.host.qemu import find_qemu
 from vmmback.linux import procfs
 from vmmback.monitor import Monitor
 

@@ -23,9 +23,10 @@ from integration.conftest import (
     prepared,
 )
 from integration.test_memlock import unprivileged
-from vmmback import command, config, handoff, host, launch
+from vmmback import command, config, handoff, launch
 from vmmback.command import QemuCommand
 from vmmback.errors import QemuFailed
+from vmmback.host import qemu
 from vmmback.isolation import exposures, qmp_proof
 from vmmback.linux import procfs
 from vmmback.linux.memfd_secret import memfd_secret
@@ -103,13 +104,13 @@ def test_a_guest_on_ordinary_memory_has_no_secret_block(ordinary_guest_running: 
 
 def test_where_the_limit_has_no_room_for_them_qemu_is_not_asked(tmp_path: Path) -> None:
     program = (
-        "from pathlib import Path\nfrom vmmback import host\n"
-        f"host.AUX_RAM_BYTES = {4 * MIB}\n"  # a limit of 8 MiB is what any process may set
-        f"print(host.can_share_aux_ram(Path(sys.argv[1]), 'q35', {4 * MIB}))\n"
+        "from pathlib import Path\nfrom vmmback.host import qemu\n"
+        f"qemu.AUX_RAM_BYTES = {4 * MIB}\n"  # a limit of 8 MiB is what any process may set
+        f"print(qemu.can_share_aux_ram(Path(sys.argv[1]), 'q35', {4 * MIB}))\n"
     )
-    could = host.can_share_aux_ram(host.find_qemu(), "q35", 0)
+    could = qemu.can_share_aux_ram(qemu.find_qemu(), "q35", 0)
     for limit in (8 * MIB - 4096, 8 * MIB):
-        result = unprivileged(program, limit, limit, str(host.find_qemu()))
+        result = unprivileged(program, limit, limit, str(qemu.find_qemu()))
         assert result.stdout.strip() == str(could and limit == 8 * MIB), result.stderr
 
 
@@ -134,7 +135,7 @@ def test_all_blocks_are_secret(shared_guest: LiveGuest) -> None:
     assert proof.secret == TINY_BYTES  # the guest's RAM alone
     assert list(proof.ours.values()) == [{"ram0": TINY_BYTES}]
     assert proof.auxiliary.keys() == FIRMWARE | TABLES
-    assert sum(proof.auxiliary.values()) < host.AUX_RAM_BYTES
+    assert sum(proof.auxiliary.values()) < qemu.AUX_RAM_BYTES
     assert exposures.ordinary_blocks_exposure(proof.ram_blocks) is None
     assert {one.backing for one in proof.memory_map if one.block} == {"secretmem"}
 

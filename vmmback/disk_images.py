@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 from vmmback.config.disk import key_problem
 from vmmback.disks import key_pipe
 from vmmback.errors import HostUnfit, UsageError
-from vmmback.host import QEMU_ENVIRONMENT
+from vmmback.host.qemu import QEMU_ENVIRONMENT
 
 Format: TypeAlias = Literal["luks", "qcow2", "raw"]
 

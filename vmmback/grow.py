@@ -17,7 +17,7 @@ from vmmback import command, ram
 from vmmback.config.values import DIMM_GRAIN_BYTES, shown_size
 from vmmback.errors import AdmissionRefused, CommandRefused, HandoffFailed, QemuFailed, UsageError
 from vmmback.guest import Guest, confirm
-from vmmback.host import HostMemory
+from vmmback.host.memory import HostMemory
 from vmmback.isolation import qmp_proof
 from vmmback.linux import procfs
 from vmmback.report import IsolationReport

@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from vmmback.errors import HandoffFailed, HostUnfit, QemuFailed
-from vmmback.host import QEMU_ENVIRONMENT as _ENVIRONMENT
+from vmmback.host.qemu import QEMU_ENVIRONMENT as _ENVIRONMENT
 from vmmback.jail import Jail
 from vmmback.linux import arch, procfs, seccomp
 from vmmback.linux.memfd_secret import memfd_secret

@@ -27,7 +27,8 @@ from vmmback import (
 from vmmback.config import GuestConfig
 from vmmback.errors import HandoffFailed, Interrupted, QemuFailed, VmmbackError
 from vmmback.guest import Guest, Watcher, confirm, target_of
-from vmmback.host import HostMemory, can_share_aux_ram, choose_accel, find_qemu, kernel_release
+from vmmback.host.memory import HostMemory
+from vmmback.host.qemu import can_share_aux_ram, choose_accel, find_qemu, kernel_release
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.audit import in_thread
 from vmmback.lifecycle import State, Stop

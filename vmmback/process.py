@@ -10,7 +10,7 @@ from pathlib import Path
 from vmmback import jail, uids
 from vmmback.config import GuestConfig
 from vmmback.errors import HostUnfit
-from vmmback.host import AUX_RAM_BYTES
+from vmmback.host.qemu import AUX_RAM_BYTES
 
 _BOOT_FILES = ("kernel", "initrd", "firmware")
 

@@ -21,7 +21,7 @@ from vmmback import report, tiny_guest
 from vmmback.config import GuestConfig
 from vmmback.errors import AdmissionRefused, HostUnfit, QemuFailed, VmmbackError
 from vmmback.guest import Guest, SilentWatcher
-from vmmback.host import kernel_release
+from vmmback.host.qemu import kernel_release
 from vmmback.isolation import settings
 from vmmback.isolation.audit import REQUIRED, in_thread
 from vmmback.isolation.catalogue import ACCESS_PROBES, DISTURBING_PROBES, HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES

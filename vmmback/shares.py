@@ -23,7 +23,7 @@ from vmmback.command import Device
 from vmmback.config.share import Share
 from vmmback.errors import HostUnfit, QemuFailed, UsageError
 from vmmback.handoff import Qemu, pidfd_of
-from vmmback.host import AUX_RAM_BYTES, QEMU_ENVIRONMENT
+from vmmback.host.qemu import AUX_RAM_BYTES, QEMU_ENVIRONMENT
 from vmmback.linux import capabilities, memlock, procfs
 from vmmback.report import Exposure
 from vmmback.runtime import last_words, listening_socket, socket_address

@@ -80,7 +80,7 @@ def launch(file: Path, as_json: bool, validate: bool, detach: bool, files: Repor
     from vmmback import config
     from vmmback.cli.detach import detached
     from vmmback.cli.lead import lead
-    from vmmback.host import check_descriptors
+    from vmmback.host.limits import check_descriptors
 
     guest = config.load(file)
     check_descriptors()

@@ -1,22 +1,16 @@
-"""What this host can give a guest: memory, a QEMU, an accelerator."""
+"""The QEMU of this host, what it can do, and its accelerator."""
 
 from __future__ import annotations
 
 import mmap
-import os
 import platform
-import resource
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vmmback.errors import AdmissionRefused, HostUnfit
-from vmmback.linux import arch, kvm, memlock, procfs
-
-# About 30 are open at a time: Python's own, sockets and pipes of QEMU and helpers, BPF objects, RAM and logs.
-_DESCRIPTORS, _SPARE_DESCRIPTORS = 64, 40
+from vmmback.errors import HostUnfit
+from vmmback.linux import arch, kvm, memlock
 
 # What QEMU may map of RAM blocks beside the guest's RAM: 2.5 MiB of firmware and tables on q35, more with a larger
 # firmware. Only what is touched takes memory, and QEMU needs as much for them where they are ordinary.
@@ -28,40 +22,6 @@ QEMU_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/
 _QEMU_ANSWERS_S = 5.0
 
 _AUX_RAM_SHARE = b"aux-ram-share"
-
-
-@dataclass(frozen=True)
-class HostMemory:
-    """Memory of the host in bytes: all of it, and what can be had without swapping (MemAvailable of meminfo)."""
-
-    total: int
-    available: int
-
-    @classmethod
-    def read(cls, root: Path = procfs.PROC) -> HostMemory:
-        """Read /proc/meminfo."""
-        counters = procfs.meminfo(root)
-        return cls(counters["MemTotal"], counters["MemAvailable"])
-
-    @property
-    def reserve(self) -> int:
-        """Bytes that no guest gets: secret RAM can be neither swapped nor moved, and the host must live beside it."""
-        return max(128 << 20, self.total // 50)
-
-    @property
-    def largest_guest(self) -> int:
-        """Size in bytes of the largest guest that fits now."""
-        return max(0, self.available - self.reserve) >> 20 << 20
-
-    def admit(self, size: int) -> None:
-        """Raise AdmissionRefused, with the numbers, unless `size` bytes of RAM fit."""
-        if size > self.largest_guest:
-            smaller = f"set [memory] size to at most {self.largest_guest >> 20}MiB, or " if self.largest_guest else ""
-            raise AdmissionRefused(
-                f"{size >> 20} MiB of RAM do not fit: {self.available >> 20} MiB are available, and "
-                f"{self.reserve >> 20} MiB of them stay with the host",
-                f"{smaller}free memory on the host",
-            )
 
 
 def find_qemu() -> Path:
@@ -111,29 +71,6 @@ def _may_know(program: Path, word: bytes) -> bool:
                 return contents.find(word) >= 0
     except OSError:
         return True
-
-
-def check_descriptors() -> None:
-    """Raise HostUnfit unless this process may have as many descriptors as a launch needs."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit < _DESCRIPTORS or not _can_open(_SPARE_DESCRIPTORS):
-        raise HostUnfit(
-            f"RLIMIT_NOFILE is {limit}, and a launch needs {_DESCRIPTORS} descriptors",
-            f"raise it: `ulimit -n {_DESCRIPTORS}`, or LimitNOFILE={_DESCRIPTORS} in a systemd unit; or close some",
-        )
-
-
-def _can_open(count: int) -> bool:
-    opened: list[int] = []
-    try:
-        while len(opened) < count:
-            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-    except OSError:
-        return False
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-    return True
 
 
 def choose_accel(wanted: Literal["auto", "tcg", "kvm"]) -> Literal["tcg", "kvm"]:

@@ -1,0 +1,1 @@
+"""What this host can give a guest: memory, a QEMU, an accelerator, descriptors."""
