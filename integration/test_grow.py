@@ -44,6 +44,7 @@ from vmmback.isolation import qmp_proof
 from vmmback.linux import procfs
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.procfs import PAGE_SIZE
+from vmmback.linux.zones import Node, Zone
 from vmmback.report import GuestVerdict
 
 pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
@@ -170,9 +171,10 @@ def test_a_guest_without_max_cannot_grow(guest_running: LiveGuest) -> None:
 
 
 def test_admission_refuses_what_the_host_has_not(growing: LiveGuest, monkeypatch: pytest.MonkeyPatch) -> None:
-    little = HostMemory(total=1 << 30, available=(128 << 20) + DIMM)
-    monkeypatch.setattr(HostMemory, "read", lambda: little)
-    with pytest.raises(AdmissionRefused, match="256 MiB of RAM do not fit") as caught:
+    # 64 MiB of it stay for the kernel; the rest has room for a DIMM, its page tables and little more.
+    little = HostMemory((Node(0, (Zone("Normal", managed=1 << 30, free=DIMM + (106 << 20) + (64 << 20)),)),))
+    monkeypatch.setattr(HostMemory, "read", lambda *_: little)
+    with pytest.raises(AdmissionRefused, match=r"256 MiB of secret RAM do not fit: \d+ MiB do") as caught:
         grown(growing, 2 * DIMM)
     assert caught.value.hint == "grow by at most 128MiB, or free memory on the host"
     monkeypatch.undo()

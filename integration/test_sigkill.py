@@ -51,9 +51,8 @@ from integration.leftovers import (
     secret_inodes,
     secret_memory,
 )
-from vmmback import command, config, console, control, handoff, launch, monitor, qmp_socket, ram, runtime
+from vmmback import admission, command, config, console, control, handoff, launch, monitor, qmp_socket, ram, runtime
 from vmmback import guest as guest_module
-from vmmback.host.memory import HostMemory
 from vmmback.isolation import qmp_proof
 from vmmback.lifecycle import Stop
 from vmmback.linux import procfs
@@ -558,7 +557,7 @@ ASYNC_CONTEXTS = {"attach", "start", "connect", "serve"}
 STEPS = (
     Step(launch, "find_qemu"),
     Step(launch, "choose_accel"),
-    Step(HostMemory, "admit"),
+    Step(admission, "admit"),
     Step(launch, "guest_folder"),
     Step(ram, "allocate"),
     Step(ram.Ram, "prefault"),

@@ -83,6 +83,7 @@ class Scene:
             "ram": [SimpleNamespace(size=SIZE, inode=7, frames=array("Q"), backing="secret")],
             "qemu": SimpleNamespace(pid=1, status=None, auxiliary_inodes=frozenset(), ended=never),
             "monitor": SimpleNamespace(hmp=None),
+            "promise": None,
             "console": SimpleNamespace(bytes_seen=0, bytes_typed=0),
         }
         self.guest = Guest(

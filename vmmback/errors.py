@@ -63,6 +63,8 @@ class AdmissionRefused(VmmbackError):
     """The host has not enough memory for the guest, or ran out while its RAM was prefaulted."""
 
     exit_code = 4
+    largest: int = 0
+    """Bytes that would have fitted, as far as admission can tell."""
 
 
 class QemuFailed(VmmbackError):

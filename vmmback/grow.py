@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from vmmback import command, ram
 from vmmback.config.values import DIMM_GRAIN_BYTES, shown_size
 from vmmback.errors import AdmissionRefused, CommandRefused, HandoffFailed, QemuFailed, UsageError
 from vmmback.guest import Guest, confirm
-from vmmback.host.memory import HostMemory
 from vmmback.isolation import qmp_proof
 from vmmback.linux import procfs
 from vmmback.report import IsolationReport
@@ -35,18 +34,23 @@ async def grow(guest: Guest, size: int, progress: Progress) -> IsolationReport:
     One at a time; who comes second waits. Raises VmmbackError: UsageError for a size that cannot be, AdmissionRefused,
     HostUnfit, QemuFailed. Until QEMU is asked, cancelling it undoes all of it; from then on it is finished first.
     """
+
+    def prefaulted(done: int) -> None:
+        guest.promise.touched(done)
+        progress(done, size)
+
     async with guest.growing:
         _check(guest, size)
-        _admit(size)
-        started = time.perf_counter()
-        memory = ram.allocate(guest.config.memory.backing, size)
-        try:
-            if guest.config.memory.prefault:
-                await memory.prefault(lambda done: progress(done, size))
-            await _finished(_plug(guest, memory))
-        finally:
-            if memory not in guest.ram:
-                memory.close()
+        async with _promised(guest, size):
+            started = time.perf_counter()
+            memory = ram.allocate(guest.config.memory.backing, size)
+            try:
+                if guest.config.memory.prefault:
+                    await memory.prefault(prefaulted)
+                await _finished(_plug(guest, memory))
+            finally:
+                if memory not in guest.ram:
+                    memory.close()
         guest.timings["grow"] = time.perf_counter() - started
         guest.watcher.note(f"the guest has grown by {shown_size(size)} to {shown_size(guest.target.size)}")
         return await guest.examine()
@@ -75,14 +79,21 @@ def _check(guest: Guest, size: int) -> None:
         )
 
 
-def _admit(size: int) -> None:
-    host = HostMemory.read()
-    fits = host.largest_guest // DIMM_GRAIN_BYTES * DIMM_GRAIN_BYTES
+@asynccontextmanager
+async def _promised(guest: Guest, size: int) -> AsyncIterator[None]:
+    """Promise more memory to a guest, and take it back if the block fails. Raises AdmissionRefused."""
     try:
-        host.admit(size)
+        await guest.promise.extend(size)
     except AdmissionRefused as error:
+        fits = error.largest // DIMM_GRAIN_BYTES * DIMM_GRAIN_BYTES
         smaller = f"grow by at most {shown_size(fits)}, or " if fits else ""
         raise AdmissionRefused(error.message, f"{smaller}free memory on the host") from error
+    had = guest.target.size
+    try:
+        yield
+    finally:
+        if guest.target.size == had:
+            guest.promise.withdraw(size)
 
 
 async def _plug(guest: Guest, memory: ram.Ram) -> None:

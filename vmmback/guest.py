@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vmmback import command, console, handoff, monitor, ram, report, shares
+from vmmback.admission import Promise
 from vmmback.config import GuestConfig
 from vmmback.errors import HandoffFailed, VmmbackError
 from vmmback.isolation import exposures, qmp_proof
@@ -89,6 +90,7 @@ class Guest:
     timings: dict[str, float]
     watcher: Watcher
     policy: Policy
+    promise: Promise
     daemons: Sequence[shares.Daemon] = ()
     clients: QmpSocket | None = None
     validated_after: str = ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vmmback import (
+    admission,
     command,
     console,
     control,
@@ -27,7 +28,6 @@ from vmmback import (
 from vmmback.config import GuestConfig
 from vmmback.errors import HandoffFailed, Interrupted, QemuFailed, VmmbackError
 from vmmback.guest import Guest, Watcher, confirm, target_of
-from vmmback.host.memory import HostMemory
 from vmmback.host.qemu import can_share_aux_ram, choose_accel, find_qemu, kernel_release
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.audit import in_thread
@@ -92,7 +92,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     timings: dict[str, float] = {}
     qemu_binary = find_qemu()
     accel = await in_thread(lambda: choose_accel(config.machine.accel))
-    HostMemory.read().admit(config.memory.size)
+    promise = await admission.admit(folder, config.memory.size, config.memory.backing)
     plan = stack.enter_context(process.planned(config))
     inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
     opened, daemons = await devices.open_devices(config, plan.ids, folder, stack, inherited)
@@ -102,6 +102,11 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
         memlock.ensure(config.memory.largest)  # QEMU inherits the limit
     guest_ram = ram.allocate(config.memory.backing, config.memory.size)
     memories.append(guest_ram)
+
+    def prefaulted(done: int) -> None:
+        promise.touched(done)
+        watcher.prefaulted(done, config.memory.size)
+
     # What takes its time without need of the RAM is done while the prefault runs.
     async with (
         _meanwhile(in_thread(lambda: _shares_aux_ram(config, qemu_binary))) as share_aux_ram,
@@ -109,7 +114,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     ):
         if config.memory.prefault:
             with _timed(timings, "prefault"):
-                await guest_ram.prefault(lambda done: watcher.prefaulted(done, config.memory.size))
+                await guest_ram.prefault(prefaulted)
         secret_aux = await share_aux_ram
 
     started = time.perf_counter()
@@ -146,11 +151,12 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
             daemon.settle()
         proof = await qmp_proof.observe(target_of(qemu, memories, daemons), qemu_monitor.hmp)
         confirm(memories, proof)
+    promise.settle()
     policy = Policy(config.qmp.allow)
     policy.deny("cont", "the guest was not started yet")
     return Guest(
         config, folder, memories, opened, qemu, qemu_monitor, guest_console, host, proof, timings, watcher, policy,
-        daemons=daemons,
+        promise, daemons=daemons,
     )  # fmt: skip
 
 

@@ -1,43 +1,38 @@
-"""What memory this host has."""
+"""What memory this host has, and what of it is spoken for: a snapshot that admission and the plan judge alike."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmmback.errors import AdmissionRefused
-from vmmback.linux import procfs
+from vmmback.linux import procfs, zones
+from vmmback.linux.zones import Node
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Memory of the host in bytes: all of it, and what can be had without swapping (MemAvailable of meminfo)."""
+    """The nodes that this process may take memory from, and what is spoken for, in bytes.
 
-    total: int
-    available: int
+    `promised` was promised to guests that have not touched it yet. `group_room` is what the guest's memory cgroup, and
+    all above it, can still be charged; None where nothing limits it.
+    """
+
+    nodes: tuple[Node, ...]
+    promised: int = 0
+    group_room: int | None = None
 
     @classmethod
-    def read(cls, root: Path = procfs.PROC) -> HostMemory:
-        """Read /proc/meminfo."""
-        counters = procfs.meminfo(root)
-        return cls(counters["MemTotal"], counters["MemAvailable"])
+    def read(cls, promised: int = 0, group_room: int | None = None, root: Path = procfs.PROC) -> HostMemory:
+        """Read /proc/zoneinfo, as far as this process's cpuset lets it take memory there (proc(5), Mems_allowed_list).
 
-    @property
-    def reserve(self) -> int:
-        """Bytes that no guest gets: secret RAM can be neither swapped nor moved, and the host must live beside it."""
-        return max(128 << 20, self.total // 50)
+        Count what is promised before, not after: what is touched in between then counts twice, and not never.
+        """
+        allowed = _numbers(procfs.status("self", root).get("Mems_allowed_list", ""))
+        found = zones.nodes(root)
+        return cls(tuple(node for node in found if not allowed or node.number in allowed), promised, group_room)
 
-    @property
-    def largest_guest(self) -> int:
-        """Size in bytes of the largest guest that fits now."""
-        return max(0, self.available - self.reserve) >> 20 << 20
 
-    def admit(self, size: int) -> None:
-        """Raise AdmissionRefused, with the numbers, unless `size` bytes of RAM fit."""
-        if size > self.largest_guest:
-            smaller = f"set [memory] size to at most {self.largest_guest >> 20}MiB, or " if self.largest_guest else ""
-            raise AdmissionRefused(
-                f"{size >> 20} MiB of RAM do not fit: {self.available >> 20} MiB are available, and "
-                f"{self.reserve >> 20} MiB of them stay with the host",
-                f"{smaller}free memory on the host",
-            )
+def _numbers(text: str) -> set[int]:
+    """Return the numbers of a list such as `0-1,4`."""
+    ranges = (part.partition("-") for part in text.split(",") if part)
+    return {number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)}

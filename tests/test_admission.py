@@ -1,0 +1,264 @@
+"""Promises of memory: no sequence of launches, grows, releases and crashes promises more than the host has."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from vmmback import admission
+from vmmback.admission import Promise, outstanding
+from vmmback.errors import AdmissionRefused, HostUnfit
+from vmmback.host.budget import Budget, NodeBudget, with_page_tables
+from vmmback.host.memory import HostMemory
+from vmmback.linux import procfs, secret_use
+from vmmback.linux.secret_use import SecretFile
+from vmmback.linux.zones import Node, Zone
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+@dataclass
+class Running:
+    """A guest of the made-up host: its supervisor's pid, its RAM, how much of that is present, whose promise it is."""
+
+    name: str
+    pid: int
+    size: int
+    promise: Promise
+    present: int = 0
+    processes: int = 0
+    alive: bool = True
+
+
+class Host:
+    """A made-up host: the kernel's view of its guests, behind the interfaces that admission reads."""
+
+    def __init__(self, folder: Path, zones: tuple[Zone, ...]) -> None:
+        self.folder, self.zones = folder, zones
+        self.guests: list[Running] = []
+        self.next_pid = 100
+
+    @property
+    def taken(self) -> int:
+        """Bytes that guests have really taken of the first zone."""
+        return sum(with_page_tables(guest.present) + guest.processes for guest in self.guests)
+
+    @property
+    def free(self) -> int:
+        return self.zones[0].free - self.taken
+
+    def read(self, promised: int, group_room: int | None) -> HostMemory:
+        zones = (replace(self.zones[0], free=self.free), *self.zones[1:])
+        return HostMemory((Node(0, zones),), promised, group_room)
+
+    def live(self) -> list[str]:
+        return [guest.name for guest in self.guests]
+
+    def secret_files(self) -> dict[int, SecretFile]:
+        return {
+            guest.pid: SecretFile(guest.size, guest.present, frozenset({guest.pid + 1}))
+            for guest in self.guests
+            if guest.present
+        }
+
+    def children(self, pid: int) -> list[int]:
+        return [pid + 1]
+
+    def faked(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(mock.patch.object(admission, "HostMemory", SimpleNamespace(read=self.read)))
+        stack.enter_context(mock.patch.object(admission, "live_guests", self.live))
+        stack.enter_context(mock.patch.object(admission, "runtime_folder", return_value=self.folder))
+        stack.enter_context(mock.patch.object(secret_use, "secret_files", self.secret_files))
+        stack.enter_context(mock.patch.object(procfs, "children", self.children))
+        return stack
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Guests come, touch their RAM sooner or later, grow, end and crash, in any order."""
+
+    guests = Bundle("guests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self.host = Host(folder, (Zone("Normal", managed=4 * GIB, free=3 * GIB, high=20 * MIB), Zone("Movable")))
+        self.stack.enter_context(self.host.faked())
+        node = NodeBudget.of(self.host.read(0, None).nodes[0])
+        self.floor = node.held + node.reserve
+
+    def teardown(self) -> None:
+        self.stack.close()
+
+    @rule(target=guests, size=st.integers(1, 3000))
+    def launch(self, size: int) -> Running | None:
+        self.host.next_pid += 10
+        pid, name = self.host.next_pid, f"g{self.host.next_pid}"
+        folder = self.host.folder / name
+        folder.mkdir()
+        largest = Budget.of(self.host.read(admission.promised(), None)).largest_guest()
+        with mock.patch.object(os, "getpid", return_value=pid):
+            try:
+                promise = asyncio.run(admission.admit(folder, size * MIB, "secret"))
+            except AdmissionRefused:
+                assert largest < size * MIB
+                return None
+        assert size * MIB <= largest
+        guest = Running(name, pid, size * MIB, promise)
+        self.host.guests.append(guest)
+        return guest
+
+    @rule(guest=guests, share=st.floats(0, 1), told=st.booleans())
+    def touch(self, guest: Running | None, share: float, told: bool) -> None:
+        """Of what is touched, its supervisor tells, or only the kernel knows it."""
+        if guest and guest.alive:
+            guest.present = max(guest.present, int(guest.size * share) // 4096 * 4096)
+            if told:
+                guest.promise.touched(guest.present)
+
+    @rule(guest=guests)
+    def settle(self, guest: Running | None) -> None:
+        if guest and guest.alive and not guest.processes:
+            guest.processes = 104 * MIB
+            guest.promise.settle()
+
+    @rule(guest=guests, size=st.integers(1, 10))
+    def grow(self, guest: Running | None, size: int) -> None:
+        if guest and guest.alive and guest.present == guest.size:
+            guest.promise.touched(guest.present)
+            try:
+                asyncio.run(guest.promise.extend(size * 128 * MIB))
+            except AdmissionRefused:
+                return
+            guest.size += size * 128 * MIB
+
+    @rule(guest=consumes(guests))
+    def end(self, guest: Running | None) -> None:
+        """A crash is no different: the folder is nobody's any more, and its memory is free."""
+        if guest:
+            guest.alive = False
+            self.host.guests.remove(guest)
+
+    @invariant()
+    def what_was_promised_can_be_had(self) -> None:
+        """If all guests touched all of their RAM now, watermarks and reserve would still be free."""
+        rest = sum(
+            with_page_tables(guest.size) - with_page_tables(guest.present) + 104 * MIB - guest.processes
+            for guest in self.host.guests
+        )
+        assert self.host.free - rest >= self.floor - MIB
+
+
+AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAnyOrder = AnyOrder.TestCase
+
+
+def record(pid: int, size: int, touched: int = 0, overhead: int = 0) -> admission._Record:
+    return admission._Record(pid, size, touched, overhead)
+
+
+def test_what_a_guest_has_touched_counts_by_the_supervisor_s_word_or_the_kernel_s_whichever_is_more() -> None:
+    family = {1: {1, 2}}
+    mapped = {7: SecretFile(256 * MIB, 100 * MIB, frozenset({2}))}
+    assert outstanding([record(1, 256 * MIB)], family, {}) == 257 * MIB
+    assert outstanding([record(1, 256 * MIB)], family, mapped) == with_page_tables(156 * MIB)
+    assert outstanding([record(1, 256 * MIB, touched=256 * MIB)], family, mapped) == 0
+    assert outstanding([record(1, 256 * MIB, 256 * MIB, overhead=9)], family, {}) == 9
+
+
+def test_secret_ram_of_others_counts_as_far_as_it_is_mapped_and_not_present() -> None:
+    mapped = {7: SecretFile(256 * MIB, 0, frozenset({50}))}
+    assert outstanding([record(1, 16 * MIB, 16 * MIB)], {1: {1, 2}}, mapped) == 257 * MIB
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path, (Zone("Normal", managed=4 * GIB, free=3 * GIB),))
+
+
+def test_a_promise_is_a_file_of_the_guest_s_folder_and_tells_how_much_is_touched(host: Host) -> None:
+    folder = host.folder / "demo"
+    folder.mkdir()
+
+    def told() -> dict[str, int]:
+        found: dict[str, int] = json.loads((folder / "promise.json").read_text())
+        return found
+
+    with host.faked():
+        promise = asyncio.run(admission.admit(folder, 256 * MIB, "secret"))
+        assert told() == {"pid": os.getpid(), "size": 256 * MIB, "touched": 0, "overhead": 104 * MIB}
+        promise.touched(2 * MIB)  # so little is not worth a file
+        assert told()["touched"] == 0
+        promise.touched(64 * MIB)
+        assert told()["touched"] == 64 * MIB
+        promise.touched(2 * MIB)  # it began anew
+        assert told()["touched"] == 2 * MIB
+        promise.touched(256 * MIB)
+        promise.settle()
+        assert (told()["touched"], told()["overhead"]) == (256 * MIB, 0)
+        asyncio.run(promise.extend(128 * MIB))
+        assert (told()["size"], told()["touched"], told()["overhead"]) == (384 * MIB, 256 * MIB, 0)
+        promise.touched(100 * MIB)
+        assert told()["touched"] == 356 * MIB
+        promise.withdraw(128 * MIB)
+        assert (told()["size"], told()["touched"]) == (256 * MIB, 256 * MIB)
+
+
+def test_two_launches_at_once_do_not_both_take_the_last_of_it(host: Host) -> None:
+    async def both() -> list[object]:
+        return await asyncio.gather(
+            *(admission.admit(host.folder / name, 1500 * MIB, "secret") for name in "ab"), return_exceptions=True
+        )
+
+    host.guests = [Running(name, os.getpid(), 0, Promise(host.folder / name, "secret")) for name in "ab"]
+    for guest in host.guests:
+        (host.folder / guest.name).mkdir()
+    with host.faked():
+        taken = asyncio.run(both())
+    assert {type(each) for each in taken} == {AdmissionRefused, Promise}
+
+
+def test_a_launch_waits_for_the_lock_and_says_in_time_that_it_is_not_to_be_had(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (host.folder / "demo").mkdir()
+    held = os.open(host.folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+
+    async def admitted_once_it_is_free() -> None:
+        task = asyncio.create_task(admission.admit(host.folder / "demo", MIB, "secret"))
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        os.close(held)
+        await task
+
+    with host.faked():
+        with monkeypatch.context() as short:
+            short.setattr(admission, "_LOCK_TIMEOUT_S", 0.02)
+            with pytest.raises(HostUnfit, match="another launch has held the lock on"):
+                asyncio.run(admission.admit(host.folder / "demo", MIB, "secret"))
+        asyncio.run(admitted_once_it_is_free())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
+def test_a_file_that_is_no_promise_promises_nothing(host: Host, text: str) -> None:
+    folder = host.folder / "demo"
+    folder.mkdir()
+    (folder / "promise.json").write_text(text)
+    host.guests = [Running("demo", 1, 0, Promise(folder, "secret"))]
+    with host.faked():
+        assert admission.promised() == 0

@@ -1,0 +1,154 @@
+"""Admission across supervisors: who promises memory to a guest counts what others were promised, one at a time.
+
+A lock on the runtime folder itself (flock(2)) makes it one at a time. What a guest was promised is a file in its own
+folder, which counts as long as somebody holds that folder: the supervisor, and after it the keeper. So a crash leaves
+neither a lock nor a promise behind. docs/ADMISSION.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vmmback.errors import HostUnfit
+from vmmback.host.budget import Backing, Budget, with_page_tables
+from vmmback.host.memory import HostMemory
+from vmmback.linux import procfs, secret_use
+from vmmback.linux.secret_use import SecretFile
+from vmmback.runtime import live_guests, runtime_folder
+
+# Held while the host's memory is read, which takes milliseconds; as long as this only where somebody stands still.
+_LOCK_TIMEOUT_S = 30.0
+_PROMISE_FILE = "promise.json"
+# The file is written anew after so much more has been touched; until then that counts twice.
+_STEP_BYTES = 64 << 20
+
+
+@dataclass
+class _Record:
+    """What a supervisor was promised for its guest, in bytes; `touched` of `size` are present, as far as it knows."""
+
+    pid: int
+    size: int
+    touched: int
+    overhead: int
+
+
+class Promise:
+    """What one guest was promised and has not touched yet. Made by `admit`; gone with the guest's folder."""
+
+    def __init__(self, folder: Path, backing: Backing) -> None:
+        self._file, self._backing = folder / _PROMISE_FILE, backing
+        self._record = _Record(os.getpid(), 0, 0, 0)
+        self._before = 0  # touched when the RAM was added that is prefaulted now
+
+    async def extend(self, size: int, group_room: int | None = None) -> None:
+        """Promise `size` bytes (more). Raises AdmissionRefused when they do not fit, HostUnfit when nobody can tell."""
+        async with _lock(self._file.parents[1]):
+            budget = Budget.of(HostMemory.read(promised(), group_room))
+            budget.admit(size, self._backing)
+            if not self._record.size:
+                self._record.overhead = budget.overhead
+            self._record.size += size
+            self._write()
+        self._before = self._record.touched
+
+    def touched(self, size: int) -> None:
+        """Say that `size` bytes of what was promised last are present."""
+        done = self._before + size
+        if done < self._record.touched or done >= self._record.touched + _STEP_BYTES or done == self._record.size:
+            self._record.touched = done
+            self._write()
+
+    def settle(self) -> None:
+        """Say that the guest's processes run, and have taken what they take whatever its size."""
+        self._record.overhead = 0
+        self._write()
+
+    def withdraw(self, size: int) -> None:
+        """Take back a promise whose memory was released again."""
+        self._record.size -= size
+        self._record.touched = min(self._record.touched, self._before)
+        self.settle()
+
+    def _write(self) -> None:
+        """Put a whole file in the place of the old one, so that nobody reads half of it. Raises OSError."""
+        new = self._file.with_suffix(".new")
+        new.write_text(json.dumps(asdict(self._record)))
+        new.replace(self._file)
+
+
+async def admit(folder: Path, size: int, backing: Backing, group_room: int | None = None) -> Promise:
+    """Promise memory to the guest of a folder. Raises AdmissionRefused when it does not fit, HostUnfit."""
+    promise = Promise(folder, backing)
+    await promise.extend(size, group_room)
+    return promise
+
+
+def promised() -> int:
+    """Return how many bytes guests were promised and have not touched, page tables included.
+
+    Guests of this runtime folder tell it; of all others it counts what is mapped and not present, as far as this
+    process may look. Raises HostUnfit, UsageError.
+    """
+    records = [record for name in live_guests() if (record := _read(runtime_folder() / name))]
+    return outstanding(records, {record.pid: _family(record.pid) for record in records}, secret_use.secret_files())
+
+
+def outstanding(records: Iterable[_Record], families: dict[int, set[int]], files: dict[int, SecretFile]) -> int:
+    """Return what was promised and is not touched, given the processes of each supervisor and the secret files."""
+    total = 0
+    others = dict(files)
+    for record in records:
+        present = 0
+        for inode, file in files.items():
+            if file.pids & families[record.pid]:
+                present += file.present
+                others.pop(inode, None)
+        total += with_page_tables(max(0, record.size - max(record.touched, present))) + record.overhead
+    return total + sum(with_page_tables(file.mapped - file.present) for file in others.values())
+
+
+def _family(pid: int) -> set[int]:
+    """Return a supervisor and its children: QEMU, and the process that prefaults, map the RAM."""
+    return {pid, *procfs.children(pid)}
+
+
+def _read(folder: Path) -> _Record | None:
+    """Return a guest's record; None where it has none yet, or has no folder any more."""
+    with suppress(OSError, ValueError, TypeError):
+        return _Record(**json.loads((folder / _PROMISE_FILE).read_text()))
+    return None
+
+
+@asynccontextmanager
+async def _lock(folder: Path) -> AsyncIterator[None]:
+    """Hold the lock of the runtime folder. Raises HostUnfit when it is not to be had in time."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while not _locked(descriptor):
+            if time.monotonic() > deadline:
+                raise HostUnfit(
+                    f"another launch has held the lock on {folder} for {_LOCK_TIMEOUT_S:g} s",
+                    "end or continue that process",
+                )
+            await asyncio.sleep(0.005)  # flock(2) would wait, but has no deadline
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
