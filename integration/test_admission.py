@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from integration.conftest import ROOT, Start, eventually, guest_file, processes_of
-from vmmback import admission
+from vmmback import admission, ram
 from vmmback.host.budget import Budget
 from vmmback.host.memory import HostMemory
+from vmmback.linux import secret_use
+from vmmback.linux.secret_use import SecretFile
 
 pytestmark = pytest.mark.usefixtures("needs_qemu")
 
@@ -46,6 +49,14 @@ def large_guest(folder: Path) -> Path:
     """Write the file of a guest whose twin has no room beside it; it touches next to nothing of its RAM."""
     fits = Budget.of(HostMemory.read(admission.promised())).largest_guest()
     return guest_file(folder, size=f"{fits * 6 // 10 >> 20}MiB", memory="prefault = false")
+
+
+def test_secret_ram_is_counted_as_the_kernel_has_it(secret_ram: ram.Ram) -> None:
+    assert secret_ram.inode not in secret_use.secret_files()
+    with mmap.mmap(secret_ram.fileno(), secret_ram.size) as mapped:
+        mapped[: 1 << 20] = bytes(1 << 20)
+        found = secret_use.secret_files()[secret_ram.inode]
+    assert found == SecretFile(secret_ram.size, 1 << 20, frozenset({os.getpid()}))
 
 
 def test_two_supervisors_at_once_do_not_both_get_the_last_of_it(runtime_dir: Path) -> None:

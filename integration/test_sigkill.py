@@ -512,6 +512,7 @@ def test_the_other_guest_is_not_touched(begin: Begin, tmp_path: Path, runtime_di
         eventually(lambda: not holders_of(goes.inodes), "its secret RAM is gone", GONE_S)
         assert sorted(path.name for path in stays.folder.iterdir()) == [
             "control",
+            "promise.json",
             "qemu.log",
             "qmp.sock",
             "serial.log",

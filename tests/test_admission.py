@@ -7,10 +7,12 @@ import fcntl
 import json
 import os
 import tempfile
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -67,11 +69,11 @@ class Host:
     def live(self) -> list[str]:
         return [guest.name for guest in self.guests]
 
-    def secret_files(self) -> dict[int, SecretFile]:
+    def secret_files(self, leave_out: Collection[int]) -> dict[int, SecretFile]:
         return {
             guest.pid: SecretFile(guest.size, guest.present, frozenset({guest.pid + 1}))
             for guest in self.guests
-            if guest.present
+            if guest.present and guest.pid + 1 not in leave_out
         }
 
     def children(self, pid: int) -> list[int]:
@@ -134,7 +136,7 @@ class AnyOrder(RuleBasedStateMachine):
     def settle(self, guest: Running | None) -> None:
         if guest and guest.alive and not guest.processes:
             guest.processes = 104 * MIB
-            guest.promise.settle()
+            guest.promise.settle([guest.pid])
 
     @rule(guest=guests, size=st.integers(1, 10))
     def grow(self, guest: Running | None, size: int) -> None:
@@ -168,7 +170,7 @@ TestAnyOrder = AnyOrder.TestCase
 
 
 def record(pid: int, size: int, touched: int = 0, overhead: int = 0) -> admission._Record:
-    return admission._Record(pid, size, touched, overhead)
+    return admission._Record(pid, size, touched, overhead, [])
 
 
 def test_what_a_guest_has_touched_counts_by_the_supervisor_s_word_or_the_kernel_s_whichever_is_more() -> None:
@@ -178,6 +180,14 @@ def test_what_a_guest_has_touched_counts_by_the_supervisor_s_word_or_the_kernel_
     assert outstanding([record(1, 256 * MIB)], family, mapped) == with_page_tables(156 * MIB)
     assert outstanding([record(1, 256 * MIB, touched=256 * MIB)], family, mapped) == 0
     assert outstanding([record(1, 256 * MIB, 256 * MIB, overhead=9)], family, {}) == 9
+
+
+def test_what_another_process_of_a_guest_maps_is_the_guest_s_also_when_its_qemu_is_left_out() -> None:
+    """virtiofsd maps the RAM, and has touched next to nothing of it."""
+    settled = admission._Record(1, 256 * MIB, 256 * MIB, 0, [7])
+    mapped = {7: SecretFile(256 * MIB, 0, frozenset({99}))}
+    assert outstanding([settled], {1: {1, 2}}, mapped) == 0
+    assert outstanding([replace(settled, inodes=[])], {1: {1, 2}}, mapped) == 257 * MIB
 
 
 def test_secret_ram_of_others_counts_as_far_as_it_is_mapped_and_not_present() -> None:
@@ -194,13 +204,13 @@ def test_a_promise_is_a_file_of_the_guest_s_folder_and_tells_how_much_is_touched
     folder = host.folder / "demo"
     folder.mkdir()
 
-    def told() -> dict[str, int]:
-        found: dict[str, int] = json.loads((folder / "promise.json").read_text())
+    def told() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((folder / "promise.json").read_text())
         return found
 
     with host.faked():
         promise = asyncio.run(admission.admit(folder, 256 * MIB, "secret"))
-        assert told() == {"pid": os.getpid(), "size": 256 * MIB, "touched": 0, "overhead": 104 * MIB}
+        assert told() == {"pid": os.getpid(), "size": 256 * MIB, "touched": 0, "overhead": 104 * MIB, "inodes": []}
         promise.touched(2 * MIB)  # so little is not worth a file
         assert told()["touched"] == 0
         promise.touched(64 * MIB)
@@ -208,7 +218,7 @@ def test_a_promise_is_a_file_of_the_guest_s_folder_and_tells_how_much_is_touched
         promise.touched(2 * MIB)  # it began anew
         assert told()["touched"] == 2 * MIB
         promise.touched(256 * MIB)
-        promise.settle()
+        promise.settle([7])
         assert (told()["touched"], told()["overhead"]) == (256 * MIB, 0)
         asyncio.run(promise.extend(128 * MIB))
         assert (told()["size"], told()["touched"], told()["overhead"]) == (384 * MIB, 256 * MIB, 0)

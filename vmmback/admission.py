@@ -33,12 +33,16 @@ _STEP_BYTES = 64 << 20
 
 @dataclass
 class _Record:
-    """What a supervisor was promised for its guest, in bytes; `touched` of `size` are present, as far as it knows."""
+    """What a supervisor was promised for its guest, in bytes; `touched` of `size` are present, as far as it knows.
+
+    `inodes` are the guest's secret files, once its processes run.
+    """
 
     pid: int
     size: int
     touched: int
     overhead: int
+    inodes: list[int]
 
 
 class Promise:
@@ -46,7 +50,7 @@ class Promise:
 
     def __init__(self, folder: Path, backing: Backing) -> None:
         self._file, self._backing = folder / _PROMISE_FILE, backing
-        self._record = _Record(os.getpid(), 0, 0, 0)
+        self._record = _Record(os.getpid(), 0, 0, 0, [])
         self._before = 0  # touched when the RAM was added that is prefaulted now
 
     async def extend(self, size: int, group_room: int | None = None) -> None:
@@ -67,16 +71,17 @@ class Promise:
             self._record.touched = done
             self._write()
 
-    def settle(self) -> None:
-        """Say that the guest's processes run, and have taken what they take whatever its size."""
+    def settle(self, inodes: Iterable[int]) -> None:
+        """Say that the guest's processes run, and have taken what they take whatever its size; and what they map."""
         self._record.overhead = 0
+        self._record.inodes = list(inodes)
         self._write()
 
     def withdraw(self, size: int) -> None:
         """Take back a promise whose memory was released again."""
         self._record.size -= size
         self._record.touched = min(self._record.touched, self._before)
-        self.settle()
+        self._write()
 
     def _write(self) -> None:
         """Put a whole file in the place of the old one, so that nobody reads half of it. Raises OSError."""
@@ -99,26 +104,26 @@ def promised() -> int:
     process may look. Raises HostUnfit, UsageError.
     """
     records = [record for name in live_guests() if (record := _read(runtime_folder() / name))]
-    return outstanding(records, {record.pid: _family(record.pid) for record in records}, secret_use.secret_files())
+    families = {record.pid: {record.pid, *procfs.children(record.pid)} for record in records}
+    whole = [families[record.pid] for record in records if record.inodes and record.touched >= record.size]
+    return outstanding(records, families, secret_use.secret_files(leave_out=set().union(*whole)))
 
 
 def outstanding(records: Iterable[_Record], families: dict[int, set[int]], files: dict[int, SecretFile]) -> int:
-    """Return what was promised and is not touched, given the processes of each supervisor and the secret files."""
+    """Return what was promised and is not touched, given the processes of each supervisor and the secret files.
+
+    A supervisor's processes are itself and its children: QEMU, and the one that prefaults, map the RAM.
+    """
     total = 0
     others = dict(files)
     for record in records:
         present = 0
         for inode, file in files.items():
-            if file.pids & families[record.pid]:
+            if inode in record.inodes or file.pids & families[record.pid]:
                 present += file.present
                 others.pop(inode, None)
         total += with_page_tables(max(0, record.size - max(record.touched, present))) + record.overhead
     return total + sum(with_page_tables(file.mapped - file.present) for file in others.values())
-
-
-def _family(pid: int) -> set[int]:
-    """Return a supervisor and its children: QEMU, and the process that prefaults, map the RAM."""
-    return {pid, *procfs.children(pid)}
 
 
 def _read(folder: Path) -> _Record | None:
@@ -140,7 +145,7 @@ async def _lock(folder: Path) -> AsyncIterator[None]:
                     f"another launch has held the lock on {folder} for {_LOCK_TIMEOUT_S:g} s",
                     "end or continue that process",
                 )
-            await asyncio.sleep(0.005)  # flock(2) would wait, but has no deadline
+            await asyncio.sleep(0.02)  # flock(2) would wait, but has no deadline
         yield
     finally:
         os.close(descriptor)

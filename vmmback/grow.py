@@ -94,6 +94,7 @@ async def _promised(guest: Guest, size: int) -> AsyncIterator[None]:
     finally:
         if guest.target.size == had:
             guest.promise.withdraw(size)
+        guest.promise.settle(memory.inode for memory in guest.ram)
 
 
 async def _plug(guest: Guest, memory: ram.Ram) -> None:

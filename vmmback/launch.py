@@ -151,7 +151,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
             daemon.settle()
         proof = await qmp_proof.observe(target_of(qemu, memories, daemons), qemu_monitor.hmp)
         confirm(memories, proof)
-    promise.settle()
+    promise.settle(memory.inode for memory in memories)
     policy = Policy(config.qmp.allow)
     policy.deny("cont", "the guest was not started yet")
     return Guest(
