@@ -236,6 +236,11 @@ class MemoryGroup:
         """Return how many bytes it holds, the cache of its files among them."""
         return int((self.folder / ("memory.usage_in_bytes" if self._v1 else "memory.current")).read_text())
 
+    def secret(self) -> int:
+        """Return how many bytes of secret memory it pays for: nothing else of a test's cannot be evicted."""
+        lines = (line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
+        return int(dict(lines)["unevictable"])
+
     def command(self, argv: Sequence[str | Path]) -> list[str]:
         """Return the command that runs `argv` in it."""
         enter = 'echo $$ >"$0"/cgroup.procs && exec "$@"'
@@ -257,6 +262,14 @@ class MemoryGroup:
 @pytest.fixture
 def memory_group() -> Iterator[MemoryGroup]:
     capabilities.require(capabilities.MEMORY_GROUP)
+    group = MemoryGroup(capabilities.new_memory_group())
+    yield group
+    group.remove()
+
+
+@pytest.fixture
+def other_group(memory_group: MemoryGroup) -> Iterator[MemoryGroup]:
+    """A second one."""
     group = MemoryGroup(capabilities.new_memory_group())
     yield group
     group.remove()
@@ -368,8 +381,9 @@ def guest_file(
     ready: str | None = "READY",
     memory: str = "",
     isolation: str = "",
+    process: str = "",
 ) -> Path:
-    """Write the guest file of a tiny guest with a name that no other test has; `memory` and `isolation` add lines."""
+    """Write the guest file of a tiny guest with a name that no other test has; tables that are given add lines."""
     name = f"tiny-{secrets.token_hex(4)}"
     (folder / f"{name}.rom").write_bytes(rom or tiny_rom())
     path = folder / f"{name}.toml"
@@ -379,7 +393,9 @@ def guest_file(
         f'[machine]\naccel = "tcg"\n'
         f'[boot]\nfirmware = "{name}.rom"\n'
         f'[console]\nlog = "{name}.serial.log"\n'
-        f"[isolation]\n{isolation}\n" + (f'ready = "{ready}"\n' if ready else "")
+        + (f"[process]\n{process}\n" if process else "")
+        + f"[isolation]\n{isolation}\n"
+        + (f'ready = "{ready}"\n' if ready else "")
     )
     return path
 

@@ -644,6 +644,18 @@ WRONG: list[tuple[str, str]] = [
         f'{MINIMAL}[process]\nuser = "a b"\n',
         'guest.toml:9: process.user: "a b" is not the name of an account',
     ),
+    *(
+        (
+            f'{MINIMAL}[process]\ncgroup = "{path}"\n',
+            f'guest.toml:9: process.cgroup: "{path}" is not absolute, or no plain path; '
+            'write the path of a memory cgroup as /proc/PID/cgroup shows it, like "/machine/demo"',
+        )
+        for path in ("", "/", "machine/demo", "/machine/", "/machine/../demo", "/./demo", "/..", "/a b", "/a//b")
+    ),
+    (
+        f"{MINIMAL}[process]\ncgroup = 7\n",
+        'guest.toml:9: process.cgroup: 7 is an integer; write a string in quotes, like "/machine/demo"',
+    ),
     (
         f'{MINIMAL}[process]\nuser = "daemon"\nuids = "7-9"\n',
         "guest.toml:8: process: has both user and uids; keep one of the two",
@@ -891,7 +903,7 @@ def test_the_schema_has_the_tables_and_keys_of_toml() -> None:
         "qmp": {"allow"},
         "share": {"path", "tag", "read-only", "plaintext"},
         "vsock": {"cid"},
-        "process": {"user", "uids"},
+        "process": {"user", "uids", "cgroup"},
         "nic": {"mode", "plaintext", "bridge", "create", "address", "mac", "mtu", "queues"},
     }
     assert tables[""]["required"] == ["name", "memory"]

@@ -16,7 +16,7 @@ from vmmback.config import GuestConfig
 from vmmback.config.process import DEFAULT_UIDS, Process
 from vmmback.errors import HostUnfit
 from vmmback.linux import capabilities
-from vmmback.process import Plan, planned
+from vmmback.process import Plan, memory_group, planned
 from vmmback.render.html import guest_page
 from vmmback.render.text import process_facts
 from vmmback.report import judge_process
@@ -117,6 +117,18 @@ def test_qemu_sees_the_boot_files_at_places_of_the_jail(tmp_path: Path, monkeypa
         assert plan.config.boot.initrd is None
 
 
+@pytest.mark.parametrize(
+    "path", ["/demo", "/machine.slice/demo.scope", "/a/.b/..c/d..", r"/system.slice/x\x2dy@1.service"]
+)
+def test_a_cgroup_is_named_by_its_path(path: str) -> None:
+    config = GuestConfig.model_validate({**TABLES, "process": {"cgroup": path}})
+    assert config.process.cgroup == path
+
+
+def test_without_a_cgroup_our_own_pays() -> None:
+    assert memory_group(GuestConfig.model_validate(TABLES)) is None
+
+
 def test_every_uid_of_the_range_comes_once() -> None:
     assert sorted(uids._from_anywhere(5, 9)) == [5, 6, 7, 8, 9]
     assert {next(uids._from_anywhere(5, 9)) for _ in range(200)} == {5, 6, 7, 8, 9}
@@ -157,10 +169,19 @@ def test_what_qemu_should_not_have(fields: dict[str, Any], says: str) -> None:
 
 
 def test_what_is_wrong_is_in_the_tables_and_on_the_page() -> None:
-    seen = process(dumpable=True, locks_by="CAP_IPC_LOCK", lacking=("it is dumpable",))
+    seen = process(dumpable=True, locks_by="CAP_IPC_LOCK", cgroup="/machine/demo", lacking=("it is dumpable",))
     report = guest_report(process=seen)
     for text in (rendered(*while_it_runs(report)), guest_page(report)):
-        for word in ("1900000042", "CAP_IPC_LOCK", "not as it should be", "it is dumpable", "namespaces of its own"):
+        for word in (
+            "1900000042",
+            "CAP_IPC_LOCK",
+            "not as it should be",
+            "it is dumpable",
+            "namespaces of its own",
+            "/machine/demo",
+        ):
             assert word in text
+    assert dict(process_facts(seen))["memory cgroup"] == "/machine/demo"
+    assert "memory cgroup" not in dict(process_facts(process()))
     assert dict(process_facts(seen))["locks memory by"] == "CAP_IPC_LOCK (RLIMIT_MEMLOCK: 256 MiB)"
     assert "QEMU's process" not in rendered(*while_it_runs(guest_report(process=None)))

@@ -229,6 +229,11 @@ TRIES: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ('[process]\nuids = "0-9"\n', "process.uids"),
         ('[process]\nuids = "9-65534"\n', "process.uids"),
     ],
+    ("[process]", "`cgroup`", "absolute"): [
+        ('[process]\ncgroup = "demo"\n', "process.cgroup"),
+        ('[process]\ncgroup = "/machine/../demo"\n', "process.cgroup"),
+        ('[process]\ncgroup = "/"\n', "process.cgroup"),
+    ],
     ("[process]", "`uids`", "before"): [
         ('[process]\nuids = "x"\n', "process.uids"),
         ('[process]\nuids = "9-5"\n', "process.uids"),

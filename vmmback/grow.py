@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from vmmback import command, ram
+from vmmback import command, process, ram
 from vmmback.config.values import DIMM_GRAIN_BYTES, shown_size
 from vmmback.errors import AdmissionRefused, CommandRefused, HandoffFailed, QemuFailed, UsageError
 from vmmback.guest import Guest, confirm
@@ -41,12 +41,13 @@ async def grow(guest: Guest, size: int, progress: Progress) -> IsolationReport:
 
     async with guest.growing:
         _check(guest, size)
+        group = process.memory_group(guest.config)
         async with _promised(guest, size):
             started = time.perf_counter()
             memory = ram.allocate(guest.config.memory.backing, size)
             try:
                 if guest.config.memory.prefault:
-                    await memory.prefault(prefaulted)
+                    await memory.prefault(prefaulted, group=group)
                 await _finished(_plug(guest, memory))
             finally:
                 if memory not in guest.ram:

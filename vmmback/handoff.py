@@ -15,16 +15,19 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from vmmback.errors import HandoffFailed, HostUnfit, QemuFailed
 from vmmback.host.qemu import QEMU_ENVIRONMENT as _ENVIRONMENT
 from vmmback.jail import Jail
-from vmmback.linux import arch, procfs, seccomp
+from vmmback.linux import arch, cgroups, procfs, seccomp
 from vmmback.linux.memfd_secret import memfd_secret
 from vmmback.runtime import last_words
+
+T = TypeVar("T")
 
 _PATH_MAX = 4096  # with the NUL; limits.h
 
@@ -43,13 +46,21 @@ class Qemu:
     """A running QEMU and the handoff to it. Made by `start`."""
 
     def __init__(
-        self, argv: Sequence[str], offers: Mapping[Path, int], log: Path, *, secret_memfds: bool, jail: Jail | None
+        self,
+        argv: Sequence[str],
+        offers: Mapping[Path, int],
+        log: Path,
+        *,
+        secret_memfds: bool,
+        jail: Jail | None,
+        group: Path | None,
     ) -> None:
         self.argv = list(argv)
         self.log = log
         self.pid = 0
         self._secret_memfds = secret_memfds
         self._jail = jail
+        self._group = group
         self._auxiliary: set[int] = set()
         self._offers: dict[bytes, int] = {}
         self._folders: set[bytes] = set()
@@ -141,7 +152,7 @@ class Qemu:
         """
         try:
             self._listener = seccomp.install_listener(memfds=self._secret_memfds)
-            with self.log.open("xb") as log:
+            with self.log.open("xb") as log, cgroups.entrance(self._group) as put_into_group:
                 command = ["setpriv", "--pdeathsig", "KILL", "--", *self.argv]
                 if self._jail:
                     self._jail.give(descriptors)
@@ -156,6 +167,7 @@ class Qemu:
                     env=_ENVIRONMENT,
                     start_new_session=True,
                 )
+                _or_end(process, lambda: put_into_group(process.pid))  # nothing is handed over before
             self._pidfd = pidfd_of(process)
         except Exception as error:  # noqa: BLE001 (handed to the task that waits for it)
             loop.call_soon_threadsafe(self._started.set_exception, error)
@@ -281,9 +293,14 @@ class Qemu:
 
 def pidfd_of(process: subprocess.Popen[bytes]) -> int:
     """Return a pidfd of a child of ours. Raises OSError, without descriptors left, say: the child has ended then."""
+    return _or_end(process, lambda: os.pidfd_open(process.pid))
+
+
+def _or_end(process: subprocess.Popen[bytes], function: Callable[[], T]) -> T:
+    """Return what the function does, which needs a child of ours; what it raises comes after the child's end."""
     try:
-        return os.pidfd_open(process.pid)
-    except OSError:
+        return function()
+    except BaseException:
         process.kill()
         process.wait()
         raise
@@ -309,15 +326,17 @@ async def start(
     *,
     secret_memfds: bool = False,
     jail: Jail | None = None,
+    group: Path | None = None,
 ) -> AsyncIterator[Qemu]:
     """Start QEMU with `descriptors` inherited, its output in `log`; kill it on exit if it still runs.
 
     Each path of `offers` is answered once, with a copy of its descriptor, to this QEMU alone; any other path in the
     same folder is denied, and all else is left to the kernel. With `secret_memfds` each memfd that it makes is one of
-    memfd_secret(2), of which no copy stays here. Without a jail, QEMU has all rights of this process. Raises OSError
-    when it cannot be started, HostUnfit without setpriv, or where there can be no such jail.
+    memfd_secret(2), of which no copy stays here. Without a jail, QEMU has all rights of this process. `group` is the
+    folder of the memory cgroup that pays for what QEMU touches, None for this process's own. Raises OSError when it
+    cannot be started, HostUnfit without setpriv, or where there can be no such jail, or QEMU may not be in that group.
     """
-    qemu = Qemu(argv, offers, log, secret_memfds=secret_memfds, jail=jail)
+    qemu = Qemu(argv, offers, log, secret_memfds=secret_memfds, jail=jail, group=group)
     try:
         try:
             await qemu._start(descriptors)

@@ -92,6 +92,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     timings: dict[str, float] = {}
     qemu_binary = find_qemu()
     accel = await in_thread(lambda: choose_accel(config.machine.accel))
+    group = process.memory_group(config)
     promise = await admission.admit(folder, config.memory.size, config.memory.backing)
     plan = stack.enter_context(process.planned(config))
     inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
@@ -114,7 +115,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     ):
         if config.memory.prefault:
             with _timed(timings, "prefault"):
-                await guest_ram.prefault(prefaulted)
+                await guest_ram.prefault(prefaulted, group=group)
         secret_aux = await share_aux_ram
 
     started = time.perf_counter()
@@ -135,7 +136,15 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     offers, log = {mem_path: guest_ram.fileno()}, folder / QEMU_LOG
     jail = plan.jail(folder, qemu_binary, accel, secret_aux=secret_aux)
     qemu = await stack.enter_async_context(
-        handoff.start(qemu_command.argv, offers, qemu_command.descriptors, log, secret_memfds=secret_aux, jail=jail)
+        handoff.start(
+            qemu_command.argv,
+            offers,
+            qemu_command.descriptors,
+            log,
+            secret_memfds=secret_aux,
+            jail=jail,
+            group=group,
+        )
     )
     inherited.close()
     try:

@@ -11,6 +11,7 @@ from vmmback import jail, uids
 from vmmback.config import GuestConfig
 from vmmback.errors import HostUnfit
 from vmmback.host.qemu import AUX_RAM_BYTES
+from vmmback.linux import cgroups
 
 _BOOT_FILES = ("kernel", "initrd", "firmware")
 
@@ -65,3 +66,15 @@ def planned(config: GuestConfig) -> Iterator[Plan]:
         places = {key: Path("/boot", key) for key in files}
         seen = config.model_copy(update={"boot": config.boot.model_copy(update=places)})
         yield Plan(ids, seen, {places[key]: file for key, file in files.items()})
+
+
+def memory_group(config: GuestConfig) -> Path | None:
+    """Return the folder of the memory cgroup that is to pay for the guest, None for this process's own.
+
+    Raises HostUnfit where there is none, or this process may put no other into it.
+    """
+    if config.process.cgroup is None:
+        return None
+    folder = cgroups.named(config.process.cgroup).folder
+    with cgroups.entrance(folder):
+        return folder

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Literal, Self
 
 from vmmback.errors import AdmissionRefused, HostUnfit
-from vmmback.linux import arch, kernel_image, memlock, prefault_worker
+from vmmback.linux import arch, cgroups, kernel_image, memlock, prefault_worker
 from vmmback.linux.memfd_secret import memfd_secret
 
 _RETRIES = 3
@@ -77,24 +78,28 @@ class Ram(ABC):
     ) -> None:
         self.close()
 
-    async def prefault(self, progress: Callable[[int], None], threads: int | None = None) -> None:
+    async def prefault(
+        self, progress: Callable[[int], None], threads: int | None = None, group: Path | None = None
+    ) -> None:
         """Make all pages present, a thread for each core this process may use; `progress` gets the bytes done so far.
+
+        The memory cgroup whose folder is `group` pays for them, this process's own without one.
 
         The pages are touched by a process of its own (linux/prefault_worker.py): its page tables go with it, and when
         memory runs out it is that process which fails or is killed. Raises AdmissionRefused then, HostUnfit when the
-        mapping is refused. Cancelling it ends the process.
+        mapping is refused, or it may not join the group. Cancelling it ends the process.
 
         Where the kernel gave frames that it can read elsewhere (linux/kernel_image.py), it starts again with a new
         file, having set such frames aside: up to three times, for more can become free meanwhile. Probes tell what is
         left of them.
         """
         image = self._shunned()
-        frames = await self._touch(progress, threads)
+        frames = await self._touch(progress, threads, group)
         for _ in range(_RETRIES):
             if image is None or not kernel_image.frames_in(image, frames):
                 break
             self._renew()
-            frames = await self._touch(progress, threads, image)
+            frames = await self._touch(progress, threads, group, image)
         self.frames = frames
 
     def _shunned(self) -> kernel_image.ImageRange | None:
@@ -112,16 +117,21 @@ class Ram(ABC):
         self.inode = os.fstat(self._descriptor).st_ino
 
     async def _touch(
-        self, progress: Callable[[int], None], threads: int | None, shunned: kernel_image.ImageRange | None = None
+        self,
+        progress: Callable[[int], None],
+        threads: int | None,
+        group: Path | None,
+        shunned: kernel_image.ImageRange | None = None,
     ) -> array[int]:
         set_aside = []
         if shunned is not None:
             frames = shunned.start // mmap.PAGESIZE, shunned.end // mmap.PAGESIZE
             set_aside = [str(number) for number in (arch.current().memfd_secret, *frames)]
+        procs = str(group / cgroups.PROCS) if group else ""
         threads = threads or len(os.sched_getaffinity(0))
         worker = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", prefault_worker.__file__,
-            str(self._descriptor), str(self.size), str(threads), *set_aside,
+            str(self._descriptor), str(self.size), str(threads), procs, *set_aside,
             pass_fds=[self._descriptor],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C on the terminal is for the supervisor to handle
@@ -145,16 +155,21 @@ class Ram(ABC):
             await worker.wait()
             raise
         if status != 0:
-            raise self._prefault_error(status, complaint.decode(errors="replace"), done)
+            raise self._prefault_error(status, complaint.decode(errors="replace"), done, group)
         if len(entries) != self.size // mmap.PAGESIZE * 8:
             raise HostUnfit(f"the prefault of {self.backing} RAM did not tell where all of its pages are")
         return array("Q", entries)
 
-    def _prefault_error(self, status: int, complaint: str, done: int) -> AdmissionRefused | HostUnfit:
+    def _prefault_error(
+        self, status: int, complaint: str, done: int, group: Path | None
+    ) -> AdmissionRefused | HostUnfit:
+        if group and status == prefault_worker.NOT_JOINED:
+            return cgroups.not_joined(group, OSError(int(complaint), os.strerror(int(complaint))))
         progress = f"after {done >> 20} of {self.size >> 20} MiB"
         if status == -signal.SIGKILL or status == prefault_worker.EXHAUSTED:
             cause = "the OOM killer ended the prefault" if status < 0 else "the kernel had no page left"
-            hint = "choose a smaller [memory] size, free memory on the host, or raise the memory limit of this cgroup"
+            limited = f"the cgroup {group}" if group else "this cgroup"
+            hint = f"choose a smaller [memory] size, free memory on the host, or raise the memory limit of {limited}"
             if status > 0 and self.backing == "secret" and memlock.falls_short(self.size):
                 hint += f"; some kernels hold RLIMIT_MEMLOCK against root too: {memlock.remedy(self.size)}"
             return AdmissionRefused(

@@ -156,8 +156,8 @@ class Process(_Model):
     """QEMU as the kernel shows it: its ids, what it may do, and which namespaces it does not share with its supervisor.
 
     `capabilities` are those in effect or permitted. `dumpable` is None where it cannot be told. `memlock` and `core`
-    are limits in bytes, None for no limit; `locks_by` is what lets it lock its secret RAM. `lacking` is what differs
-    from what a QEMU should be.
+    are limits in bytes, None for no limit; `locks_by` is what lets it lock its secret RAM. `cgroup` is its memory
+    cgroup, "" where that is its supervisor's. `lacking` is what differs from what a QEMU should be.
     """
 
     uid: int
@@ -172,6 +172,7 @@ class Process(_Model):
     core: int | None
     locks_by: Literal["limit", "CAP_IPC_LOCK"]
     own_namespaces: tuple[str, ...]
+    cgroup: str = ""
     lacking: tuple[str, ...] = ()
 
 

@@ -104,7 +104,7 @@ class GuestConfig(Table):
     vsock: Vsock | None = Field(
         default=None, description="Sockets between the guest and the host, without a network.", examples=[{"cid": 3}]
     )
-    process: Process = Field(default_factory=Process, description="As whom QEMU runs.")
+    process: Process = Field(default_factory=Process, description="As whom QEMU runs, and whose memory it uses.")
 
     @model_validator(mode="wrap")
     @classmethod

@@ -1,4 +1,4 @@
-"""[process]: as whom QEMU runs."""
+"""[process]: as whom QEMU runs, and which memory cgroup pays."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pwd
 import re
 from typing import Annotated, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from vmmback.config.tables import Table
 from vmmback.toml_errors import quote, wrong_type
@@ -17,6 +17,7 @@ DEFAULT_UIDS = (1_900_000_000, 1_900_065_535)
 _HIGHEST_UID = (1 << 32) - 2  # -1 means "leave as it is" to setresuid(2)
 _NOBODY = (65534, 65535)  # the overflow uid, and -1 in 16 bits
 _UIDS_PATTERN = "([0-9]{1,10})-([0-9]{1,10})"
+_CGROUP_PATTERN = r"(/(?!\.\.?(/|$))[!-.0-~]+)+"  # names of printable ASCII without space
 _USER_PATTERN = "[a-z_][a-z0-9_-]{0,31}"  # useradd(8)
 
 
@@ -60,8 +61,15 @@ def _user(value: object, info: ValidationInfo) -> str | None:
     return value
 
 
+def _cgroup(path: str | None) -> str | None:
+    if path is not None and not re.fullmatch(_CGROUP_PATTERN, path):
+        wanted = 'write the path of a memory cgroup as /proc/PID/cgroup shows it, like "/machine/demo"'
+        raise ValueError(f"{quote(path)} is not absolute, or no plain path; {wanted}")
+    return path
+
+
 class Process(Table):
-    """As whom QEMU runs, when root launches a guest: a uid is never shared by two live guests."""
+    """As whom QEMU runs, when root launches a guest (a uid is never shared by two live guests), and who pays for it."""
 
     model_config = ConfigDict(json_schema_extra={"not": {"required": ["user", "uids"]}})
 
@@ -81,6 +89,17 @@ class Process(Table):
         description="The range of uids of which QEMU gets one, with the gid of the same number. No accounts needed.",
         examples=["1900000000-1900065535"],
         json_schema_extra={"default": f"{DEFAULT_UIDS[0]}-{DEFAULT_UIDS[1]}"},
+    )
+
+    cgroup: Annotated[
+        str | None,
+        AfterValidator(_cgroup),
+        WithJsonSchema({"type": "string", "pattern": f"^{_CGROUP_PATTERN}$"}),
+    ] = Field(
+        default=None,
+        description="The memory cgroup that pays for the guest's RAM and for QEMU: the path of one that there is, as "
+        "/proc/PID/cgroup shows it. Without it, vmmback's own pays.",
+        examples=["/machine/demo"],
     )
 
     @model_validator(mode="after")

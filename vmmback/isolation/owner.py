@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vmmback.linux import capabilities, procfs
+from vmmback.linux import capabilities, cgroups, procfs
 from vmmback.report import Process, judge_process
 
 # A process id namespace of its own it has not by design, nor a user or time namespace: docs/PROCESS.md.
@@ -20,6 +20,7 @@ def observe(pid: int) -> Process:
     sets = {name: capabilities.names(int(status[f"Cap{key}"], 16)) for name, key in _SETS.items()}
     limits = _limits(pid)
     uid, gid = (int(status[name].split()[1]) for name in ("Uid", "Gid"))
+    group = cgroups.path_of(pid)
     has_lock = capabilities.IPC_LOCK in sets["effective"]
     process = Process(
         uid=uid,
@@ -34,6 +35,7 @@ def observe(pid: int) -> Process:
         core=limits["core"],
         locks_by="CAP_IPC_LOCK" if has_lock else "limit",
         own_namespaces=tuple(kind for kind in _NAMESPACES if _namespace(pid, kind) != _namespace(os.getpid(), kind)),
+        cgroup="" if group == cgroups.path_of("self") else group,
     )
     return process.model_copy(update={"lacking": judge_process(process, os.geteuid(), _NAMESPACES)})
 

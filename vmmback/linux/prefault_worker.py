@@ -1,11 +1,13 @@
 """Touches every page of a descriptor's memory, in a process of its own that the OOM killer takes first.
 
-Run as `python -I -S prefault_worker.py DESCRIPTOR SIZE THREADS [CALL FIRST END]`: size in bytes, standard library only,
-few imports. With the number of memfd_secret(2) and a range of frames, it first takes those of them that are free, and
-keeps them while it lives, so that none of them is given to DESCRIPTOR.
+Run as `python -I -S prefault_worker.py DESCRIPTOR SIZE THREADS PROCS [CALL FIRST END]`: size in bytes, standard library
+only, few imports. PROCS is the cgroup.procs of the group that is to pay for the pages, or empty: whoever touches a page
+first does, so it joins before. With the number of memfd_secret(2) and a range of frames, it first takes those of them
+that are free, and keeps them while it lives, so that none of them is given to DESCRIPTOR; its own group pays for these.
 It writes a dot to standard output for each CHUNK touched, then END and the pagemap entries of all pages, 8 bytes each:
 this process is the only one whose page tables have them all, QEMU's fill as the guest touches its RAM. Exit code 0: all
-is present. 3: the kernel refused the mapping, 4: it had no page to give; standard error then holds the errno.
+is present. 3: the kernel refused the mapping, 4: it had no page to give, 5: it may not join the group; standard error
+then holds the errno.
 
 Why a process: while its pages are mapped they count as this process's memory, which makes it the one that the OOM
 killer chooses; with its end the page tables are gone too, while the pages stay with the descriptor.
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 CHUNK = 2 << 20
 END = b"\n"
-REFUSED, EXHAUSTED = 3, 4
+REFUSED, EXHAUSTED, NOT_JOINED = 3, 4, 5
 
 _PIECE = 256 << 10
 _IN_VAIN = 32 << 20  # bytes taken without one of the frames, after which it is asked whether any is free
@@ -37,7 +39,9 @@ _BUDDY = 1 << 10  # a free frame (Documentation/admin-guide/mm/pagemap.rst)
 
 def main() -> None:
     """Map, touch and report."""
-    descriptor, size, threads, *set_aside = (int(argument) for argument in sys.argv[1:])
+    descriptor, size, threads = (int(argument) for argument in sys.argv[1:4])
+    group, *rest = sys.argv[4:]
+    set_aside = [int(argument) for argument in rest]
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     try:
@@ -46,6 +50,7 @@ def main() -> None:
         _give_up(REFUSED, error)
     zero = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
     held = _set_aside(size, zero, *set_aside) if set_aside else []
+    _join(group)
     chunks = iter(range(0, size, CHUNK))  # next() on it is atomic: the threads share the work without a lock
 
     def touch(finished: _thread.LockType) -> None:
@@ -71,6 +76,17 @@ def main() -> None:
     _report_frames(descriptor, size)
     for unwanted in held:
         unwanted.close()
+
+
+def _join(group: str) -> None:
+    if not group:
+        return
+    try:
+        procs = os.open(group, os.O_WRONLY | os.O_CLOEXEC)
+        os.write(procs, b"0")  # this process, with all its threads
+        os.close(procs)
+    except OSError as error:
+        _give_up(NOT_JOINED, error)
 
 
 def _set_aside(size: int, zero: int, call: int, first: int, end: int) -> list[mmap.mmap]:

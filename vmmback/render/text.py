@@ -63,6 +63,7 @@ def process_facts(process: Process) -> list[tuple[str, str]]:
         ("locks memory by", f"{process.locks_by} (RLIMIT_MEMLOCK: {limit})"),
         ("namespaces of its own", ", ".join(process.own_namespaces) or "none"),
     ]
+    facts += [("memory cgroup", process.cgroup)] if process.cgroup else []
     return facts + [("not as it should be", what) for what in process.lacking]
 
 
