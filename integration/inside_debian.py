@@ -6,18 +6,24 @@ import asyncio
 import mmap
 import os
 import resource
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
 from vmmback import ram
+from vmmback.errors import VmmbackError
 from vmmback.isolation import access
 from vmmback.isolation.direct_map import DirectMapProbe
 from vmmback.isolation.probe import Target
 from vmmback.isolation.specimen import Specimen, specimen
-from vmmback.linux import kcore, kernel_image, procfs
+from vmmback.linux import cgroups, kcore, kernel_image, namespaces, procfs
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.memfd_secret import memfd_secret
 from vmmback.linux.procfs import PAGE_SIZE
@@ -25,6 +31,7 @@ from vmmback.report import Observation
 
 KINDS: tuple[Literal["secret", "ordinary"], ...] = ("secret", "ordinary")
 BYTES = 64 << 20
+PAID_BYTES = 16 << 20
 WITNESSED = 64
 PFN_MASK = (1 << 55) - 1
 
@@ -38,6 +45,7 @@ def main() -> dict[str, Any]:
         "beyond the limit": _touched(2 * limit),
         **_prefaulted(),
         **{kind: _look(kind) for kind in KINDS},
+        "cgroups": _charged(),
     }
 
 
@@ -53,6 +61,64 @@ def _prefaulted() -> dict[str, Any]:
             counts[name] = len(kernel_image.frames_in(image, memory.frames))
             counts[f"{name}, seconds"] = round(time.perf_counter() - started, 1)
     return counts
+
+
+def _charged() -> dict[str, Any]:
+    """Return what the groups of version 2 tell of prefaults, with this process in one and the guest's in another."""
+    top = Path("/sys/fs/cgroup")
+    namespaces.mount_new("cgroup2", top, 0, "nsdelegate")
+    (top / "cgroup.subtree_control").write_text("+memory")
+    ours, machine, guest = top / "ours", top / "machine", top / "machine/guest"
+    for folder in (ours, machine, guest):
+        folder.mkdir()
+    told: dict[str, Any] = {"without the controller": _refusal(lambda: cgroups.named("/machine/guest"))}
+    (machine / "cgroup.subtree_control").write_text("+memory")
+    told["no limit"] = cgroups.room("/machine/guest")
+    (machine / "memory.max").write_text(str(3 * PAID_BYTES))
+    (guest / "memory.max").write_text(str(4 * PAID_BYTES))
+    with cgroups.entrance(ours) as put:
+        put(os.getpid())
+    told["path of ours"] = cgroups.path_of("self")
+    told["path from behind a wall"] = _put_from_another_namespace(guest)
+    told["group"] = {**asdict(cgroups.named("/machine/guest")), "folder": None}
+    told["with children"] = _refusal(lambda: _secret_of(machine, ours, guest))
+    for name, group in (("its own", None), ("the guest's", guest)):
+        told[name] = _secret_of(group, ours, guest)
+    (guest / "memory.max").write_text(str(PAID_BYTES // 2))
+    told["too large"] = _refusal(lambda: _secret_of(guest, ours, guest))
+    return told
+
+
+def _put_from_another_namespace(group: Path) -> str:
+    """Put a process into a group as the thread does that starts QEMU: opened before its namespaces, written behind."""
+
+    def put_it(pid: int) -> None:
+        with cgroups.entrance(group) as put:
+            namespaces.unshare(namespaces.NEWCGROUP)
+            put(pid)
+
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE) as process:
+        thread = threading.Thread(target=put_it, args=(process.pid,))
+        thread.start()
+        thread.join()
+        path = cgroups.path_of(process.pid)
+        process.kill()
+    return path
+
+
+def _secret_of(group: Path | None, *payers: Path) -> list[int]:
+    """Return for how much of a RAM that was prefaulted in `group` each payer pays; bytes that cannot be evicted."""
+    with mock.patch.object(ram, "_RETRIES", 0), ram.SecretRam(PAID_BYTES) as memory:
+        asyncio.run(memory.prefault(lambda _: None, group=group))
+        return [int((payer / "memory.stat").read_text().split("\nunevictable ")[1].split()[0]) for payer in payers]
+
+
+def _refusal(function: Callable[[], object]) -> str | None:
+    try:
+        function()
+    except VmmbackError as error:
+        return f"{error.exit_code} {error.message}"
+    return None
 
 
 def _touched(size: int) -> int:

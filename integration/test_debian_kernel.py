@@ -1,6 +1,7 @@
 """The probes inside a machine with Debian 12's kernel, 6.1, which differs in what matters from later ones:
 
 it sets no `lo` on secret mappings, and the frames that it gives away first are those of its own image, which it freed.
+And cgroups of version 2 with the memory controller, which a machine that has it in version 1 cannot have.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from integration.debian_kernel import run_inside
 from vmmback.report import Verdict
 
 ALL = inside_debian.BYTES // 4096
+PAID = inside_debian.PAID_BYTES
+# Pages wait for their list in batches of each processor's (mm/swap.c, folio_batch), and are not counted meanwhile.
+BATCHES = 1 << 20
 
 # Where the kernel lies is drawn at each boot, and in some draws other frames are given away first.
 BOOTS = 3
@@ -75,3 +79,31 @@ def test_ordinary_memory_is_readable_by_both(said: Any) -> None:
     assert ordinary["direct-map"]["detail"] == f"{ALL} of {ALL} present pages readable"
     assert ordinary["vma-flags"]["target"] == Verdict.READABLE
     assert ordinary["vma-flags"]["detail"].endswith(f"{ALL} of {ALL} frames can be swapped out")
+
+
+def test_a_group_of_version_2_is_found_with_the_least_room_of_all_above(said: Any) -> None:
+    told = said["cgroups"]
+    assert told["without the controller"].startswith("3 process.cgroup: /machine/guest counts no memory of its own: ")
+    assert told["no limit"] is None
+    assert told["path of ours"] == "/ours"
+    assert told["path from behind a wall"] == "/machine/guest"
+    group = told["group"]
+    assert (group["path"], group["version"], group["high"]) == ("/machine/guest", 2, None)
+    assert (group["limit"], group["usage"]) == (4 * PAID, 0)
+    assert 3 * PAID - BATCHES <= group["room"] <= 3 * PAID
+
+
+def test_a_group_of_version_2_pays_for_the_prefault_of_its_guest(said: Any) -> None:
+    """And as the twin, without a group it is the supervisor's own that pays."""
+    told = said["cgroups"]
+    by_us, by_the_guest = told["its own"]
+    assert (by_us >= PAID - BATCHES, by_the_guest) == (True, 0)
+    by_us, by_the_guest = told["the guest's"]
+    assert (by_us, by_the_guest >= PAID - BATCHES) == (0, True)
+
+
+def test_a_group_of_version_2_that_cannot_take_it_refuses(said: Any) -> None:
+    told = said["cgroups"]
+    assert told["too large"].startswith("4 the host ran out of memory while secret RAM was prefaulted: the OOM killer ")
+    assert told["with children"].endswith("/machine/cgroup.procs: Device or resource busy")
+    assert told["with children"].startswith("3 process.cgroup: no process can be put into it: ")
