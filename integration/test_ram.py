@@ -280,13 +280,16 @@ def test_the_same_guest_in_a_larger_cgroup(start: Start, memory_group: MemoryGro
 
 
 @pytest.mark.usefixtures("needs_qemu")
-def test_out_of_memory_launch_is_exit_code_4(start: Start, memory_group: MemoryGroup, tmp_path: Path) -> None:
+def test_a_launch_that_is_too_large_for_its_own_cgroup_is_exit_code_4(
+    start: Start, memory_group: MemoryGroup, tmp_path: Path
+) -> None:
     memory_group.limit(128 * MIB)
     file = guest_file(tmp_path, size="256MiB")
     ended = start(*memory_group.command([sys.executable, "-m", "vmmback", "launch", file, "--json"])).ended()
     assert (ended.code, ended.stdout) == (4, "")
     assert ended.has_one_error()
-    assert "the host ran out of memory while secret RAM was prefaulted" in ended.stderr
+    assert "256 MiB of secret RAM do not fit" in ended.stderr
+    assert "Their memory cgroup has room for" in ended.stderr
 
 
 def test_a_supervisor_that_is_killed_takes_the_worker_and_the_memory_with_it(
