@@ -24,7 +24,7 @@ class ReportFiles:
         self._html, self._junit = html, junit
         for option, path in (("--html", html), ("--junit", junit)):
             if path:
-                _check(option, path)
+                check_place(option, path)
         if html and html == junit:
             raise UsageError(f"--html and --junit both name {html}", "name two files")
 
@@ -63,7 +63,7 @@ def _xml(report: IsolationReport | SelftestReport) -> str:
     return selftest_xml(report) if isinstance(report, SelftestReport) else guest_xml(report)
 
 
-def _check(option: str, path: Path) -> None:
+def check_place(option: str, path: Path) -> None:
     """Raise UsageError where no file can be made; what is there stays as it is until the report is whole."""
     try:
         if path.is_dir():
@@ -90,8 +90,11 @@ def _draft(path: Path) -> Path:
 def _write(
     path: Path, made_of: Callable[[IsolationReport | SelftestReport], str], report: IsolationReport | SelftestReport
 ) -> None:
-    """Write what is made of the report, whole or not at all."""
-    text = made_of(report)
+    write_whole(path, made_of(report))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises UsageError."""
     draft = _draft(path)
     try:
         draft.write_text(text)

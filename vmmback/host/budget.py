@@ -22,9 +22,11 @@ _SPARE_SHARE = 50
 _SPARE_BYTES = 64 << 20
 
 # What a guest takes besides its RAM: page tables of QEMU and of the process that touches it first, 8 bytes for each
-# page; the kernel's side of its processes, and the other RAM blocks where they are secret.
+# page.
 _PAGE_TABLES_SHARE = 256
-_KERNEL_SIDE_BYTES = 8 << 20
+
+KERNEL_SIDE_BYTES = 8 << 20
+"""The kernel's side of a guest's processes, and its other RAM blocks where they are secret."""
 
 PROCESSES_BYTES = 96 << 20
 """User memory of a guest's processes. It is movable, so kernel zones give it only where no movable memory is left."""
@@ -59,7 +61,7 @@ class NodeBudget:
             number=node.number,
             free=sum(zone.free - zone.free_cma for zone in kernel),
             reclaimable=sum(map(_cache, kernel)) + node.slab_reclaimable // 2,
-            held=sum(_held(zone, node.protected_for) for zone in kernel),
+            held=sum(held(zone, node.protected_for) for zone in kernel),
             reserve=_reserve(node),
             movable=sum(zone.free_cma for zone in kernel)
             + sum(max(0, zone.free - zone.high) + _cache(zone) for zone in node.zones if not zone.for_kernel),
@@ -92,13 +94,13 @@ class Budget:
     @cached_property
     def overhead(self) -> int:
         """What a guest takes of the kernel zones whatever its size: its processes' memory where none is movable."""
-        return _KERNEL_SIDE_BYTES + max(0, PROCESSES_BYTES - self.movable)
+        return KERNEL_SIDE_BYTES + max(0, PROCESSES_BYTES - self.movable)
 
     def largest_guest(self, backing: Backing = "secret") -> int:
         """Return the size in bytes of the largest guest that fits now, in whole MiB."""
         room = self.available(backing)
         if self.group_room is not None:
-            room = min(room, self.group_room - PROCESSES_BYTES - _KERNEL_SIDE_BYTES)
+            room = min(room, self.group_room - PROCESSES_BYTES - KERNEL_SIDE_BYTES)
         return max(0, room * _PAGE_TABLES_SHARE // (_PAGE_TABLES_SHARE + 1)) >> 20 << 20
 
     def admit(self, size: int, backing: Backing = "secret") -> None:
@@ -134,7 +136,7 @@ def with_page_tables(size: int) -> int:
     return size + -(-size // _PAGE_TABLES_SHARE)
 
 
-def _held(zone: Zone, protected_for: int) -> int:
+def held(zone: Zone, protected_for: int) -> int:
     """Return what of a zone's free memory secret pages cannot get (mm/page_alloc.c, __zone_watermark_ok)."""
     protection = zone.protection[protected_for] if protected_for < len(zone.protection) else 0
     return min(zone.free - zone.free_cma, zone.high + protection)
