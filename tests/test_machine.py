@@ -168,3 +168,11 @@ def test_sizes_are_written_as_the_kernel_reads_them(size: int, text: str) -> Non
     assert machines.boot_size(size) == text
     assert str(Core(movable=True, size=size)) == f"movablecore={text}"
     assert str(Core(movable=False, percent=25)) == "kernelcore=25%"
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_host_s_own_ram_is_what_is_built_in_and_planned_as_less(name: str) -> None:
+    machine = machines.of_this_host(SNAPSHOTS / name)
+    assert (machine.ram, machine.nodes) == (MACHINES[name].ram, MACHINES[name].nodes)
+    known = sum(zone.present for node in zones.nodes(SNAPSHOTS / name) for zone in node.zones)
+    assert machine.ram - machines.idle(machine)[0].taken.firmware <= known

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vmmback.host import machine as machines
 from vmmback.host import plan
-from vmmback.host.budget import KERNEL_SIDE_BYTES, PROCESSES_BYTES, Budget, with_page_tables
+from vmmback.host.budget import KERNEL_SIDE_BYTES, PROCESSES_BYTES, Budget, held, with_page_tables
 from vmmback.host.machine import Core, Machine
 from vmmback.host.memory import HostMemory
 from vmmback.host.plan import Guests
@@ -36,24 +36,25 @@ mixes = st.lists(st.tuples(st.integers(1, 12), st.floats(0.01, 0.9)), min_size=1
 
 def boot(machine: Machine, chance: Random) -> Host:
     """Return such a machine once it is up: it lies anywhere, and its kernel took no more than the plan assumes."""
-    usable = machine.ram - int(chance.random() * min(machine.ram // 64, GIB)) // 4096 * 4096
-    low = min(usable, chance.choice([chance.randrange(GIB, 4 * GIB, 4096), 4 * GIB]))
+    worst = chance.random() < 0.5  # all of it, wherever it is taken of
+    usable = machine.ram - int((worst or chance.random()) * min(machine.ram // 64, GIB)) // 4096 * 4096
+    low = min(usable, chance.choice(range(GIB, 4 * GIB + 1, GIB // 2 if worst else 4096)))
     bounds = [usable * number // machine.nodes // 4096 * 4096 for number in range(machine.nodes + 1)]
     spans = list(pairwise(bounds))
     starts = machines._movable_starts(spans, low, machine.core.kernel(usable) if machine.core else 0)
     cut = [machines._zones(*span, start, low) for span, start in zip(spans, starts, strict=True)]
-    part = chance.choice([0.0, chance.random(), 1.0])
+    part = worst or chance.random()
     nodes = [lowered(node, part) for node in machines._with_watermarks(cut)]
-    host = Host(nodes, chance)
+    host = Host(nodes, chance, worst)
     for number, node in enumerate(nodes):
         size = node.managed // 64
         if node.zones and not node.zones[-1].for_kernel:
             size = host.use(size, only=partial(_movable_of, number))
         host.use(size, only=lambda _, zone: zone.for_kernel)
     assumed = 384 * MIB + usable // 512 + usable // 64 + usable // 512
-    host.use(int(assumed * chance.choice([chance.random(), 1.0])), only=lambda _, zone: zone.for_kernel)
-    host.reserve_cma(machine.cma)
     host.read_files()
+    host.use(int(assumed * (worst or chance.random())), only=lambda _, zone: zone.for_kernel)
+    host.reserve_cma(machine.cma)
     return host
 
 
@@ -72,10 +73,14 @@ def lowered(node: Node, part: float) -> Node:
 
 @dataclass
 class Host:
-    """A machine that runs; memory is taken of any zone, and page cache gives way."""
+    """A machine that runs; memory is taken of any zone, and page cache gives way.
+
+    On the worst one all of it is taken where a budget counts it, and page cache up to twice the low watermark stays.
+    """
 
     nodes: list[Node]
     chance: Random
+    worst: bool
     promised: int = 0
 
     @property
@@ -86,11 +91,14 @@ class Host:
         """Take memory of zones in any order; return what there was not."""
         places = [(n, z) for n, node in enumerate(self.nodes) for z, zone in enumerate(node.zones) if only(n, zone)]
         self.chance.shuffle(places)
-        for keep in (True, False):  # a bit of each, then all of it
+        for first in (True, False):  # a bit of each, then all of it
             for n, z in places:
                 zone = self.nodes[n].zones[z]
                 room = zone.free - zone.free_cma + zone.file
-                part = min(size, int(room * self.chance.random()) if keep else room)
+                if first:
+                    counted = zone.free - zone.free_cma - held(zone, self.nodes[n].protected_for)
+                    room = counted if self.worst else int(room * self.chance.random())
+                part = min(size, room)
                 size -= part
                 if page_tables:
                     self.nodes[n] = replace(self.nodes[n], page_tables=self.nodes[n].page_tables + part)
@@ -108,14 +116,17 @@ class Host:
         self.chance.shuffle(places)
         for n, z in places:
             zone = self.nodes[n].zones[z]
-            part = min(size, zone.free)
+            part = min(size, zone.free - held(zone, self.nodes[n].protected_for) * self.worst)
+            if self.worst and not zone.for_kernel:
+                part = 0
             size -= part
             self.put(n, z, replace(zone, cma=part, free_cma=part))
 
     def read_files(self) -> None:
         for n, node in enumerate(self.nodes):
             for z, zone in enumerate(node.zones):
-                file = int(max(0, zone.free - zone.free_cma) * self.chance.choice([0.0, self.chance.random(), 0.99]))
+                some = int(zone.free * self.chance.choice([0.0, self.chance.random(), 0.99]))
+                file = min(zone.free, 2 * zone.low) if self.worst else some
                 self.put(n, z, replace(zone, free=zone.free - file, file=file))
 
     def run_processes(self, size: int) -> None:
@@ -146,7 +157,7 @@ def admit_all(host: Host, sizes: list[int], chance: Random) -> None:
         part = chance.choice([left, chance.randrange(0, left + 1, 4096)])
         host.promised -= with_page_tables(left) - with_page_tables(left - part)
         assert not host.use(part, only=lambda _, zone: zone.for_kernel)
-        assert not host.use(part // 256, only=lambda _, zone: zone.for_kernel, page_tables=chance.random() < 0.5)
+        assert not host.use(part // 256, only=lambda _, zone: zone.for_kernel, page_tables=not host.worst)
         if left - part:
             untouched.append(left - part)
 
@@ -157,8 +168,17 @@ def admit_all(host: Host, sizes: list[int], chance: Random) -> None:
         untouched.append(size)
         while untouched and chance.random() < 0.7:
             touch()
-        assert not host.use(chance.randrange(KERNEL_SIDE_BYTES + 1), only=lambda _, zone: zone.for_kernel)
-        host.run_processes(int(PROCESSES_BYTES * chance.choice([0.0, chance.random(), 1.0, 1.0])))
+        part = host.worst or chance.random()
+        assert not host.use(int(KERNEL_SIDE_BYTES * part), only=lambda _, zone: zone.for_kernel)
+        host.run_processes(int(PROCESSES_BYTES * part))
+
+
+def last_guest(machine: Machine, guests: list[Guests]) -> int:
+    """Return the size of one more guest that fills what is left, to the MiB; 0 for none."""
+    after = [idle.memory for idle in machines.idle(machine)]
+    for some in guests:
+        after = [plan.launch(memory, some) for memory in after]
+    return min(Budget.of(memory).largest_guest() for memory in after)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
@@ -171,6 +191,7 @@ def test_what_a_plan_says_to_fit_is_admitted_by_every_machine_as_good(
     asked = [Guests(count, max(1, int(budget * share / count) >> 20) * MIB) for count, share in mix]
     fitting = [some for some in plan._fitting(machine, asked) if some.count]
     assume(fitting)
+    fitting += [Guests(1, size)] if (size := last_guest(machine, fitting)) else []
     assert plan.fits(machine, fitting)
     sizes = [some.size for some in fitting for _ in range(some.count)]
     chance.shuffle(sizes)

@@ -18,6 +18,7 @@ from vmmback.cli.disk import disk
 from vmmback.cli.files import ReportFiles, report_files
 from vmmback.cli.grow import grow
 from vmmback.cli.guests import ps, status, stop
+from vmmback.cli.host import host
 from vmmback.cli.logs import logs, qmp
 from vmmback.cli.output import as_user_error, exit_code_of, finish, print_error
 from vmmback.cli.screen import Screen
@@ -111,5 +112,5 @@ def schema() -> None:
     click.echo(json.dumps(config.json_schema(), indent=2))
 
 
-for command in (audit, selftest, ps, status, stop, console, logs, qmp, grow, disk, completion):
+for command in (audit, selftest, ps, status, stop, console, logs, qmp, grow, disk, host, completion):
     commands.add_command(command)

@@ -11,7 +11,7 @@ from typing import NoReturn, TextIO
 
 from vmmback.errors import HostUnfit, UsageError, VmmbackError
 
-EXIT_EXPOSED, EXIT_INCONCLUSIVE = 5, 8
+EXIT_REFUSED, EXIT_EXPOSED, EXIT_INCONCLUSIVE = 4, 5, 8
 
 _CHUNK = 1024  # characters: at most 4 bytes each
 

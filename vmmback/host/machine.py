@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import isqrt
+from pathlib import Path
 
 from vmmback.host.budget import held
 from vmmback.host.memory import HostMemory
-from vmmback.linux.procfs import PAGE_SIZE
+from vmmback.linux import zones as zoneinfo
+from vmmback.linux.procfs import PAGE_SIZE, PROC
 from vmmback.linux.zones import Node, Zone
 
 _GIB, _MIB, _KIB = 1 << 30, 1 << 20, 1 << 10
@@ -273,3 +275,14 @@ def _with_cma(memory: HostMemory, size: int) -> HostMemory:
 def kernel_sizes(memory: HostMemory) -> tuple[int, ...]:
     """Return the bytes of each node's kernel zones."""
     return tuple(sum(zone.managed for zone in node.kernel_zones) for node in memory.nodes)
+
+
+def of_this_host(root: Path = PROC) -> Machine:
+    """Return this host's RAM and nodes: what its kernel knows of, and what firmware keeps, to a round size.
+
+    The size is rounded up by less than the plan takes off it for firmware, so it stays a lower bound. Raises OSError.
+    """
+    nodes = zoneinfo.nodes(root)
+    known = sum(zone.present for node in nodes for zone in node.zones)
+    grain = min(1 << max(0, (known // _FIRMWARE_SHARE).bit_length() - 1), _FIRMWARE_MOST)
+    return Machine(-(-known // grain) * grain, len(nodes))
