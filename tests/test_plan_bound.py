@@ -201,7 +201,7 @@ def test_what_a_plan_says_to_fit_is_admitted_by_every_machine_as_good(
     admit_all(boot(machine, chance, worst=worst), sizes, chance)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(machine=plans, mix=mixes)
 def test_the_plan_s_answers_agree_with_each_other(machine: Machine, mix: list[tuple[int, float]]) -> None:
     guests = [Guests(count, max(1, int(machine.ram * share / count / 2) >> 20) * MIB) for count, share in mix]
