@@ -37,11 +37,18 @@ def find_qemu() -> Path:
 def can_share_aux_ram(qemu: Path, machine: str, ram_size: int) -> bool:
     """Tell whether QEMU's RAM blocks beside the `ram_size` bytes of RAM can be secret, too.
 
-    QEMU must be able to put them on memfds (machine property aux-ram-share, since QEMU 10.0), and the limit on locked
-    memory must have room for them. Where not, they are ordinary memory. Call it in a thread that outlives the call:
-    QEMU ends with it. Raises OSError when QEMU cannot be started.
+    QEMU must be able to put them on memfds, and the limit on locked memory must have room for them. Where not, they are
+    ordinary memory. Otherwise as knows_aux_ram_share().
     """
-    if not memlock.allows(ram_size + AUX_RAM_BYTES) or not _may_know(qemu, _AUX_RAM_SHARE):
+    return memlock.allows(ram_size + AUX_RAM_BYTES) and knows_aux_ram_share(qemu, machine)
+
+
+def knows_aux_ram_share(qemu: Path, machine: str) -> bool:
+    """Tell whether this QEMU's machines have the property aux-ram-share, as since QEMU 10.0.
+
+    Call it in a thread that outlives the call: QEMU ends with it. Raises OSError when QEMU cannot be started.
+    """
+    if not _may_know(qemu, _AUX_RAM_SHARE):
         return False
     try:
         answer = subprocess.run(

@@ -1,20 +1,35 @@
-"""Settings of the host that bear on secrets: read, not tried. `risk` of HostSetting (report.py) says how they bear."""
+"""Settings of the host that bear on secrets: read, not tried. `risk` of HostSetting (report.py) says how they bear.
+
+`read` is for those who cannot wait for pydantic, which a report needs.
+"""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from vmmback.isolation.probe import errorcode
-from vmmback.report import HostSetting
+if TYPE_CHECKING:
+    from vmmback.report import HostSetting
 
 ABSENT = "not in this kernel"
 Risk = Literal["ok", "note", "risk"]
 Judgement = tuple[Risk, str]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What HostSetting has, before it is part of a report."""
+
+    name: str
+    value: str
+    risk: Risk
+    detail: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class _File:
     absent: Judgement
     judge: Callable[[str], Judgement]
 
-    def observe(self, root: Path) -> HostSetting:
+    def observe(self, root: Path) -> Setting:
         value = _read(root, self.path)
         if value is None:
             return _setting(self.name, ABSENT, self.absent, self.source)
@@ -45,7 +60,7 @@ class _Presence:
     source: str
     detail: str
 
-    def observe(self, root: Path) -> HostSetting:
+    def observe(self, root: Path) -> Setting:
         try:
             (root / self.path).stat()
         except OSError:
@@ -54,11 +69,18 @@ class _Presence:
 
 
 def observe(root: Path = Path("/")) -> tuple[HostSetting, ...]:
+    """Read all settings, for a report; `root` is as for read()."""
+    from vmmback.report import HostSetting
+
+    return tuple(HostSetting(**vars(setting)) for setting in read(root))
+
+
+def read(root: Path = Path("/")) -> tuple[Setting, ...]:
     """Read all settings; `root` is another folder with files of the same shape, for tests. Never raises OSError."""
-    return tuple(_observe(root))
+    return tuple(_every(root))
 
 
-def _observe(root: Path) -> Iterator[HostSetting]:
+def _every(root: Path) -> Iterator[Setting]:
     yield _swap(root)
     yield _hibernation(root)
     for file in _FILES:
@@ -70,9 +92,9 @@ def _observe(root: Path) -> Iterator[HostSetting]:
     yield _dev_mem(root)
 
 
-def _setting(name: str, value: str, judgement: Judgement, source: str) -> HostSetting:
+def _setting(name: str, value: str, judgement: Judgement, source: str) -> Setting:
     risk, detail = judgement
-    return HostSetting(name=name, value=value, risk=risk, detail=detail, source=source)
+    return Setting(name=name, value=value, risk=risk, detail=detail, source=source)
 
 
 def _read(root: Path, path: str) -> str | None:
@@ -82,7 +104,7 @@ def _read(root: Path, path: str) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        return f"unreadable ({errorcode(error)})"
+        return f"unreadable ({errno.errorcode.get(error.errno or 0, '')})"
 
 
 def _chosen(text: str) -> str:
@@ -230,7 +252,7 @@ _PRESENCES = (
 # --- Settings that are more than one file -----------------------------------------------------------------------------
 
 
-def _swap(root: Path) -> HostSetting:
+def _swap(root: Path) -> Setting:
     text = _read(root, "proc/swaps")
     if text is None:
         return _setting("swap", ABSENT, _NOTHING, "swapon(8)")
@@ -241,7 +263,7 @@ def _swap(root: Path) -> HostSetting:
     return _setting("swap", ", ".join(areas), ("note", detail), "swapon(8)")
 
 
-def _hibernation(root: Path) -> HostSetting:
+def _hibernation(root: Path) -> Setting:
     source = "kernel/power/hibernate.c, hibernation_available"
     states = _read(root, "sys/power/state")
     if states is None or "disk" not in states.split():
@@ -253,7 +275,7 @@ def _hibernation(root: Path) -> HostSetting:
     return _setting("hibernation", mode or "possible", ("note", detail), source)
 
 
-def _hot_remove(root: Path) -> HostSetting:
+def _hot_remove(root: Path) -> Setting:
     name, source = "memory-hot-remove", "Documentation/admin-guide/mm/memory-hotplug.rst"
     blocks = list((root / "sys/devices/system/memory").glob("memory*[0-9]"))
     if not blocks:
@@ -263,7 +285,7 @@ def _hot_remove(root: Path) -> HostSetting:
     return _setting(name, f"{len(blocks)} blocks, {movable} of them movable", ("ok", detail), source)
 
 
-def _init_on_free(root: Path) -> HostSetting:
+def _init_on_free(root: Path) -> Setting:
     name, source = "init-on-free", "Documentation/admin-guide/kernel-parameters.txt"
     value = _boot_value(root)
     if value is None:
@@ -276,7 +298,7 @@ def _init_on_free(root: Path) -> HostSetting:
     return _setting(name, "off", ("note", detail), source)
 
 
-def _dev_mem(root: Path) -> HostSetting:
+def _dev_mem(root: Path) -> Setting:
     name, source = "dev-mem", "drivers/char/mem.c, mmap_mem; mem(4)"
     try:
         (root / "dev/mem").stat()
