@@ -21,11 +21,11 @@ from pathlib import Path
 import pytest
 
 from integration import browser
-from vmmback import shares, vsock
+from vmmback import shares
 from vmmback.config.share import Share
 from vmmback.errors import VmmbackError
 from vmmback.host.qemu import can_share_aux_ram, find_qemu
-from vmmback.linux import kernel_image, seccomp
+from vmmback.linux import kernel_image, seccomp, vhost_vsock
 from vmmback.linux.direct_map import DirectMap
 from vmmback.linux.memfd_secret import memfd_secret
 from vmmback.linux.network import in_new_network
@@ -115,7 +115,7 @@ def _network_namespace() -> None:
 
 
 def _vhost_vsock() -> None:
-    os.close(os.open(vsock.DEVICE, os.O_RDWR))
+    os.close(os.open(vhost_vsock.DEVICE, os.O_RDWR))
 
 
 def _taps() -> None:

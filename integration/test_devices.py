@@ -37,6 +37,7 @@ from integration.task_guest import printed, task_guest
 from vmmback import command, shares, vsock
 from vmmback.config.share import Share
 from vmmback.errors import HostUnfit, QemuFailed
+from vmmback.host import qemu
 from vmmback.isolation.catalogue import ACCESS_PROBES
 from vmmback.isolation.holders import HoldersProbe
 from vmmback.linux import procfs
@@ -276,7 +277,7 @@ def test_a_daemon_that_cannot_map_the_ram_is_refused_with_its_own_words(
     program = tmp_path / "virtiofsd"
     program.write_text("#!/bin/sh\necho 'I cannot map that' >&2\nexit 1\n")
     program.chmod(0o755)
-    monkeypatch.setattr(shares, "_PROGRAMS", (str(program),))
+    monkeypatch.setattr(qemu, "_VIRTIOFSDS", (str(program),))
     monkeypatch.setenv("PATH", str(tmp_path) + ":/usr/sbin:/usr/bin:/sbin:/bin")
     file = with_share(guest_file(tmp_path), tmp_path)
     said = r"\[\[share\]\] t: no virtiofsd here can .*said: I cannot map that"

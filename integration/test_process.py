@@ -22,8 +22,9 @@ import pytest
 
 from integration.conftest import GONE_S, LiveGuest, Start, eventually, guest_file, prepared, qemu_of
 from vmmback import config, handoff, jail, uids
-from vmmback.config.process import DEFAULT_UIDS, Process
+from vmmback.config.process import Process
 from vmmback.errors import HostUnfit
+from vmmback.ids import DEFAULT_UIDS
 from vmmback.isolation import owner, rights
 from vmmback.isolation.probe import Target
 from vmmback.linux import procfs

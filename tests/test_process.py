@@ -13,8 +13,9 @@ from tests.sample_reports import guest_report, process
 from vmmback import jail, uids
 from vmmback.cli.tables import rendered, while_it_runs
 from vmmback.config import GuestConfig
-from vmmback.config.process import DEFAULT_UIDS, Process
+from vmmback.config.process import Process
 from vmmback.errors import HostUnfit
+from vmmback.ids import DEFAULT_UIDS
 from vmmback.linux import capabilities
 from vmmback.process import Plan, memory_group, planned
 from vmmback.render.html import guest_page

@@ -15,6 +15,7 @@ import pytest
 from vmmback import shares, vhost_user
 from vmmback.config.share import Share
 from vmmback.errors import HostUnfit, UsageError
+from vmmback.host import qemu
 
 SHARE = Share(path=Path("/srv"), tag="t")
 HEADER = struct.Struct("=III")
@@ -81,7 +82,7 @@ def test_a_daemon_that_ends_instead_of_an_answer_or_cannot_give_one(answers: Map
 
 
 def test_a_host_without_virtiofsd_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "_PROGRAMS", (str(tmp_path / "virtiofsd"),))
+    monkeypatch.setattr(qemu, "_VIRTIOFSDS", (str(tmp_path / "virtiofsd"),))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostUnfit, match=r"\[\[share\]\] needs virtiofsd, which was not found") as caught:
         asyncio.run(shares.usable_program(SHARE, tmp_path, "secret", 1 << 20))
@@ -94,7 +95,7 @@ def test_a_folder_that_virtiofsds_options_cannot_carry(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_may_make_no_namespaces_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "_PROGRAMS", ("/bin/true",))
+    monkeypatch.setattr(qemu, "_VIRTIOFSDS", ("/bin/true",))
     monkeypatch.setattr("vmmback.linux.procfs.has_capability", lambda _: False)
     with pytest.raises(HostUnfit, match=r"\[\[share\]\] t: .* without CAP_SYS_ADMIN") as caught:
         asyncio.run(shares.usable_program(Share(path=tmp_path, tag="t"), tmp_path, "ordinary", 4096))

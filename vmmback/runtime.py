@@ -92,7 +92,7 @@ def _check(chosen: str) -> None:
     )
 
 
-def _check_owner(base: Path) -> None:
+def check_owner(base: Path) -> None:
     """Raise HostUnfit where others could put their own files in the place of a guest's."""
     try:
         status = base.stat()
@@ -112,7 +112,7 @@ def guest_folder(name: str) -> Iterator[Path]:
     Raises GuestNameTaken while another guest of that name lives, HostUnfit when the folder cannot be made.
     """
     folder = runtime_folder() / name
-    _check_owner(folder.parent)
+    check_owner(folder.parent)
     lock = _take(folder)
     try:
         with _started_keeper(folder, lock) as keeper:  # whose exit closes the pipe and waits
@@ -151,7 +151,7 @@ def live_guests() -> list[str]:
     A guest lives from the moment that its folder is locked until the folder is removed. Raises HostUnfit, UsageError.
     """
     base = runtime_folder()
-    _check_owner(base)
+    check_owner(base)
     live = []
     removals = []
     for folder in _folders_in(base):

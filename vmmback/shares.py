@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,13 +22,10 @@ from vmmback.command import Device
 from vmmback.config.share import Share
 from vmmback.errors import HostUnfit, QemuFailed, UsageError
 from vmmback.handoff import Qemu, pidfd_of
-from vmmback.host.qemu import AUX_RAM_BYTES, QEMU_ENVIRONMENT
+from vmmback.host.qemu import AUX_RAM_BYTES, QEMU_ENVIRONMENT, virtiofsds
 from vmmback.linux import capabilities, memlock, procfs
 from vmmback.report import Exposure
 from vmmback.runtime import last_words, listening_socket, socket_address
-
-# The one written in C, which is part of QEMU until 7.2; then where Debian has the one written in Rust.
-_PROGRAMS = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 
 Backing: TypeAlias = Literal["secret", "ordinary"]
 
@@ -222,7 +218,7 @@ async def usable_program(share: Share, folder: Path, backing: Backing, ram_size:
             f"{folder} has a comma or a backslash, which virtiofsd's options cannot carry",
             "set VMMBACK_RUNTIME_DIR to another folder, or remove [[share]]",
         )
-    programs = [path for path in (*_PROGRAMS, shutil.which("virtiofsd")) if path and os.access(path, os.X_OK)]
+    programs = virtiofsds()
     if not programs:
         raise HostUnfit(
             "[[share]] needs virtiofsd, which was not found",
@@ -234,7 +230,7 @@ async def usable_program(share: Share, folder: Path, backing: Backing, ram_size:
             "run as root with all capabilities, or remove [[share]]",
         )
     problems = []
-    for program in dict.fromkeys(programs):
+    for program in programs:
         if not (problem := await _try(program, share, folder, backing, ram_size)):
             return program
         problems.append(f"{program} {problem}")

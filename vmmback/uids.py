@@ -16,10 +16,13 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vmmback.config.process import Process
 from vmmback.errors import HostUnfit
 from vmmback.linux import byte_locks, procfs
+
+if TYPE_CHECKING:
+    from vmmback.config.process import Process
 
 LOCKS = Path("/run/vmmback-uids.lock")
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from vmmback.command import Device
 from vmmback.errors import HostUnfit
 from vmmback.linux import vhost_vsock
+from vmmback.linux.vhost_vsock import DEVICE
 from vmmback.report import Exposure
-
-DEVICE = Path("/dev/vhost-vsock")
 
 
 @contextmanager

@@ -9,10 +9,8 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from vmmback.config.tables import Table
+from vmmback.ids import DEFAULT_UIDS
 from vmmback.toml_errors import quote, wrong_type
-
-DEFAULT_UIDS = (1_900_000_000, 1_900_065_535)
-"""Part of what systemd's list of uid ranges (UIDS-GIDS) leaves unused: no account and no container has one of them."""
 
 _HIGHEST_UID = (1 << 32) - 2  # -1 means "leave as it is" to setresuid(2)
 _NOBODY = (65534, 65535)  # the overflow uid, and -1 in 16 bits

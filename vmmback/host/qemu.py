@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import platform
 import shutil
 import subprocess
@@ -19,6 +20,9 @@ AUX_RAM_BYTES = 32 << 20
 QEMU_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 """QEMU never sees the user's environment: only what programs need to run at all."""
 
+# The one written in C, which is part of QEMU until 7.2; then where Debian has the one written in Rust.
+_VIRTIOFSDS = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
+
 _QEMU_ANSWERS_S = 5.0
 
 _AUX_RAM_SHARE = b"aux-ram-share"
@@ -32,6 +36,12 @@ def find_qemu() -> Path:
         package = "qemu-system-arm" if arch.current().name == "aarch64" else "qemu-system-x86"
         raise HostUnfit(f"{name} was not found on PATH", f"install it: apt-get install {package}")
     return Path(found)
+
+
+def virtiofsds() -> list[str]:
+    """Return the paths of all virtiofsd programs, in the order in which they are to be tried."""
+    paths = (*_VIRTIOFSDS, shutil.which("virtiofsd"))
+    return list(dict.fromkeys(path for path in paths if path and os.access(path, os.X_OK)))
 
 
 def can_share_aux_ram(qemu: Path, machine: str, ram_size: int) -> bool:

@@ -38,6 +38,12 @@ def allows(size: int) -> bool:
     return _covers(hard, size)
 
 
+def most() -> int | None:
+    """Return the most bytes that allows() would allow, None for any number of them; it changes no limit."""
+    _, hard = resource.prlimit(0, resource.RLIMIT_MEMLOCK)
+    return None if hard == resource.RLIM_INFINITY or procfs.has_capability(_CAP_IPC_LOCK) else hard
+
+
 def falls_short(size: int) -> bool:
     """Tell whether the limit is less than `size` bytes, whatever frees from it."""
     return not _covers(resource.prlimit(0, resource.RLIMIT_MEMLOCK)[0], size)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import struct
+from pathlib import Path
+
+DEVICE = Path("/dev/vhost-vsock")
 
 _SET_GUEST_CID = 0x4008AF60  # _IOW(VHOST_VIRTIO, 0x60, __u64)
 
