@@ -12,7 +12,6 @@ import errno
 import fcntl
 import os
 import pwd
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +62,8 @@ def _open(locks: Path) -> int:
 
 def _from_anywhere(first: int, last: int) -> Iterator[int]:
     """Yield each uid of the range, beginning anywhere: so a uid that was just given back is hardly ever the next."""
+    import secrets  # it takes some milliseconds, and whoever examines a host needs no uid
+
     count = last - first + 1
     start = secrets.randbelow(count)
     return (first + (start + step) % count for step in range(count))

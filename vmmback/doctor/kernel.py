@@ -66,16 +66,6 @@ def direct_map() -> Finding:
     return Finding("ok", "BPF programs read the direct map")
 
 
-def kvm() -> Finding:
-    """Run a guest of a few instructions on ordinary memory and on secret memory."""
-    from vmmback.linux.kvm import can_map_secret_ram
-
-    answer = can_map_secret_ram()
-    if answer.usable:
-        return Finding("ok", answer.reason)
-    return Finding("note", f"{answer.reason}; guests are emulated (TCG)", 'leave [machine] accel at "auto" or "tcg"')
-
-
 def overcommit(root: Path = procfs.PROC) -> Finding:
     """Look whether memory that is mapped but not touched is refused."""
     mode = (root / "sys/vm/overcommit_memory").read_text().strip()

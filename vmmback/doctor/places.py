@@ -21,6 +21,8 @@ from vmmback.linux.network import in_new_network
 ROOT = Path("/")
 _IN_MEMORY = ("tmpfs", "ramfs")
 _TAP = "vmmdoctor"
+_TUN = Path("/dev/net/tun")
+_TUN_LOADED, _VSOCK_LOADED = (Path("/sys/class/misc", name) for name in ("tun", "vhost-vsock"))
 
 
 def descriptors() -> Finding:
@@ -94,9 +96,9 @@ def taps() -> Finding:
     """Make a tap in a network of its own; not where that would have the kernel load a module."""
     remedy = "modprobe tun (in a container, on its host, and pass /dev/net/tun in); CAP_NET_ADMIN and CAP_SYS_ADMIN"
     try:
-        if not Path("/sys/class/misc/tun").exists():
-            Path("/dev/net/tun").stat()
-            return Finding("ok", "/dev/net/tun is there; the kernel loads its module at the first use")
+        if not _TUN_LOADED.exists():
+            _TUN.stat()
+            return Finding("ok", f"{_TUN} is there; the kernel loads its module at the first use")
         for descriptor in in_new_network(lambda: tap.open_tap(_TAP)):
             os.close(descriptor)
     except OSError as error:
@@ -107,7 +109,7 @@ def taps() -> Finding:
 def vsock(device: Path = vhost_vsock.DEVICE) -> Finding:
     """Open the device; not where that would have the kernel load a module."""
     try:
-        if not Path("/sys/class/misc/vhost-vsock").exists():
+        if not _VSOCK_LOADED.exists():
             device.stat()
             return Finding("ok", f"{device} is there; the kernel loads its module at the first use")
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
