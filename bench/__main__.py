@@ -313,6 +313,13 @@ def many(folder: Path, rounds: int) -> Iterator[Figure]:
             f"vmmback ps with {GUESTS} guests, against bare Python", mine * 1000, theirs * 1000, "ms", mine / theirs,
             "< 300 ms", rounds, f"{(mine - theirs) * 1000:.0f} ms over it",
         )  # fmt: skip
+        mine, theirs = in_turn(
+            rounds, lambda: run_s([program, "host", "--json"]), lambda: run_s([sys.executable, "-c", ""])
+        )
+        yield Figure(
+            f"vmmback host --json with {GUESTS} guests, against bare Python", mine * 1000, theirs * 1000, "ms",
+            mine / theirs, "< 200 ms", rounds, f"{(mine - theirs) * 1000:.0f} ms over it",
+        )  # fmt: skip
         one = cost(pids)
         yield Figure(
             f"one more supervisor beside {GUESTS - 1}, proportional memory", one.proportional_bytes / MIB, None, "MiB",

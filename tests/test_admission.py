@@ -169,8 +169,8 @@ AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=30, d
 TestAnyOrder = AnyOrder.TestCase
 
 
-def record(pid: int, size: int, touched: int = 0, overhead: int = 0) -> admission._Record:
-    return admission._Record(pid, size, touched, overhead, [])
+def record(pid: int, size: int, touched: int = 0, overhead: int = 0) -> admission.Record:
+    return admission.Record(pid, size, touched, overhead, [])
 
 
 def test_what_a_guest_has_touched_counts_by_the_supervisor_s_word_or_the_kernel_s_whichever_is_more() -> None:
@@ -184,7 +184,7 @@ def test_what_a_guest_has_touched_counts_by_the_supervisor_s_word_or_the_kernel_
 
 def test_what_another_process_of_a_guest_maps_is_the_guest_s_also_when_its_qemu_is_left_out() -> None:
     """virtiofsd maps the RAM, and has touched next to nothing of it."""
-    settled = admission._Record(1, 256 * MIB, 256 * MIB, 0, [7])
+    settled = admission.Record(1, 256 * MIB, 256 * MIB, 0, [7])
     mapped = {7: SecretFile(256 * MIB, 0, frozenset({99}))}
     assert outstanding([settled], {1: {1, 2}}, mapped) == 0
     assert outstanding([replace(settled, inodes=[])], {1: {1, 2}}, mapped) == 257 * MIB

@@ -7,7 +7,6 @@ neither a lock nor a promise behind. docs/ADMISSION.md.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import json
 import os
@@ -32,7 +31,7 @@ _STEP_BYTES = 64 << 20
 
 
 @dataclass
-class _Record:
+class Record:
     """What a supervisor was promised for its guest, in bytes; `touched` of `size` are present, as far as it knows.
 
     `inodes` are the guest's secret files, once its processes run.
@@ -50,7 +49,7 @@ class Promise:
 
     def __init__(self, folder: Path, backing: Backing) -> None:
         self._file, self._backing = folder / _PROMISE_FILE, backing
-        self._record = _Record(os.getpid(), 0, 0, 0, [])
+        self._record = Record(os.getpid(), 0, 0, 0, [])
         self._before = 0  # touched when the RAM was added that is prefaulted now
 
     async def extend(self, size: int, group_room: int | None = None) -> None:
@@ -97,19 +96,27 @@ async def admit(folder: Path, size: int, backing: Backing, group_room: int | Non
     return promise
 
 
-def promised() -> int:
+def promised(files: dict[int, SecretFile] | None = None) -> int:
     """Return how many bytes guests were promised and have not touched, page tables included.
 
     Guests of this runtime folder tell it; of all others it counts what is mapped and not present, as far as this
-    process may look. Raises HostUnfit, UsageError.
+    process may look. `files` is what secret_use.secret_files() has found, if that is known. Raises HostUnfit,
+    UsageError.
     """
-    records = [record for name in live_guests() if (record := _read(runtime_folder() / name))]
+    records = list(promises().values())
     families = {record.pid: {record.pid, *procfs.children(record.pid)} for record in records}
-    whole = [families[record.pid] for record in records if record.inodes and record.touched >= record.size]
-    return outstanding(records, families, secret_use.secret_files(leave_out=set().union(*whole)))
+    if files is None:
+        whole = [families[record.pid] for record in records if record.inodes and record.touched >= record.size]
+        files = secret_use.secret_files(leave_out=set().union(*whole))
+    return outstanding(records, families, files)
 
 
-def outstanding(records: Iterable[_Record], families: dict[int, set[int]], files: dict[int, SecretFile]) -> int:
+def promises() -> dict[str, Record]:
+    """Return what live guests of this runtime folder were promised, by their names. Raises HostUnfit, UsageError."""
+    return {name: record for name in live_guests() if (record := _read(runtime_folder() / name))}
+
+
+def outstanding(records: Iterable[Record], families: dict[int, set[int]], files: dict[int, SecretFile]) -> int:
     """Return what was promised and is not touched, given the processes of each supervisor and the secret files.
 
     A supervisor's processes are itself and its children: QEMU, and the one that prefaults, map the RAM.
@@ -126,16 +133,18 @@ def outstanding(records: Iterable[_Record], families: dict[int, set[int]], files
     return total + sum(with_page_tables(file.mapped - file.present) for file in others.values())
 
 
-def _read(folder: Path) -> _Record | None:
+def _read(folder: Path) -> Record | None:
     """Return a guest's record; None where it has none yet, or has no folder any more."""
     with suppress(OSError, ValueError, TypeError):
-        return _Record(**json.loads((folder / _PROMISE_FILE).read_text()))
+        return Record(**json.loads((folder / _PROMISE_FILE).read_text()))
     return None
 
 
 @asynccontextmanager
 async def _lock(folder: Path) -> AsyncIterator[None]:
     """Hold the lock of the runtime folder. Raises HostUnfit when it is not to be had in time."""
+    import asyncio  # here, as `vmmback host` needs the rest alone: it is a fifth of its time
+
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + _LOCK_TIMEOUT_S

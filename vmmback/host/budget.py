@@ -96,11 +96,19 @@ class Budget:
         """What a guest takes of the kernel zones whatever its size: its processes' memory where none is movable."""
         return KERNEL_SIDE_BYTES + max(0, PROCESSES_BYTES - self.movable)
 
+    @property
+    def _available_in_group(self) -> int:
+        """What is left of the memory cgroup. It is not known which promises are others' to pay: all count."""
+        room = 0 if self.group_room is None else self.group_room
+        return room - self.promised - PROCESSES_BYTES - KERNEL_SIDE_BYTES
+
+    def group_decides(self, backing: Backing = "secret") -> bool:
+        """Tell whether the memory cgroup has less room than the host."""
+        return self.group_room is not None and self._available_in_group < self.available(backing)
+
     def largest_guest(self, backing: Backing = "secret") -> int:
         """Return the size in bytes of the largest guest that fits now, in whole MiB."""
-        room = self.available(backing)
-        if self.group_room is not None:
-            room = min(room, self.group_room - PROCESSES_BYTES - KERNEL_SIDE_BYTES)
+        room = self._available_in_group if self.group_decides(backing) else self.available(backing)
         return max(0, room * _PAGE_TABLES_SHARE // (_PAGE_TABLES_SHARE + 1)) >> 20 << 20
 
     def admit(self, size: int, backing: Backing = "secret") -> None:
@@ -108,17 +116,22 @@ class Budget:
         largest = self.largest_guest(backing)
         if size > largest:
             smaller = f"set [memory] size to at most {largest >> 20}MiB, or " if largest else ""
+            in_group = self.group_decides(backing)
+            more = "raise the limit of the memory cgroup" if in_group else "free memory on the host"
             refused = AdmissionRefused(
                 f"{size >> 20} MiB of {backing} RAM do not fit: {largest >> 20} MiB do. {self.explanation(backing)}",
-                f"{smaller}free memory on the host",
+                f"{smaller}{more}",
             )
             refused.largest = largest
             raise refused
 
     def explanation(self, backing: Backing = "secret") -> str:
         """Return the sum in words."""
-        if self.group_room is not None and self.group_room < self.available(backing):
-            return f"Their memory cgroup has room for {_mib(self.group_room)} MiB, with the guest's processes"
+        if self.group_room is not None and self.group_decides(backing):
+            return (
+                f"The memory cgroup has room for {_mib(self.group_room)} MiB, less {_mib(self.promised)} MiB that were "
+                "promised to guests, and what a guest's processes take"
+            )
 
         def total(name: str) -> str:
             return _mib(sum(getattr(node, name) for node in self.nodes))
