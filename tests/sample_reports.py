@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmmback.report import (
+    DirectMap,
     Drift,
     Exposure,
     GuestVerdict,
@@ -202,6 +203,9 @@ def guest_report(**fields: Any) -> IsolationReport:
         "probes": _BLOCKED,
         "exposures": _EXPOSURES,
         "process": process(),
+        "direct_map": DirectMap(
+            regions=140, ideal=128, splits_2m=131, splits_1g=1, huge_before=16 << 30, huge_after=15 << 30
+        ),
         "host": HOST,
         "timings": {"prefault": 0.66029, "qmp_ready": 0.059444, "boot": 3.79333, "validate": 0.144316},
         "memory_map": q35_map(),
@@ -238,6 +242,7 @@ def bare_report() -> IsolationReport:
         "memory_map": (),
         "hunt": None,
         "process": None,
+        "direct_map": None,
     }
     return guest_report(**absent, host=host, memory=memory, validated_after="", timings={})
 

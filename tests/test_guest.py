@@ -80,7 +80,7 @@ class Scene:
             {"name": "demo", "memory": {"size": "16MiB"}, "boot": {"kernel": Path("vmlinuz")}}
         )
         made: dict[str, Any] = {
-            "ram": [SimpleNamespace(size=SIZE, inode=7, frames=array("Q"), backing="secret")],
+            "ram": [SimpleNamespace(size=SIZE, inode=7, frames=array("Q"), backing="secret", direct_map=None)],
             "qemu": SimpleNamespace(pid=1, status=None, auxiliary_inodes=frozenset(), ended=never),
             "monitor": SimpleNamespace(hmp=None),
             "promise": None,

@@ -196,6 +196,7 @@ class Guest:
             ),
             drifts=tuple(self.drifts),
             process=evidence.process if evidence else None,
+            direct_map=ram.direct_map(self.ram),
             host=self.host.model_copy(update={"settings": evidence.settings if evidence else ()}),
             denied_commands=dict(self.clients.denials) if self.clients else {},
             timings={name: round(seconds, 6) for name, seconds in self.timings.items()},

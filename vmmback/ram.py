@@ -11,15 +11,16 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Literal, Self
 
 from vmmback.errors import AdmissionRefused, HostUnfit
-from vmmback.linux import arch, cgroups, kernel_image, memlock, prefault_worker
+from vmmback.linux import arch, cgroups, direct_map_use, kernel_image, memlock, prefault_worker
 from vmmback.linux.memfd_secret import memfd_secret
+from vmmback.report import DirectMap
 
 _RETRIES = 3
 
@@ -37,6 +38,10 @@ class Ram(ABC):
         self.size = size
         self.frames = array("Q")
         """The pagemap entries (procfs.pagemap) of all pages once they are prefaulted; secret RAM never moves."""
+        self.regions = frozenset[int]()
+        """The 2 MiB of the physical addresses (direct_map_use.region_numbers) that hold its pages once prefaulted."""
+        self.direct_map: tuple[direct_map_use.DirectMapUse, direct_map_use.DirectMapUse] | None = None
+        """The host's direct map before and after the prefault; None until then."""
         self._descriptor = -1
         try:
             self._descriptor = self._create()
@@ -93,6 +98,7 @@ class Ram(ABC):
         file, having set such frames aside: up to three times, for more can become free meanwhile. Probes tell what is
         left of them.
         """
+        before = direct_map_use.of()
         image = self._shunned()
         frames = await self._touch(progress, threads, group)
         for _ in range(_RETRIES):
@@ -100,7 +106,9 @@ class Ram(ABC):
                 break
             self._renew()
             frames = await self._touch(progress, threads, group, image)
+        self.direct_map = before, direct_map_use.of()
         self.frames = frames
+        self.regions = frozenset(await asyncio.to_thread(direct_map_use.region_numbers, frames))
 
     def _shunned(self) -> kernel_image.ImageRange | None:
         """Return the physical addresses where no page may lie, None if any place will do."""
@@ -218,3 +226,28 @@ def closed_together() -> Iterator[list[Ram]]:
     finally:
         for memory in reversed(memories):
             memory.close()
+
+
+def direct_map(memories: Sequence[Ram]) -> DirectMap | None:
+    """Return what the prefaults of a guest's secret RAM did to the direct map; None if there was none."""
+    secret = [memory for memory in memories if memory.backing == "secret"]
+    spans = [memory.direct_map for memory in secret if memory.direct_map]
+    if not spans:
+        return None
+    return DirectMap(
+        regions=len(frozenset[int]().union(*(memory.regions for memory in secret))),
+        ideal=sum(direct_map_use.ideal_regions(memory.size) for memory in secret if memory.direct_map),
+        splits_2m=_sum(_grown(before.splits_2m, after.splits_2m) for before, after in spans),
+        splits_1g=_sum(_grown(before.splits_1g, after.splits_1g) for before, after in spans),
+        huge_before=spans[0][0].in_huge_pages,
+        huge_after=spans[-1][1].in_huge_pages,
+    )
+
+
+def _grown(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else after - before
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None

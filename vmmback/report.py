@@ -88,6 +88,21 @@ class Memory(_Model):
     readable_pages: int
 
 
+class DirectMap(_Model):
+    """What secret RAM did to the direct map, with which the kernel maps all memory, while it was prefaulted.
+
+    `regions` of 2 MiB hold its pages, `ideal` would do. The splits of pages, and the bytes in huge pages, are the whole
+    host's: others' count too; None where the kernel does not tell.
+    """
+
+    regions: int
+    ideal: int
+    splits_2m: int | None
+    splits_1g: int | None
+    huge_before: int | None
+    huge_after: int | None
+
+
 class RamBlock(_Model):
     """One of QEMU's RAM blocks: its size in bytes, what backs it, and whether the guest can write to it."""
 
@@ -224,6 +239,7 @@ class IsolationReport(_Model):
     denied_commands: dict[str, int] = {}
     hunt: Hunt | None = None
     process: Process | None = None
+    direct_map: DirectMap | None = None
     host: Host
     timings: dict[str, float]
 

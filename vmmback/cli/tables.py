@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from vmmback.report import Hunt, IsolationReport, Process, SelftestReport
+    from vmmback.report import DirectMap, Hunt, IsolationReport, Process, SelftestReport
 
 _COLOURS = {
     "blocked": "green",
@@ -140,6 +140,8 @@ def _verdict(report: IsolationReport) -> list[RenderableType]:
     )
     lines: list[RenderableType] = [Text.assemble(summary, _coloured(report.verdict.value))]
     lines += [f"  {reason}" for reason in report.reasons]
+    if report.direct_map:
+        lines.append(f"  direct map   {_direct_map(report.direct_map)}")
     if report.validated_after:
         lines.append(f"  validated after {report.validated_after}")
     lines += [f"  drift at {drift.at}: {drift.probe}: {drift.detail}" for drift in report.drifts]
@@ -163,6 +165,12 @@ def _coloured(verdict: str) -> Text:
     from rich.text import Text
 
     return Text(verdict, style=_COLOURS[verdict])
+
+
+def _direct_map(found: DirectMap) -> str:
+    """Return in one line what secret RAM did to the direct map."""
+    splits = "splits not counted here" if found.splits_2m is None else f"{found.splits_2m} splits"
+    return f"{found.regions} regions of 2 MiB touched (ideal {found.ideal}), {splits}"
 
 
 def _size(size: int) -> str:
