@@ -28,6 +28,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench import direct_map as bench_direct_map
 from bench.many import GUESTS, cost, many_guests
 from vmmback import command, config, ram, tiny_guest
 from vmmback.guest import SilentWatcher
@@ -36,7 +37,7 @@ from vmmback.isolation.direct_map import pagemap_entries
 from vmmback.isolation.hunt import hunt
 from vmmback.isolation.needle import Needle
 from vmmback.launch import prepare
-from vmmback.linux import procfs
+from vmmback.linux import direct_map_use, procfs
 from vmmback.linux.direct_map import DirectMap
 
 MIB = 1 << 20
@@ -83,6 +84,8 @@ def measure(folder: Path, rounds: int) -> Iterator[Figure]:
         yield ready(folder, rounds, fill=fill)
     for size in (256 * MIB, 1024 * MIB):
         yield direct_map(size, rounds)
+    yield from touched_regions(rounds)
+    yield from kernel_reads(folder, rounds)
     yield hunt_all(rounds)
     yield audit(folder, rounds)
     yield start_up(rounds)
@@ -196,6 +199,29 @@ def direct_map(size: int, rounds: int) -> Figure:
         f"direct-map check of {size // MIB} MiB, all unreadable",
         result.checked / statistics.median(seconds) / 1e6, None, "million pages/s", None, ">= 2", rounds,
     )  # fmt: skip
+
+
+def touched_regions(rounds: int) -> Iterator[Figure]:
+    """Count the 2 MiB of the direct map that ways to prefault break up, against the fewest that could be."""
+    size = 256 * MIB
+    say(f"regions of the direct map that {size // MIB} MiB touch")
+    for way, touched in bench_direct_map.ways(size, rounds, THREADS).items():
+        splits = "splits not counted" if touched.splits is None else f"{touched.splits} splits in all"
+        yield Figure(
+            f"direct map: regions that {size // MIB} MiB touch, {way}", touched.regions, touched.ideal, "regions",
+            touched.regions / touched.ideal, "stated", rounds, f"{touched.rate:.0f} MiB/s, {splits}",
+        )  # fmt: skip
+
+
+def kernel_reads(folder: Path, rounds: int) -> Iterator[Figure]:
+    """Time what the kernel does in its own memory; an operator compares a host before and after (DIRECT-MAP.md)."""
+    say("the kernel's own reads of memory")
+    size, found = bench_direct_map.kernel_reads(folder, rounds)
+    huge = direct_map_use.of().in_huge_pages
+    share = "" if huge is None else f", {huge / MIB:.0f} MiB of the direct map in huge pages"
+    for name, median in found.items():
+        call, _, unit = name.rpartition(", ")
+        yield Figure(call, median, None, unit, None, "stated", rounds, f"large: {size // MIB} MiB{share}")
 
 
 def hunt_all(rounds: int) -> Figure:
