@@ -9,6 +9,7 @@ import pytest
 from vmmback.host import machine as machines
 from vmmback.host import plan
 from vmmback.host.budget import Budget
+from vmmback.host.direct_map_estimate import left_in_huge_pages
 from vmmback.host.machine import Core, Machine
 from vmmback.host.plan import Guests
 from vmmback.host.qemu import AUX_RAM_BYTES
@@ -118,3 +119,12 @@ def test_the_limit_on_locked_memory_is_that_of_the_largest_guest_or_of_all() -> 
 )
 def test_boot_parameters(machine: Machine, boot: tuple[str, ...]) -> None:
     assert plan.make(machine, [Guests(1, GIB)]).boot == boot
+
+
+def test_what_stays_in_huge_pages_is_estimated_of_the_guests_that_fit() -> None:
+    machine = replace(SERVER, core=Core(movable=False, size=128 * GIB))
+    made = plan.make(machine, [Guests(40, 4 * GIB)])
+    count = made.fitting[0].count
+    assert 0 < count < 40
+    assert made.huge_direct_map == left_in_huge_pages(128 * GIB, count * 4 * GIB) + 127 * GIB
+    assert made.huge_direct_map < plan.make(machine, [Guests(1, 4 * GIB)]).huge_direct_map

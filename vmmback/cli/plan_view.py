@@ -107,6 +107,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         facts.append(("may be movable", _movable(plan)))
     if plan.straddling:
         facts.append(("several nodes", f"{text.count(plan.straddling, 'guest')} will have RAM of more than one node"))
+    mapped = sum(node.kernel_zones + node.movable_zone for node in plan.nodes)
+    facts.append(("direct map", f"about {text.size(plan.huge_direct_map)} of {text.size(mapped)} stay in huge pages"))
     return [*facts, ("boot with", " ".join(plan.boot)), *_memlock(plan)]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from vmmback.errors import AdmissionRefused
 from vmmback.host import machine as machines
 from vmmback.host.budget import KERNEL_SIDE_BYTES, PROCESSES_BYTES, Budget, NodeBudget, with_page_tables
+from vmmback.host.direct_map_estimate import left_in_huge_pages
 from vmmback.host.machine import Core, Machine
 from vmmback.host.memory import HostMemory
 from vmmback.host.qemu import AUX_RAM_BYTES
@@ -56,6 +57,7 @@ class Plan:
     guests that fit, as many as possible of each in the order given; `straddling` of them find no node with room enough.
     `least_kernelcore` is the smallest `kernelcore=` with which all fit, None where none does; `least_ram` the smallest
     RAM with which they do, with the parameters given. `memlock` is the limit for one guest, `memlock_of_all` for all.
+    `huge_direct_map` is what of the direct map huge pages still map once the guests that fit have run, by estimate.
     """
 
     machine: Machine
@@ -70,6 +72,7 @@ class Plan:
     straddling: int
     least_kernelcore: int | None
     least_ram: int | None
+    huge_direct_map: int
     memlock: int
     memlock_of_all: int
 
@@ -103,6 +106,7 @@ def make(machine: Machine, guests: Sequence[Guests]) -> Plan:
         straddling=straddling,
         least_kernelcore=_least_kernelcore(machine, guests),
         least_ram=_least_ram(machine, guests),
+        huge_direct_map=_huge_direct_map(nodes, fitting),
         memlock=largest + AUX_RAM_BYTES,
         memlock_of_all=everything + count * AUX_RAM_BYTES,
     )
@@ -225,6 +229,12 @@ def _place_on(room: int, left: Counter[int], besides: int) -> tuple[Guests, ...]
             room -= count * need
             placed.append(Guests(count, size))
     return tuple(placed)
+
+
+def _huge_direct_map(nodes: Iterable[NodePlan], guests: Iterable[Guests]) -> int:
+    """Return the bytes of the direct map that huge pages map still: secret RAM splits none of ZONE_MOVABLE's."""
+    kernel, movable = sum(node.kernel_zones for node in nodes), sum(node.movable_zone for node in nodes)
+    return left_in_huge_pages(kernel, sum(some.count * some.size for some in guests)) + movable
 
 
 def _with_parts(nodes: Iterable[NodePlan], size: int) -> tuple[NodePlan, ...]:
