@@ -17,7 +17,7 @@ from vmmback.linux import procfs
 
 pytestmark = pytest.mark.usefixtures("needs_qemu")
 
-PAGE, MIB = 4096, 1 << 20
+PAGE, MIB, GIB = 4096, 1 << 20, 1 << 30
 VMMBACK = [sys.executable, "-m", "vmmback"]
 # What the rest of the machine does between one reading and the next.
 SLACK = 48 * MIB
@@ -106,6 +106,11 @@ def test_what_stays_as_it_is_agrees_to_the_byte() -> None:
         free = zone["free_blocks"]
         assert free is not None
         assert sum(map(bool, free)) == 0 or zone["managed"] > 0, (node, name)
+    use, vmstat = found["direct_map"], procfs.vmstat()
+    if use["in_4k"] is not None:  # the whole of it maps all RAM, and holes between
+        mapped = sum(size for name, size in use.items() if name.startswith("in_") and size)
+        assert present <= mapped < present + 8 * GIB
+        assert 0 <= vmstat["direct_map_level2_splits"] - use["splits_2m"] < 1000
     assert found["memory"]["overcommit"] == int(output_of("sysctl", "-n", "vm.overcommit_memory"))
     ratio, kbytes = (int(output_of("sysctl", "-n", f"vm.overcommit_{name}")) for name in ("ratio", "kbytes"))
     limit = kbytes * 1024 or found["memory"]["total"] * ratio // 100

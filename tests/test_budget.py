@@ -78,6 +78,13 @@ def test_what_is_promised_and_not_touched_is_not_promised_again() -> None:
     assert before - 300 * MIB <= after <= before - 298 * MIB
 
 
+def test_page_tables_of_a_direct_map_that_is_not_split_yet_are_kept_for_kernel_zones_alone() -> None:
+    whole = Budget.of(replace(host(normal(4 * GIB), MOVABLE), huge_direct_map=5 * GIB))
+    assert whole.direct_map == 4 * GIB // 512
+    split = Budget.of(replace(host(normal(4 * GIB), MOVABLE), huge_direct_map=0))
+    assert split.available() - whole.available() == 8 * MIB
+
+
 def test_a_memory_cgroup_with_less_room_decides() -> None:
     tight = host(normal(4 * GIB), group_room=PROCESSES_BYTES + KERNEL_SIDE + 257 * MIB)
     assert Budget.of(tight).largest_guest() == 256 * MIB

@@ -10,7 +10,8 @@ from typing import Any
 from vmmback import admission
 from vmmback.host.budget import Budget
 from vmmback.host.memory import HostMemory
-from vmmback.linux import cgroups, fragments, procfs, secret_use, zones
+from vmmback.linux import cgroups, direct_map_use, fragments, procfs, secret_use, zones
+from vmmback.linux.direct_map_use import DirectMapUse
 from vmmback.linux.fragments import Orders, Place
 from vmmback.linux.secret_use import SecretFile
 from vmmback.linux.zones import Node
@@ -46,6 +47,7 @@ class Overview:
     meminfo: Mapping[str, int]
     secret: Mapping[int, SecretFile]
     promises: Mapping[str, admission.Record]
+    direct_map: DirectMapUse
     overcommit: int
     """vm.overcommit_memory: 2 lets no more be promised than CommitLimit; secret RAM does not count there."""
     memlock: tuple[int | None, int | None]
@@ -73,6 +75,7 @@ class Overview:
                 "available": budget.available(),
                 "promised": budget.promised,
                 "overhead": budget.overhead,
+                "direct_map": budget.direct_map,
                 "group_room": budget.group_room,
                 "nodes": [{**asdict(node), "available": node.available} for node in budget.nodes],
                 "present": self.secret_present,
@@ -86,6 +89,7 @@ class Overview:
                 ],
             },
             "memory": {name: self.meminfo.get(key) for name, key in _MEMINFO.items()} | {"overcommit": self.overcommit},
+            "direct_map": asdict(self.direct_map),
             "locking": {"soft": self.memlock[0], "hard": self.memlock[1], "cap_ipc_lock": self.ipc_lock},
             "nodes": [self._node(node) for node in self.nodes],
         }
@@ -119,6 +123,7 @@ def read() -> Overview:
         meminfo=procfs.meminfo(),
         secret=secret,
         promises=promises,
+        direct_map=direct_map_use.of(),
         overcommit=int((procfs.PROC / "sys/vm/overcommit_memory").read_text()),
         memlock=(soft, hard),
         ipc_lock=procfs.has_capability(_CAP_IPC_LOCK),

@@ -34,6 +34,9 @@ def _memory(overview: Overview) -> Iterator[_Sample]:
     yield "promised_bytes", "Promised to guests and not touched yet", {}, budget.promised
     yield "secret_present_bytes", "Secret RAM that is known to be present", {}, overview.secret_present
     yield "secret_files", "Files of secret RAM that processes map", {}, len(overview.secret)
+    for page, size in (("4k", overview.direct_map.in_4k), ("huge", overview.direct_map.in_huge_pages)):
+        if size is not None:
+            yield "direct_map_bytes", "The direct map by the size of its pages", {"pages": page}, size
     if budget.group_room is not None:
         yield "group_room_bytes", "What this memory cgroup can still be charged", {}, budget.group_room
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vmmback.doctor import Check
+    from vmmback.linux.direct_map_use import DirectMapUse
     from vmmback.linux.zones import Zone
     from vmmback.overview import Overview
 
@@ -52,6 +53,7 @@ def _budget(overview: Overview) -> list[RenderableType]:
         table,
         f"Promised to guests, and not touched yet: {_mib(budget.promised)}. What a guest takes whatever its size: "
         f"{_mib(budget.overhead)}.",
+        f"Page tables of the direct map, once it is split: {_mib(budget.direct_map)}.",
         f"Left for RAM and its page tables: {_mib(budget.available())}.",
         *([f"Room in this memory cgroup: {_mib(group)}."] if group is not None else []),
     ]
@@ -96,10 +98,20 @@ def _more(overview: Overview) -> list[str]:
         f"{memory['mlocked']} mlocked",
         "kernel": f"{memory['page_tables']} page tables, {memory['slab_unreclaimable']} slab that stays, "
         f"{memory['kernel_stacks']} stacks",
+        "direct map": _direct_map(overview.direct_map),
         "commit": f"{memory['committed']} of {memory['commit_limit']}, vm.overcommit_memory {overview.overcommit}",
         "RLIMIT_MEMLOCK": f"{limit}, and CAP_IPC_LOCK, which frees from it" if overview.ipc_lock else limit,
     }
     return [f"{name:<20}{fact}" for name, fact in facts.items()]
+
+
+def _direct_map(use: DirectMapUse) -> str:
+    if use.in_4k is None:
+        return "the kernel does not tell"
+    return (
+        f"{_mib(use.in_4k)} in pages of 4 KiB, {_mib(use.in_huge_pages or 0)} in huge ones; "
+        f"{use.splits_2m or 0:,} of 2 MiB were split, {use.splits_1g or 0:,} of 1 GiB"
+    )
 
 
 def _checks(checks: Iterable[Check]) -> Table:

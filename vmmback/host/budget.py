@@ -28,6 +28,9 @@ _PAGE_TABLES_SHARE = 256
 KERNEL_SIDE_BYTES = 8 << 20
 """The kernel's side of a guest's processes, and its other RAM blocks where they are secret."""
 
+# A page of 4 KiB with the entries for 2 MiB, once that is no huge page any more.
+_DIRECT_MAP_SHARE = 512
+
 PROCESSES_BYTES = 96 << 20
 """User memory of a guest's processes. It is movable, so kernel zones give it only where no movable memory is left."""
 
@@ -75,11 +78,15 @@ class Budget:
     nodes: tuple[NodeBudget, ...]
     promised: int
     group_room: int | None
+    direct_map: int = 0
+    """What page tables of the direct map can come to need: a page for each 2 MiB of kernel zones that are whole yet."""
 
     @classmethod
     def of(cls, memory: HostMemory) -> Budget:
         """Judge a snapshot."""
-        return cls(tuple(NodeBudget.of(node) for node in memory.nodes), memory.promised, memory.group_room)
+        whole = min(memory.huge_direct_map, sum(zone.managed for node in memory.nodes for zone in node.kernel_zones))
+        nodes = tuple(NodeBudget.of(node) for node in memory.nodes)
+        return cls(nodes, memory.promised, memory.group_room, whole // _DIRECT_MAP_SHARE)
 
     @cached_property
     def movable(self) -> int:
@@ -88,7 +95,7 @@ class Budget:
 
     def available(self, backing: Backing = "secret") -> int:
         """Return what the kernel zones can give to one more guest; for ordinary RAM, all zones."""
-        given = sum(node.available for node in self.nodes) - self.promised - self.overhead
+        given = sum(node.available for node in self.nodes) - self.direct_map - self.promised - self.overhead
         return given + self.movable if backing == "ordinary" else given
 
     @cached_property
@@ -140,7 +147,8 @@ class Budget:
         return (
             f"Of {total('free')} MiB that are free where they can lie and {total('reclaimable')} MiB of caches there"
             f"{movable} {total('held')} MiB are held by watermarks, {total('reserve')} MiB stay for the kernel's page "
-            f"tables and slab, and {_mib(self.promised)} MiB were promised to guests that have not touched them yet"
+            f"tables and slab, {_mib(self.direct_map)} MiB for those of its direct map, and {_mib(self.promised)} MiB "
+            "were promised to guests that have not touched them yet"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmmback.linux import procfs, zones
+from vmmback.linux import direct_map_use, procfs, zones
 from vmmback.linux.zones import Node
 
 
@@ -14,12 +14,14 @@ class HostMemory:
     """The nodes that this process may take memory from, and what is spoken for, in bytes.
 
     `promised` was promised to guests that have not touched it yet. `group_room` is what the guest's memory cgroup, and
-    all above it, can still be charged; None where nothing limits it.
+    all above it, can still be charged; None where nothing limits it. `huge_direct_map` is what the kernel maps for
+    itself in pages of 2 MiB and more, which secret pages split.
     """
 
     nodes: tuple[Node, ...]
     promised: int = 0
     group_room: int | None = None
+    huge_direct_map: int = 0
 
     @classmethod
     def read(cls, promised: int = 0, group_room: int | None = None, root: Path = procfs.PROC) -> HostMemory:
@@ -29,7 +31,8 @@ class HostMemory:
         """
         allowed = _numbers(procfs.status("self", root).get("Mems_allowed_list", ""))
         found = zones.nodes(root)
-        return cls(tuple(node for node in found if not allowed or node.number in allowed), promised, group_room)
+        nodes = tuple(node for node in found if not allowed or node.number in allowed)
+        return cls(nodes, promised, group_room, direct_map_use.of(root).in_huge_pages or 0)
 
 
 def _numbers(text: str) -> set[int]:
