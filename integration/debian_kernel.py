@@ -18,6 +18,8 @@ from typing import Any
 from integration.capabilities import KERNEL, ROOT
 from vmmback.host.qemu import find_qemu
 
+MODULES = KERNEL.parent / "modules"
+
 _MARK = "vmmback-result "
 _BOOT_S = 180.0
 
@@ -49,11 +51,18 @@ print("\\n" + {mark!r} + json.dumps(result), flush=True)
 """
 
 
-def run_inside(program: Path, folder: Path, memory_mib: int = 1024, cmdline: str = "secretmem.enable=1") -> Any:
+def run_inside(
+    program: Path,
+    folder: Path,
+    memory_mib: int = 1024,
+    cmdline: str = "secretmem.enable=1",
+    cpu: str = "max",
+    modules: Iterable[str] = (),
+) -> Any:
     """Run main() of the file `program` inside the machine; return what it returned, by way of JSON.
 
-    `folder` is for the initramfs. The imports of `program` must all be at its top. Fails where the machine does not
-    come to an end in time.
+    `folder` is for the initramfs. The imports of `program` must all be at its top; it finds the kernel's `modules` in
+    /modules. Fails where the machine does not come to an end in time.
     """
     python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
     environment = {"PYTHONHOME": sys.base_prefix, "PYTHONPATH": f"{ROOT}:{_site_packages()}"}
@@ -68,11 +77,11 @@ def run_inside(program: Path, folder: Path, memory_mib: int = 1024, cmdline: str
     files = {path for path in loaded if path.is_file()} | {python, program, first, _loader(python)}
     # Libraries are asked for by the names of links, and /proc/PID/maps shows where these lead.
     files |= {link for file in files for link in file.parent.glob(file.name.partition(".so")[0] + ".so.*")}
-    initramfs.write_bytes(_archive(files))
+    initramfs.write_bytes(_archive(files, {f"/modules/{name}.ko": MODULES / f"{name}.ko" for name in modules}))
     arguments = f"{cmdline} console=ttyS0 quiet panic=-1 " + " ".join(f"{k}={v}" for k, v in environment.items())
     ended = subprocess.run(
         [
-            find_qemu(), "-accel", "tcg", "-cpu", "max", "-m", str(memory_mib), "-display", "none", "-no-reboot",
+            find_qemu(), "-accel", "tcg", "-cpu", cpu, "-m", str(memory_mib), "-display", "none", "-no-reboot",
             "-nodefaults", "-serial", "stdio", "-kernel", KERNEL, "-initrd", initramfs,
             "-append", f"{arguments} rdinit={python} -- -S {first}",
         ],
@@ -99,15 +108,15 @@ def _loader(program: Path) -> Path:
     return Path(os.fsdecode(found[0]))
 
 
-def _archive(files: Iterable[Path]) -> bytes:
+def _archive(files: Iterable[Path], others: Mapping[str, Path]) -> bytes:
     """Return files and the folders above them as a cpio archive (Documentation/driver-api/early-userspace).
 
-    A file that is reached by a link is put at both places.
+    A file that is reached by a link is put at both places; `others` are put at another one than here.
     """
-    every = {path for file in files for path in (file, file.resolve())}
-    folders = {parent for path in every for parent in path.parents}
+    every = {str(path): path for file in files for path in (file, file.resolve())} | dict(others)
+    folders = {parent for path in every for parent in Path(path).parents}
     return cpio(
-        {str(file): file.read_bytes() for file in sorted(every)},
+        {path: file.read_bytes() for path, file in sorted(every.items())},
         [str(folder) for folder in sorted(folders) if str(folder) != "/"],
     )
 

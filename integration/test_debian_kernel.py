@@ -6,13 +6,15 @@ And cgroups of version 2 with the memory controller, which a machine that has it
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from integration import capabilities, inside_debian
-from integration.debian_kernel import run_inside
+from integration import capabilities, inside_debian, inside_kvm
+from integration.debian_kernel import MODULES, run_inside
+from vmmback.linux.kvm import SlotRun
 from vmmback.report import Verdict
 
 ALL = inside_debian.BYTES // 4096
@@ -107,3 +109,21 @@ def test_a_group_of_version_2_that_cannot_take_it_refuses(said: Any) -> None:
     assert told["too large"].startswith("4 the host ran out of memory while secret RAM was prefaulted: the OOM killer ")
     assert told["with children"].endswith("/machine/cgroup.procs: Device or resource busy")
     assert told["with children"].startswith("3 process.cgroup: no process can be put into it: ")
+
+
+@pytest.mark.timeout_s(240)
+def test_mainlines_kvm_runs_a_guest_on_ordinary_memory_and_refuses_secret_memory(tmp_path: Path) -> None:
+    """The probe on a KVM that works and is no nested one: its pages come by get_user_pages, as in every release."""
+    capabilities.require(capabilities.QEMU)
+    capabilities.require(capabilities.GUEST_KERNEL)
+    if not (MODULES / "kvm-amd.ko").exists():
+        pytest.skip("needs the guest kernel's kvm-amd.ko (./dev test gets it): x86-64 only")
+    told = run_inside(Path(inside_kvm.__file__), tmp_path, cpu="EPYC,+svm,+npt", modules=inside_kvm.MODULES)
+    halted = SlotRun(exit_reason=5, marker=True, clock_version=told["ordinary"]["clock_version"])
+    assert told["ordinary"] == vars(halted)
+    assert halted.passed
+    assert told["secret"] == vars(SlotRun(failed="KVM_RUN", error=errno.EFAULT))
+    assert told["answer"] == {
+        "usable": False,
+        "reason": "KVM cannot map secret RAM: KVM_RUN gave EFAULT (ordinary memory: ran to HLT, with a clock)",
+    }
