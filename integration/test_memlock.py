@@ -24,8 +24,9 @@ NOBODY = 65534
 # uid 0 drops all capabilities (capabilities(7)), as `setpriv --reuid` does for the program it starts.
 UNPRIVILEGED = f"""
 import json, os, resource, sys
-from vmmback import cli, config, errors, launch, ram
-from vmmback.linux import memlock, procfs
+from vmmback import cli, config, doctor, errors, launch, ram
+from vmmback.doctor import kernel, kvm, places, programs, settings
+from vmmback.linux import direct_map, memlock, procfs
 soft, hard = (int(limit) for limit in sys.argv[1:3])
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
 os.setgroups([])
