@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vmmback.errors import HostUnfit
-from vmmback.linux import kvm
+from vmmback.linux import kvm, kvm_worker
 from vmmback.linux.kvm import SlotRun, can_map_secret_ram, judge
 
 PASSED = SlotRun(exit_reason=5, marker=True, clock_version=2)
@@ -65,10 +65,10 @@ def test_a_missing_run_is_explained_by_how_the_child_ended() -> None:
 
 
 def test_ioctl_numbers_are_those_of_the_kernel_headers() -> None:
-    assert kvm._io(0x80) == 0xAE80  # KVM_RUN
-    assert kvm._iow(0x46, 32) == 0x4020AE46  # KVM_SET_USER_MEMORY_REGION
-    assert kvm._ior(0x83, 312) == 0x8138AE83  # KVM_GET_SREGS
-    assert kvm._iowr(0x05, 8) == 0xC008AE05  # KVM_GET_SUPPORTED_CPUID
+    assert kvm_worker._io(0x80) == 0xAE80  # KVM_RUN
+    assert kvm_worker._iow(0x46, 32) == 0x4020AE46  # KVM_SET_USER_MEMORY_REGION
+    assert kvm_worker._ior(0x83, 312) == 0x8138AE83  # KVM_GET_SREGS
+    assert kvm_worker._iowr(0x05, 8) == 0xC008AE05  # KVM_GET_SUPPORTED_CPUID
 
 
 def test_no_experiment_is_known_for_other_architectures(monkeypatch: pytest.MonkeyPatch) -> None:

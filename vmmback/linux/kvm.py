@@ -21,40 +21,26 @@ Sources: Documentation/virt/kvm/api.rst (every ioctl used), include/uapi/linux/k
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
-import json
-import mmap
 import os
 import platform
-import signal
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmmback.errors import HostUnfit
+from vmmback.linux import kvm_worker
+from vmmback.linux.kvm_worker import EXIT_HLT, GUEST_CODE
 from vmmback.linux.memfd_secret import memfd_secret
 
 DEVICE = Path("/dev/kvm")
-SLOT_BYTES = 64 * 1024
-"""Size of the guest's RAM, in bytes: small enough for the usual RLIMIT_MEMLOCK of 64 KiB and more."""
+SLOT_BYTES = kvm_worker.SLOT_BYTES
+"""Size of the guest's RAM, in bytes."""
 
-# movb $0x5a, 0x2000 ; hlt
-GUEST_CODE = bytes.fromhex("c6042500200000 5a f4")
-_MARKER = 0x5A
-
-# Guest-physical addresses, in bytes. Each page has one use; a pvclock structure must not cross a page.
-_CODE, _MARKER_AT, _CLOCK_AT, _PML4, _PDPT, _PD = 0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x6000
-
-_API_VERSION = 12  # fixed since Linux 2.6.22; api.rst: "Applications should refuse to run" with another
-_MSR_KVM_SYSTEM_TIME_NEW = 0x4B564D01  # bit 0 of its value switches the clock on
 _EXITS = {5: "HLT", 6: "MMIO", 8: "SHUTDOWN", 9: "FAIL_ENTRY", 17: "INTERNAL_ERROR", 39: "MEMORY_FAULT"}
-_EXIT_HLT = 5
 _KILL_GRACE_S = 2.0
 
 
@@ -83,18 +69,18 @@ class SlotRun:
     @property
     def passed(self) -> bool:
         """The guest ran to HLT on memory that KVM had really mapped."""
-        return self.halted and self.marker and self.clock_version != 0
+        return kvm_worker.passed(self.failed, self.error, self.exit_reason, self.marker, self.clock_version)
 
     @property
     def halted(self) -> bool:
         """The guest ran to HLT, be it on memory that KVM had mapped, or emulated by copies."""
-        return not self.failed and self.exit_reason == _EXIT_HLT
+        return not self.failed and self.exit_reason == EXIT_HLT
 
     def describe(self) -> str:
         """Return the first thing that went wrong, or the success, in words."""
         if self.failed:
             return f"{self.failed} gave {errno.errorcode.get(self.error, f'errno {self.error}')}"
-        if self.exit_reason != _EXIT_HLT:
+        if self.exit_reason != EXIT_HLT:
             name = _EXITS.get(self.exit_reason, "unknown")
             return f"KVM_RUN ended with exit reason {self.exit_reason} ({name}) instead of HLT"
         if not self.marker:
@@ -149,8 +135,7 @@ def run_in_child(
     The text says why one of them is missing. As experiment(), it leaves no child.
     """
     output, ending = _run_child(child_argv(kvm, memories, timeout_s, code), (kvm, *memories), timeout_s)
-    runs = [SlotRun(**json.loads(line)) for line in output.splitlines(keepends=True) if line.endswith("\n")]
-    return runs, ending
+    return [_run_of(line) for line in output.splitlines(keepends=True) if line.endswith("\n")], ending
 
 
 def judge(runs: list[SlotRun], ending: str = "") -> KvmAnswer:
@@ -166,13 +151,24 @@ def judge(runs: list[SlotRun], ending: str = "") -> KvmAnswer:
     return KvmAnswer(usable=True, reason=f"KVM maps secret RAM: {secret.describe()}")
 
 
+def run_guest(kvm: int, memory: int, code: bytes = GUEST_CODE) -> SlotRun:
+    """Run `code` in this process, on the descriptor `memory` of SLOT_BYTES; `kvm` is an open /dev/kvm.
+
+    May never return, for KVM_RUN has no deadline. Raises nothing that the kernel causes: a refused call is an answer.
+    """
+    return SlotRun(*kvm_worker.run_guest(kvm, memory, code))
+
+
+def _run_of(line: str) -> SlotRun:
+    failed, error, exit_reason, marker, clock_version = line.rstrip("\n").split("\t")
+    return SlotRun(failed, int(error), int(exit_reason), marker == "1", int(clock_version))
+
+
 def child_argv(kvm: int, memories: Sequence[int], timeout_s: float, code: bytes) -> list[str]:
-    """Return the command line whose process calls child(); it must inherit the descriptors."""
-    # -I: no user's setting may change what is run. -S: site costs as much as all the rest of the start, some 15 ms.
-    program = "import sys; sys.path.insert(0, sys.argv[1]); from vmmback.linux import kvm; kvm.child(sys.argv[2:])"
-    root = str(Path(__file__).parents[2])
+    """Return the command line of the child; it must inherit the descriptors."""
+    # -I: no user's setting may change what is run. -S: site costs more than the start of the interpreter.
     arguments = [str(kvm), str(timeout_s), code.hex(), *map(str, memories)]
-    return [sys.executable, "-I", "-S", "-c", program, root, *arguments]
+    return [sys.executable, "-I", "-S", kvm_worker.__file__, *arguments]
 
 
 def _run_child(argv: list[str], descriptors: tuple[int, ...], timeout_s: float) -> tuple[str, str]:
@@ -214,159 +210,3 @@ def _reap_killed(child: subprocess.Popen[str], timeout_s: float) -> tuple[str, s
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it said nothing"])[-1]
-
-
-# ---- inside the child ------------------------------------------------------------------------------------------------
-
-
-def child(arguments: list[str]) -> None:
-    """Be the child: run the guest on each memory, and write one JSON line a run to standard output.
-
-    Arguments: the descriptor of /dev/kvm, the deadline in seconds, the code as hexadecimal digits, the memories'
-    descriptors, first the control. Where one fails, the rest is left out, since it would prove nothing.
-    """
-    kvm, timeout_s, code, *memories = arguments
-    # If the parent is gone, SIGALRM ends a hanging KVM_RUN; a second late, so that a living parent comes first.
-    signal.setitimer(signal.ITIMER_REAL, float(timeout_s) + 1)
-    for memory in memories:
-        run = run_guest(int(kvm), int(memory), bytes.fromhex(code))
-        os.write(sys.stdout.fileno(), (json.dumps(vars(run)) + "\n").encode())
-        if not run.passed:
-            break
-
-
-def run_guest(kvm: int, memory: int, code: bytes = GUEST_CODE) -> SlotRun:
-    """Run `code` in long mode on one memory slot, the descriptor `memory` of SLOT_BYTES; `kvm` is an open /dev/kvm.
-
-    May never return, for KVM_RUN has no deadline. Raises nothing that the kernel causes: a refused call is an answer.
-    """
-    with ExitStack() as stack:
-        try:
-            ram = _map(stack, memory, SLOT_BYTES, "mmap")
-            ram[:] = bytes(SLOT_BYTES)  # the marker and the clock of an earlier run must not pass for this one's
-            vcpu = _make_vcpu(stack, kvm, ram, code)
-            with _step("KVM_GET_VCPU_MMAP_SIZE"):
-                state_bytes = fcntl.ioctl(kvm, _io(0x04))
-            state = _map(stack, vcpu, state_bytes, "mmap of the vCPU")
-            with _step("KVM_RUN"):
-                fcntl.ioctl(vcpu, _io(0x80))
-        except _Refused as refused:
-            return SlotRun(failed=refused.step, error=refused.error)
-        # struct kvm_run: exit_reason is a u32 at offset 8. struct pvclock_vcpu_time_info: version is the first u32.
-        (exit_reason,) = struct.unpack_from("=I", state, 8)
-        (clock_version,) = struct.unpack_from("=I", ram, _CLOCK_AT)
-        return SlotRun(exit_reason=exit_reason, marker=ram[_MARKER_AT] == _MARKER, clock_version=clock_version)
-
-
-class _Refused(Exception):
-    """The kernel refused the call named `step`."""
-
-    def __init__(self, step: str, error: int) -> None:
-        super().__init__(step, error)
-        self.step = step
-        self.error = error
-
-
-@contextmanager
-def _step(name: str) -> Iterator[None]:
-    """Name the call within, should the kernel refuse it."""
-    try:
-        yield
-    except OSError as error:
-        raise _Refused(name, error.errno or 0) from error
-
-
-def _io(number: int) -> int:
-    """Encode _IO(KVMIO, number) of include/uapi/asm-generic/ioctl.h; KVMIO is 0xAE."""
-    return 0xAE00 | number
-
-
-def _iow(number: int, size_bytes: int) -> int:
-    return 1 << 30 | size_bytes << 16 | _io(number)
-
-
-def _ior(number: int, size_bytes: int) -> int:
-    return 2 << 30 | size_bytes << 16 | _io(number)
-
-
-def _iowr(number: int, size_bytes: int) -> int:
-    return 3 << 30 | size_bytes << 16 | _io(number)
-
-
-def _map(stack: ExitStack, descriptor: int, size_bytes: int, step: str) -> mmap.mmap:
-    with _step(step):
-        return stack.enter_context(mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED))
-
-
-def _make_vcpu(stack: ExitStack, kvm: int, ram: mmap.mmap, code: bytes) -> int:
-    """Return a vCPU of a new VM with the one slot `ram`, about to execute `code` in long mode, its clock on."""
-    with _step("KVM_GET_API_VERSION"):
-        if fcntl.ioctl(kvm, _io(0x00)) != _API_VERSION:
-            raise _Refused("KVM_GET_API_VERSION", errno.EPROTONOSUPPORT)
-    with _step("KVM_CREATE_VM"):
-        vm = fcntl.ioctl(kvm, _io(0x01))
-    stack.callback(os.close, vm)
-    with _step("KVM_SET_TSS_ADDR"):
-        # api.rst: Intel needs three pages below 4 GiB that no slot uses. AMD takes the call and does nothing.
-        fcntl.ioctl(vm, _io(0x47), 0x1000_0000)
-    with _step("KVM_SET_USER_MEMORY_REGION"):
-        host_address = ctypes.addressof(ctypes.c_char.from_buffer(ram))
-        slot, flags, guest_address = 0, 0, 0
-        fcntl.ioctl(vm, _iow(0x46, 32), struct.pack("=IIQQQ", slot, flags, guest_address, SLOT_BYTES, host_address))
-    with _step("KVM_CREATE_VCPU"):
-        vcpu = fcntl.ioctl(vm, _io(0x41))
-    stack.callback(os.close, vcpu)
-    _set_cpuid(kvm, vcpu)
-    _enter_long_mode(vcpu, ram, code)
-    _switch_clock_on(vcpu)
-    return vcpu
-
-
-def _set_cpuid(kvm: int, vcpu: int) -> None:
-    """Give the vCPU all that the host supports: without it KVM allows neither long mode nor, if asked to, kvmclock."""
-    # struct kvm_cpuid2: u32 nent, u32 padding, then entries of 40 bytes; 256 is KVM_MAX_CPUID_ENTRIES.
-    table = bytearray(struct.pack("=II", 256, 0) + bytes(256 * 40))
-    with _step("KVM_GET_SUPPORTED_CPUID"):
-        fcntl.ioctl(kvm, _iowr(0x05, 8), table)
-    with _step("KVM_SET_CPUID2"):
-        fcntl.ioctl(vcpu, _iow(0x90, 8), table)
-
-
-def _enter_long_mode(vcpu: int, ram: mmap.mmap, code: bytes) -> None:
-    """Write the code and identity page tables (one 2 MiB page), and set the registers to run it in 64-bit mode."""
-    present_writable, large = 0b11, 1 << 7
-    ram[_CODE : _CODE + len(code)] = code
-    struct.pack_into("=Q", ram, _PML4, _PDPT | present_writable)
-    struct.pack_into("=Q", ram, _PDPT, _PD | present_writable)
-    struct.pack_into("=Q", ram, _PD, present_writable | large)
-    # struct kvm_sregs: cs ds es fs gs ss tr ldt of 24 bytes each, gdt and idt of 16, then cr0 cr2 cr3 cr4 cr8 efer.
-    sregs = bytearray(312)
-    with _step("KVM_GET_SREGS"):
-        fcntl.ioctl(vcpu, _ior(0x83, len(sregs)), sregs)
-    code_segment = _segment(selector=0x08, kind=0b1011, long=1)
-    data_segment = _segment(selector=0x10, kind=0b0011, long=0)
-    sregs[: 6 * 24] = code_segment + 5 * data_segment
-    cr0, cr4, efer = 0x8000_0033, 0x20, 0x500  # PG NE ET MP PE; PAE; LMA LME
-    struct.pack_into("=6Q", sregs, 8 * 24 + 2 * 16, cr0, 0, _PML4, cr4, 0, efer)
-    with _step("KVM_SET_SREGS"):
-        fcntl.ioctl(vcpu, _iow(0x84, len(sregs)), sregs)
-    # struct kvm_regs: 16 general registers, rip, rflags (bit 1 is always set).
-    with _step("KVM_SET_REGS"):
-        fcntl.ioctl(vcpu, _iow(0x82, 144), struct.pack("=18Q", *[0] * 16, _CODE, 0b10))
-
-
-def _segment(selector: int, kind: int, long: int) -> bytes:
-    """Return a flat, present, ring 0 struct kvm_segment; its fields are base limit selector type and eight flags."""
-    present, ring, default_32_bit, not_system, granular = 1, 0, 1 - long, 1, 1
-    flags = (present, ring, default_32_bit, not_system, long, granular, 0, 0)
-    return struct.pack("=QIH10B", 0, 0xFFFF_FFFF, selector, kind, *flags, 0)
-
-
-def _switch_clock_on(vcpu: int) -> None:
-    """Point the MSR kvmclock at guest RAM: KVM then writes the clock when the vCPU next runs."""
-    # struct kvm_msrs: u32 count, u32 padding, then u32 index, u32 reserved, u64 data. Returns how many it took.
-    msrs = bytearray(struct.pack("=IIIIQ", 1, 0, _MSR_KVM_SYSTEM_TIME_NEW, 0, _CLOCK_AT | 1))
-    with _step("KVM_SET_MSRS"):
-        taken = fcntl.ioctl(vcpu, _iow(0x89, 8), msrs)
-    if taken != 1:
-        raise _Refused("KVM_SET_MSRS of kvmclock", errno.EINVAL)
