@@ -51,8 +51,6 @@ def test_nothing_is_changed_or_left() -> None:
         return (
             open_descriptors(),
             children(),
-            [resource.getrlimit(limit) for limit in (resource.RLIMIT_MEMLOCK, resource.RLIMIT_NOFILE)],
-            {key: procfs.status("self")[key] for key in ("Seccomp", "NoNewPrivs", "CapEff", "VmLck")},
             [line for line in Path("/proc/self/mounts").read_text().splitlines() if line.split()[1] == "/proc"],
             places._TAP in Path("/proc/net/dev").read_text(),
         )
@@ -60,12 +58,18 @@ def test_nothing_is_changed_or_left() -> None:
     def alone() -> bool:  # a thread is there for a moment after it was joined
         return procfs.threads(os.getpid()) == [os.getpid()]
 
+    def rights() -> object:
+        limits = [resource.getrlimit(limit) for limit in (resource.RLIMIT_MEMLOCK, resource.RLIMIT_NOFILE)]
+        return limits, {key: procfs.status("self").get(key) for key in ("Seccomp_filters", "CapEff", "VmLck")}
+
+    rights_before = rights()
     doctor.examine()  # imports what it needs
     eventually(alone, "the threads have ended", timeout_s=30)
     before = host()
     doctor.examine()
     eventually(alone, "the threads have ended", timeout_s=30)
     assert host() == before
+    assert rights() == rights_before
 
 
 def test_without_qemu_it_is_missing_and_the_launch_fails(
