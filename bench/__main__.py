@@ -205,8 +205,9 @@ def touched_regions(rounds: int) -> Iterator[Figure]:
     """Count the 2 MiB of the direct map that ways to prefault break up, against the fewest that could be."""
     size = 256 * MIB
     say(f"regions of the direct map that {size // MIB} MiB touch")
-    for way, touched in bench_direct_map.ways(size, rounds, THREADS).items():
-        splits = "splits not counted" if touched.splits is None else f"{touched.splits} splits in all"
+    for way, touched in bench_direct_map.ways(size, rounds, max(THREADS, 2)).items():
+        per_mib = touched.splits_per_mib
+        splits = "splits not counted" if per_mib is None else f"{per_mib:.2f} splits for each MiB"
         yield Figure(
             f"direct map: regions that {size // MIB} MiB touch, {way}", touched.regions, touched.ideal, "regions",
             touched.regions / touched.ideal, "stated", rounds, f"{touched.rate:.0f} MiB/s, {splits}",
@@ -217,7 +218,7 @@ def kernel_reads(folder: Path, rounds: int) -> Iterator[Figure]:
     """Time what the kernel does in its own memory; an operator compares a host before and after (DIRECT-MAP.md)."""
     say("the kernel's own reads of memory")
     size, found = bench_direct_map.kernel_reads(folder, rounds)
-    huge = direct_map_use.of().in_huge_pages
+    huge = direct_map_use.read().in_huge_pages
     share = "" if huge is None else f", {huge / MIB:.0f} MiB of the direct map in huge pages"
     for name, median in found.items():
         call, _, unit = name.rpartition(", ")

@@ -22,18 +22,21 @@ _COMPACT = Path("/proc/sys/vm/compact_memory")
 
 @dataclass(frozen=True)
 class Touched:
-    """The medians of a way to prefault: regions of 2 MiB that it touched, MiB/s, and splits of 2 MiB pages in all."""
+    """The medians of a way to prefault: regions of 2 MiB that it touched and MiB/s; 2 MiB pages split for each MiB.
+
+    The splits are the whole host's meanwhile, None where the kernel does not count them.
+    """
 
     regions: float
     ideal: int
     rate: float
-    splits: int | None
+    splits_per_mib: float | None
 
 
 def ways(size: int, rounds: int, threads: int) -> dict[str, Touched]:
-    """Prefault `size` bytes, release them, and so on: with one thread, `threads`, twice as many, after compaction."""
-    tries = {"1 thread": (1, False), f"{threads} threads": (threads, False)}
-    tries |= {f"{2 * threads} threads": (2 * threads, False), f"{threads} threads, compacted": (threads, True)}
+    """Prefault `size` bytes, release them, and so on: with one thread, with `threads`, after compaction."""
+    many = f"{threads} threads"
+    tries = {"1 thread": (1, False), many: (threads, False), f"{many}, memory compacted before": (threads, True)}
     seen: dict[str, list[tuple[int, float, int | None]]] = {name: [] for name in tries}
     for _ in range(rounds):
         for name, (number, compact) in tries.items():
@@ -43,9 +46,9 @@ def ways(size: int, rounds: int, threads: int) -> dict[str, Touched]:
     return {
         name: Touched(
             statistics.median(regions for regions, _, _ in runs),
-            direct_map_use.ideal_regions(size),
+            direct_map_use.fewest_regions(size),
             size / MIB / statistics.median(seconds for _, seconds, _ in runs),
-            None if runs[0][2] is None else sum(splits or 0 for _, _, splits in runs),
+            None if runs[0][2] is None else sum(splits or 0 for _, _, splits in runs) / (rounds * size / MIB),
         )
         for name, runs in seen.items()
     }
@@ -62,10 +65,10 @@ def _prefault(size: int, threads: int) -> tuple[int, float, int | None]:
 
 
 def kernel_reads(folder: Path, rounds: int) -> tuple[int, dict[str, float]]:
-    """Return the bytes of the large memory, a quarter of what is free, and the medians of bench/kernel_reads.c."""
+    """Return the size of the large memory, at most a quarter of what is free, and the medians of kernel_reads.c."""
     program = folder / "kernel_reads"
     subprocess.run(["gcc", "-O2", "-o", program, Path(__file__).with_name("kernel_reads.c")], check=True)
-    size = min(8192 * MIB, procfs.meminfo()["MemAvailable"] // 4) // MIB * MIB
+    size = min(2048 * MIB, procfs.meminfo()["MemAvailable"] // 4) // MIB * MIB
     with _in_memory() as files:
         argv = [str(program), str(size), str(FILES), files, str(rounds)]
         lines = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.splitlines()

@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 enum { PAGE = 4096, READ = 64, SMALL = 64 << 20, FILL = 1 << 20 };
-enum { READS = 1000000, STATS = 300000, SPAWNS = 200 };
+enum { READS = 300000, STATS = 100000, SPAWNS = 100 };
 
 extern char **environ;
 
