@@ -34,6 +34,8 @@ from integration.terminal import Terminal
 from vmmback import tiny_guest
 from vmmback.isolation.audit import REQUIRED
 from vmmback.isolation.catalogue import HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES
+from vmmback.linux import direct_map_use
+from vmmback.linux.direct_map_use import REGION
 from vmmback.linux.procfs import PAGE_SIZE
 
 pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
@@ -152,6 +154,7 @@ def test_the_control_is_exposed(vmmback: Start) -> None:
     probes = probes_of(report)
     assert report["verdict"] == "exposed"
     assert report["memory"]["secret"] == 0
+    assert report["direct_map"] is None
     assert report["memory"]["readable_pages"] == report["memory"]["present_pages"] == 256 * MIB // PAGE_SIZE
     assert probes.keys() == BOTH
     assert {name for name, probe in probes.items() if probe["control"] != "readable"} == set()
@@ -224,6 +227,12 @@ def test_a_firmware_guest_is_isolated(start: Start, tmp_path: Path) -> None:
         "checked_pages": TINY_BYTES // PAGE_SIZE,
         "readable_pages": 0,
     }
+    found = report["direct_map"]
+    assert found["ideal"] == TINY_BYTES // REGION <= found["regions"] <= TINY_BYTES // PAGE_SIZE
+    told = direct_map_use.read()  # the rest is the whole host's, and others split, too
+    assert (found["splits_2m"] is None) == (told.splits_2m is None)
+    assert (found["huge_before"] is None) == (found["huge_after"] is None) == (told.in_2m is None)
+    assert (found["splits_2m"] or 0) <= (told.splits_2m or 0)
     assert {(probe["verdict"], probe["control"]) for probe in report["probes"]} == {("blocked", "readable")}
     assert_frames_came_back_zeroed(report)
     assert "the guest did not end within 0.1 s of powerdown" in ended.stderr
@@ -332,6 +341,7 @@ def test_without_prefault_only_present_pages_are_claimed(start: Start, tmp_path:
     memory = report["memory"]
     assert report["verdict"] == "isolated"
     assert "prefault" not in report["timings"]
+    assert report["direct_map"] is None  # its pages came while it ran, one by one
     # All but the video memory's place, which the guest leaves alone.
     filled = sum(end - begin for begin, end in tiny_guest.filled_ranges(TINY_BYTES)) // PAGE_SIZE
     assert filled <= memory["present_pages"] == memory["checked_pages"] < TINY_BYTES // PAGE_SIZE
@@ -345,7 +355,9 @@ def test_for_people_the_table_goes_to_standard_output(start: Start, tmp_path: Pa
     assert "16 MiB of RAM are prefaulted" in ended.stderr
     assert "\x1b" not in ended.stdout + ended.stderr
     words = " ".join(ended.stdout.split())  # rich folds lines to 80 columns where there is no terminal
-    assert words.endswith("4096 of 4096 pages checked, 0 readable: isolated validated after 'READY' on the console")
+    assert "4096 of 4096 pages checked, 0 readable: isolated direct map" in words
+    assert re.search(r"direct map \d+ regions of 2 MiB touched \(ideal 8\), ", words)
+    assert words.endswith(" validated after 'READY' on the console")
 
 
 def test_a_qemu_that_is_killed_by_others_is_exit_code_6(vmmback: Start, tmp_path: Path, runtime_dir: Path) -> None:
