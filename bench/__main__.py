@@ -218,7 +218,7 @@ def kernel_reads(folder: Path, rounds: int) -> Iterator[Figure]:
     """Time what the kernel does in its own memory; an operator compares a host before and after (DIRECT-MAP.md)."""
     say("the kernel's own reads of memory")
     size, found = bench_direct_map.kernel_reads(folder, rounds)
-    huge = direct_map_use.read().in_huge_pages
+    huge = direct_map_use.of().in_huge_pages
     share = "" if huge is None else f", {huge / MIB:.0f} MiB of the direct map in huge pages"
     for name, median in found.items():
         call, _, unit = name.rpartition(", ")

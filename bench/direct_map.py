@@ -46,7 +46,7 @@ def ways(size: int, rounds: int, threads: int) -> dict[str, Touched]:
     return {
         name: Touched(
             statistics.median(regions for regions, _, _ in runs),
-            direct_map_use.fewest_regions(size),
+            direct_map_use.ideal_regions(size),
             size / MIB / statistics.median(seconds for _, seconds, _ in runs),
             None if runs[0][2] is None else sum(splits or 0 for _, _, splits in runs) / (rounds * size / MIB),
         )

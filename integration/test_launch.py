@@ -229,7 +229,7 @@ def test_a_firmware_guest_is_isolated(start: Start, tmp_path: Path) -> None:
     }
     found = report["direct_map"]
     assert found["ideal"] == TINY_BYTES // REGION <= found["regions"] <= TINY_BYTES // PAGE_SIZE
-    told = direct_map_use.read()  # the rest is the whole host's, and others split, too
+    told = direct_map_use.of()  # the rest is the whole host's, and others split, too
     assert (found["splits_2m"] is None) == (told.splits_2m is None)
     assert (found["huge_before"] is None) == (found["huge_after"] is None) == (told.in_2m is None)
     assert (found["splits_2m"] or 0) <= (told.splits_2m or 0)

@@ -83,15 +83,14 @@ def test_regions_that_two_rams_share_count_once_and_their_splits_add_up() -> Non
 
 
 @pytest.mark.parametrize(
-    ("zones", "secret", "factor", "left"),
+    ("zones", "secret", "left"),
     [
-        (24 * GIB, 0, 2.0, 24 * GIB),
-        (24 * GIB, 1, 1.0, 24 * GIB - REGION),
-        (24 * GIB, 4 * GIB, 2.0, 16 * GIB),
-        (24 * GIB, 4 * GIB, 0.5, 20 * GIB),  # it cannot be better than the fewest
-        (24 * GIB, 20 * GIB, 2.0, 0),
-        (REGION + 5, 0, 2.0, REGION),
+        (24 * GIB, 0, 24 * GIB),
+        (24 * GIB, 1, 24 * GIB - 2 * REGION),
+        (24 * GIB, 4 * GIB, 16 * GIB),
+        (24 * GIB, 20 * GIB, 0),
+        (REGION + 5, 0, REGION),
     ],
 )
-def test_estimate(zones: int, secret: int, factor: float, left: int) -> None:
-    assert left_in_huge_pages(zones, secret, factor) == left
+def test_estimate(zones: int, secret: int, left: int) -> None:
+    assert left_in_huge_pages(zones, secret) == left

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
-from vmmback.linux.direct_map_use import REGION
+from vmmback.linux.direct_map_use import REGION, ideal_regions
 
 # Regions of 2 MiB over the fewest that could be, for RAM that is prefaulted soon after the host's boot: at most 1.96
 # was measured. Where free memory is in small pieces it is much larger (docs/DIRECT-MAP.md).
-BOOTED_FACTOR = 2.0
+_BOOTED_FACTOR = 2
 
 
-def left_in_huge_pages(kernel_zones: int, secret_ever: int, factor: float = BOOTED_FACTOR) -> int:
+def left_in_huge_pages(kernel_zones: int, secret_ever: int) -> int:
     """Return the bytes of `kernel_zones` that pages of 2 MiB and more still map, if no region was split for others.
 
     `secret_ever` is the most bytes of frames that were secret RAM at one time or another since boot: what was split
-    stays split. `factor` is the number of regions that they touch over the fewest in which they fit, at least 1.
+    stays split.
     """
-    split = math.ceil(max(0, secret_ever) / REGION * max(1.0, factor)) * REGION
+    split = ideal_regions(max(0, secret_ever)) * _BOOTED_FACTOR * REGION
     return max(0, kernel_zones - split) // REGION * REGION
