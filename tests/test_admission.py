@@ -69,11 +69,11 @@ class Host:
     def live(self) -> list[str]:
         return [guest.name for guest in self.guests]
 
-    def secret_files(self, leave_out: Collection[int]) -> dict[int, SecretFile]:
+    def secret_files(self, known: Collection[int]) -> dict[int, SecretFile]:
         return {
-            guest.pid: SecretFile(guest.size, guest.present, frozenset({guest.pid + 1}))
+            guest.pid: SecretFile(guest.size, 0 if guest.pid in known else guest.present, frozenset({guest.pid + 1}))
             for guest in self.guests
-            if guest.present and guest.pid + 1 not in leave_out
+            if guest.present
         }
 
     def children(self, pid: int) -> list[int]:
@@ -169,30 +169,38 @@ AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=30, d
 TestAnyOrder = AnyOrder.TestCase
 
 
+@pytest.fixture
+def qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor 1 has a child 2."""
+    monkeypatch.setattr(procfs, "children", lambda pid: [2] if pid == 1 else [])
+
+
 def record(pid: int, size: int, touched: int = 0, overhead: int = 0) -> admission.Record:
     return admission.Record(pid, size, touched, overhead, [])
 
 
+@pytest.mark.usefixtures("qemu")
 def test_what_a_guest_has_touched_counts_by_the_supervisor_s_word_or_the_kernel_s_whichever_is_more() -> None:
-    family = {1: {1, 2}}
     mapped = {7: SecretFile(256 * MIB, 100 * MIB, frozenset({2}))}
-    assert outstanding([record(1, 256 * MIB)], family, {}) == 257 * MIB
-    assert outstanding([record(1, 256 * MIB)], family, mapped) == with_page_tables(156 * MIB)
-    assert outstanding([record(1, 256 * MIB, touched=256 * MIB)], family, mapped) == 0
-    assert outstanding([record(1, 256 * MIB, 256 * MIB, overhead=9)], family, {}) == 9
+    assert outstanding([record(1, 256 * MIB)], {}) == 257 * MIB
+    assert outstanding([record(1, 256 * MIB)], mapped) == with_page_tables(156 * MIB)
+    assert outstanding([record(1, 256 * MIB, touched=256 * MIB)], mapped) == 0
+    assert outstanding([record(1, 256 * MIB, 256 * MIB, overhead=9)], {}) == 9
 
 
+@pytest.mark.usefixtures("qemu")
 def test_what_another_process_of_a_guest_maps_is_the_guest_s_also_when_its_qemu_is_left_out() -> None:
     """virtiofsd maps the RAM, and has touched next to nothing of it."""
     settled = admission.Record(1, 256 * MIB, 256 * MIB, 0, [7])
     mapped = {7: SecretFile(256 * MIB, 0, frozenset({99}))}
-    assert outstanding([settled], {1: {1, 2}}, mapped) == 0
-    assert outstanding([replace(settled, inodes=[])], {1: {1, 2}}, mapped) == 257 * MIB
+    assert outstanding([settled], mapped) == 0
+    assert outstanding([replace(settled, inodes=[])], mapped) == 257 * MIB
 
 
+@pytest.mark.usefixtures("qemu")
 def test_secret_ram_of_others_counts_as_far_as_it_is_mapped_and_not_present() -> None:
     mapped = {7: SecretFile(256 * MIB, 0, frozenset({50}))}
-    assert outstanding([record(1, 16 * MIB, 16 * MIB)], {1: {1, 2}}, mapped) == 257 * MIB
+    assert outstanding([record(1, 16 * MIB, 16 * MIB)], mapped) == 257 * MIB
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,19 +96,19 @@ async def admit(folder: Path, size: int, backing: Backing, group_room: int | Non
     return promise
 
 
-def promised(files: dict[int, SecretFile] | None = None) -> int:
+def promised() -> int:
     """Return how many bytes guests were promised and have not touched, page tables included.
 
     Guests of this runtime folder tell it; of all others it counts what is mapped and not present, as far as this
-    process may look. `files` is what secret_use.secret_files() has found, if that is known. Raises HostUnfit,
-    UsageError.
+    process may look. Raises HostUnfit, UsageError.
     """
-    records = list(promises().values())
-    families = {record.pid: {record.pid, *procfs.children(record.pid)} for record in records}
-    if files is None:
-        whole = [families[record.pid] for record in records if record.inodes and record.touched >= record.size]
-        files = secret_use.secret_files(leave_out=set().union(*whole))
-    return outstanding(records, families, files)
+    records = promises().values()
+    return outstanding(records, secret_use.secret_files(known=settled(records)))
+
+
+def settled(records: Iterable[Record]) -> set[int]:
+    """Return the inodes of the guests that have touched all that they were promised."""
+    return {inode for record in records if record.touched >= record.size for inode in record.inodes}
 
 
 def promises() -> dict[str, Record]:
@@ -116,21 +116,22 @@ def promises() -> dict[str, Record]:
     return {name: record for name in live_guests() if (record := _read(runtime_folder() / name))}
 
 
-def outstanding(records: Iterable[Record], families: dict[int, set[int]], files: dict[int, SecretFile]) -> int:
-    """Return what was promised and is not touched, given the processes of each supervisor and the secret files.
+def outstanding(records: Collection[Record], files: Mapping[int, SecretFile]) -> int:
+    """Return what was promised and is not touched, page tables included, given all secret files.
 
-    A supervisor's processes are itself and its children: QEMU, and the one that prefaults, map the RAM.
+    A file belongs to the guest that has told its inode; before it has, to the one whose supervisor maps it, or a child
+    of that: QEMU, or the process that prefaults.
     """
-    total = 0
-    others = dict(files)
+    owners = {inode: record.pid for record in records for inode in record.inodes}
     for record in records:
-        present = 0
-        for inode, file in files.items():
-            if inode in record.inodes or file.pids & families[record.pid]:
-                present += file.present
-                others.pop(inode, None)
+        if not record.inodes or record.touched < record.size:
+            family = {record.pid, *procfs.children(record.pid)}
+            owners |= {inode: record.pid for inode, file in files.items() if file.pids & family}
+    total = sum(with_page_tables(file.mapped - file.present) for inode, file in files.items() if inode not in owners)
+    for record in records:
+        present = sum(file.present for inode, file in files.items() if owners.get(inode) == record.pid)
         total += with_page_tables(max(0, record.size - max(record.touched, present))) + record.overhead
-    return total + sum(with_page_tables(file.mapped - file.present) for file in others.values())
+    return total
 
 
 def _read(folder: Path) -> Record | None:

@@ -68,7 +68,7 @@ class Overview:
 
     def document(self) -> dict[str, Any]:
         """Return it all in the terms of JSON; docs/HOST.md explains each."""
-        budget = self.budget
+        budget, settled = self.budget, admission.settled(self.promises.values())
         return {
             "secret_ram": {
                 "largest_guest": budget.largest_guest(),
@@ -80,7 +80,12 @@ class Overview:
                 "nodes": [{**asdict(node), "available": node.available} for node in budget.nodes],
                 "present": self.secret_present,
                 "files": [
-                    {"inode": inode, "mapped": file.mapped, "touched": file.present, "pids": sorted(file.pids)}
+                    {
+                        "inode": inode,
+                        "mapped": file.mapped,
+                        "touched": None if inode in settled else file.present,
+                        "pids": sorted(file.pids),
+                    }
                     for inode, file in sorted(self.secret.items())
                 ],
                 "guests": [
@@ -109,9 +114,9 @@ class Overview:
 
 def read() -> Overview:
     """Read it. Raises HostUnfit, UsageError, OSError."""
-    secret = secret_use.secret_files()  # first of all: what is touched meanwhile counts twice, and not never
-    promises = admission.promises()
-    memory = HostMemory.read(admission.promised(secret), cgroups.room(None))
+    promises = admission.promises()  # before the memory: what is touched meanwhile counts twice, and not never
+    secret = secret_use.secret_files(known=admission.settled(promises.values()))
+    memory = HostMemory.read(admission.outstanding(promises.values(), secret), cgroups.room(None))
     soft, hard = (
         None if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_MEMLOCK)
     )
