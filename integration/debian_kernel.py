@@ -25,9 +25,11 @@ _BOOT_S = 180.0
 
 # What of a process's mappings and modules is a file; run in an interpreter of its own, which has nothing else loaded.
 _TRIAL = """
-import ctypes, json, os, sys, traceback
+import ctypes, importlib, json, os, sys, traceback
 sys.argv = ["trial"]
 exec(open({program!r}).read(), {{"__name__": "trial"}})
+for module in {modules!r}:
+    importlib.import_module(module)
 files = {{m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)}}
 files |= {{line.split()[5] for line in open("/proc/self/maps") if len(line.split()) == 6}}
 print("\\n".join(files))
@@ -65,39 +67,62 @@ def run_inside(
     /modules. Fails where the machine does not come to an end in time.
     """
     python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
-    environment = {"PYTHONHOME": sys.base_prefix, "PYTHONPATH": f"{ROOT}:{_site_packages()}"}
-    trial = subprocess.run(
-        [python, "-S", "-c", _TRIAL.format(program=str(program))],
-        env=environment, capture_output=True, text=True, check=True, timeout=30,
-    )  # fmt: skip
-    first = folder / "first.py"
-    first.write_text(_FIRST.format(program=str(program), mark=_MARK))
-    loaded = {Path(line) for line in trial.stdout.split("\n") if line.startswith("/")}
+    first = first_process(program, folder)
     initramfs = folder / "initramfs"
-    files = {path for path in loaded if path.is_file()} | {python, program, first, _loader(python)}
-    # Libraries are asked for by the names of links, and /proc/PID/maps shows where these lead.
-    files |= {link for file in files for link in file.parent.glob(file.name.partition(".so")[0] + ".so.*")}
-    initramfs.write_bytes(_archive(files, {f"/modules/{name}.ko": MODULES / f"{name}.ko" for name in modules}))
-    arguments = f"{cmdline} console=ttyS0 quiet panic=-1 " + " ".join(f"{k}={v}" for k, v in environment.items())
+    kernel_modules = {f"/modules/{name}.ko": MODULES / f"{name}.ko" for name in modules}
+    initramfs.write_bytes(_archive(loaded_by(program) | {first}, kernel_modules))
     ended = subprocess.run(
         [
             find_qemu(), "-accel", "tcg", "-cpu", cpu, "-m", str(memory_mib), "-display", "none", "-no-reboot",
             "-nodefaults", "-serial", "stdio", "-kernel", KERNEL, "-initrd", initramfs,
-            "-append", f"{arguments} rdinit={python} -- -S {first}",
+            "-append", f"{cmdline} console=ttyS0 quiet panic=-1 {environment()} rdinit={python} -- -S {first}",
         ],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=_BOOT_S,
     )  # fmt: skip
-    _, mark, rest = ended.stdout.partition(_MARK)
-    assert mark, f"{ended.stdout[-3000:]}\n{ended.stderr[-1000:]}"
-    result = json.loads(rest.splitlines()[0])
-    assert not (isinstance(result, dict) and "error" in result), result["error"]
-    return result
+    return result(ended.stdout, ended.stderr)
 
 
-def _site_packages() -> str:
+def environment() -> str:
+    """Return what the interpreter's environment must have, as words of the kernel's command line, which makes it so."""
+    return " ".join(f"{name}={value}" for name, value in _environment().items())
+
+
+def first_process(program: Path, folder: Path) -> Path:
+    """Write the file that the interpreter is to run as the machine's first process; `result` finds what it says."""
+    first = folder / "first.py"
+    first.write_text(_FIRST.format(program=str(program), mark=_MARK))
+    return first
+
+
+def loaded_by(program: Path, imported_late: Iterable[str] = ()) -> set[Path]:
+    """Return the files that an interpreter with this program's imports has: itself, modules, libraries, their loader.
+
+    `imported_late` are the modules that it imports elsewhere than at its top.
+    """
+    python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]
+    trial = subprocess.run(
+        [python, "-S", "-c", _TRIAL.format(program=str(program), modules=tuple(imported_late))],
+        env=_environment(), capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    loaded = {Path(line) for line in trial.stdout.split("\n") if line.startswith("/")}
+    files = {path for path in loaded if path.is_file()} | {python, program, _loader(python)}
+    # Libraries are asked for by the names of links, and /proc/PID/maps shows where these lead.
+    return files | {link for file in files for link in file.parent.glob(file.name.partition(".so")[0] + ".so.*")}
+
+
+def result(output: str, errors: str) -> Any:
+    """Return what main() returned, out of what the machine printed. Fails where that is not there, or is an error."""
+    _, mark, rest = output.partition(_MARK)
+    assert mark, f"{output[-3000:]}\n{errors[-1000:]}"
+    returned = json.loads(rest.splitlines()[0])
+    assert not (isinstance(returned, dict) and "error" in returned), returned["error"]
+    return returned
+
+
+def _environment() -> dict[str, str]:
     import pydantic
 
-    return str(Path(pydantic.__file__).parents[1])
+    return {"PYTHONHOME": sys.base_prefix, "PYTHONPATH": f"{ROOT}:{Path(pydantic.__file__).parents[1]}"}
 
 
 def _loader(program: Path) -> Path:
