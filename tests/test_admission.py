@@ -25,7 +25,7 @@ from vmmback.admission import Promise, outstanding
 from vmmback.errors import AdmissionRefused, HostUnfit
 from vmmback.host.budget import Budget, NodeBudget, with_page_tables
 from vmmback.host.memory import HostMemory
-from vmmback.linux import procfs, secret_use
+from vmmback.linux import cgroups, procfs, secret_use
 from vmmback.linux.secret_use import SecretFile
 from vmmback.linux.zones import Node, Zone
 
@@ -52,6 +52,7 @@ class Host:
         self.folder, self.zones = folder, zones
         self.guests: list[Running] = []
         self.next_pid = 100
+        self.group_limit: int | None = None
 
     @property
     def taken(self) -> int:
@@ -65,6 +66,9 @@ class Host:
     def read(self, promised: int, group_room: int | None) -> HostMemory:
         zones = (replace(self.zones[0], free=self.free), *self.zones[1:])
         return HostMemory((Node(0, zones),), promised, group_room)
+
+    def room(self, path: str | None) -> int | None:
+        return None if self.group_limit is None else self.group_limit - self.taken
 
     def live(self) -> list[str]:
         return [guest.name for guest in self.guests]
@@ -86,6 +90,7 @@ class Host:
         stack.enter_context(mock.patch.object(admission, "runtime_folder", return_value=self.folder))
         stack.enter_context(mock.patch.object(secret_use, "secret_files", self.secret_files))
         stack.enter_context(mock.patch.object(procfs, "children", self.children))
+        stack.enter_context(mock.patch.object(cgroups, "room", self.room))
         return stack
 
 
@@ -248,6 +253,26 @@ def test_two_launches_at_once_do_not_both_take_the_last_of_it(host: Host) -> Non
     with host.faked():
         taken = asyncio.run(both())
     assert {type(each) for each in taken} == {AdmissionRefused, Promise}
+
+
+def test_what_a_group_has_room_for_is_asked_once_it_is_this_launch_s_turn(host: Host) -> None:
+    """What another guest touches while a launch waits is gone from the group's room, and no promise any more."""
+    host.group_limit = 1000 * MIB
+    other = Running("other", 1, 700 * MIB, Promise(host.folder / "other", "secret"))
+    (host.folder / "demo").mkdir()
+    held = os.open(host.folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+
+    async def admitted_late() -> None:
+        task = asyncio.create_task(admission.admit(host.folder / "demo", 500 * MIB, "secret"))
+        await asyncio.sleep(0.05)
+        other.present = other.size
+        host.guests.append(other)
+        os.close(held)
+        await task
+
+    with host.faked(), pytest.raises(AdmissionRefused, match="The memory cgroup has room for 297 MiB"):
+        asyncio.run(admitted_late())
 
 
 def test_a_launch_waits_for_the_lock_and_says_in_time_that_it_is_not_to_be_had(

@@ -19,7 +19,7 @@ from pathlib import Path
 from vmmback.errors import HostUnfit
 from vmmback.host.budget import Backing, Budget, with_page_tables
 from vmmback.host.memory import HostMemory
-from vmmback.linux import procfs, secret_use
+from vmmback.linux import cgroups, procfs, secret_use
 from vmmback.linux.secret_use import SecretFile
 from vmmback.runtime import live_guests, runtime_folder
 
@@ -52,10 +52,13 @@ class Promise:
         self._record = Record(os.getpid(), 0, 0, 0, [])
         self._before = 0  # touched when the RAM was added that is prefaulted now
 
-    async def extend(self, size: int, group_room: int | None = None) -> None:
-        """Promise `size` bytes (more). Raises AdmissionRefused when they do not fit, HostUnfit when nobody can tell."""
+    async def extend(self, size: int, group: str | None = None) -> None:
+        """Promise `size` bytes (more), for which the memory cgroup with this path pays, this process's own without one.
+
+        Raises AdmissionRefused when they do not fit, HostUnfit when nobody can tell.
+        """
         async with _lock(self._file.parents[1]):
-            budget = Budget.of(HostMemory.read(promised(), group_room))
+            budget = Budget.of(HostMemory.read(promised(), cgroups.room(group)))  # in this order: see there
             budget.admit(size, self._backing)
             if not self._record.size:
                 self._record.overhead = budget.overhead
@@ -89,10 +92,10 @@ class Promise:
         new.replace(self._file)
 
 
-async def admit(folder: Path, size: int, backing: Backing, group_room: int | None = None) -> Promise:
+async def admit(folder: Path, size: int, backing: Backing, group: str | None = None) -> Promise:
     """Promise memory to the guest of a folder. Raises AdmissionRefused when it does not fit, HostUnfit."""
     promise = Promise(folder, backing)
-    await promise.extend(size, group_room)
+    await promise.extend(size, group)
     return promise
 
 

@@ -18,7 +18,7 @@ from vmmback.config.values import DIMM_GRAIN_BYTES, shown_size
 from vmmback.errors import AdmissionRefused, CommandRefused, HandoffFailed, QemuFailed, UsageError
 from vmmback.guest import Guest, confirm
 from vmmback.isolation import qmp_proof
-from vmmback.linux import cgroups, procfs
+from vmmback.linux import procfs
 from vmmback.report import IsolationReport
 
 Progress = Callable[[int, int], None]
@@ -84,7 +84,7 @@ def _check(guest: Guest, size: int) -> None:
 async def _promised(guest: Guest, size: int) -> AsyncIterator[None]:
     """Promise more memory to a guest, and take it back if the block fails. Raises AdmissionRefused."""
     try:
-        await guest.promise.extend(size, cgroups.room(guest.config.process.cgroup))
+        await guest.promise.extend(size, guest.config.process.cgroup)
     except AdmissionRefused as error:
         fits = error.largest // DIMM_GRAIN_BYTES * DIMM_GRAIN_BYTES
         smaller = f"grow by at most {shown_size(fits)}, or " if fits else ""

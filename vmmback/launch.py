@@ -32,7 +32,7 @@ from vmmback.host.qemu import can_share_aux_ram, choose_accel, find_qemu, kernel
 from vmmback.isolation import qmp_proof
 from vmmback.isolation.audit import in_thread
 from vmmback.lifecycle import State, Stop
-from vmmback.linux import cgroups, memlock
+from vmmback.linux import memlock
 from vmmback.qmp_policy import Policy
 from vmmback.report import IsolationReport
 from vmmback.runtime import QEMU_LOG, QMP_SOCKET, SERIAL_LOG, guest_folder
@@ -93,8 +93,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     qemu_binary = find_qemu()
     accel = await in_thread(lambda: choose_accel(config.machine.accel))
     group = process.memory_group(config)
-    room = cgroups.room(config.process.cgroup)
-    promise = await admission.admit(folder, config.memory.size, config.memory.backing, room)
+    promise = await admission.admit(folder, config.memory.size, config.memory.backing, config.process.cgroup)
     plan = stack.enter_context(process.planned(config))
     inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
     opened, daemons = await devices.open_devices(config, plan.ids, folder, stack, inherited)

@@ -27,7 +27,7 @@ class HostMemory:
     def read(cls, promised: int = 0, group_room: int | None = None, root: Path = procfs.PROC) -> HostMemory:
         """Read /proc/zoneinfo, as far as this process's cpuset lets it take memory there (proc(5), Mems_allowed_list).
 
-        Count what is promised before, not after: what is touched in between then counts twice, and not never.
+        Count what is promised first, then the group's room: what is touched in between counts twice, and not never.
         """
         allowed = _numbers(procfs.status("self", root).get("Mems_allowed_list", ""))
         found = zones.nodes(root)
