@@ -380,6 +380,12 @@ def test_where_no_other_frames_are_to_be_had_the_prefault_ends_all_the_same(monk
     monkeypatch.setattr(kernel_image, "frames_in", lambda *_: array("Q", [1]))
     with ram.SecretRam(2 * MIB) as memory:
         progress: list[int] = []
-        asyncio.run(memory.prefault(progress.append))
+        had: list[bool] = []
+
+        async def anew() -> None:
+            had.append(present_pages(memory) == memory.size // PAGE_SIZE)
+
+        asyncio.run(memory.prefault(progress.append, anew=anew))
         assert progress.count(memory.size) == 1 + ram._RETRIES
+        assert had == [True] * ram._RETRIES  # it is told while the pages are still there
         assert present_pages(memory) == len(memory.frames) == memory.size // PAGE_SIZE

@@ -187,10 +187,19 @@ def record(pid: int, size: int, touched: int = 0, overhead: int = 0) -> admissio
 @pytest.mark.usefixtures("qemu")
 def test_what_a_guest_has_touched_counts_by_the_supervisor_s_word_or_the_kernel_s_whichever_is_more() -> None:
     mapped = {7: SecretFile(256 * MIB, 100 * MIB, frozenset({2}))}
-    assert outstanding([record(1, 256 * MIB)], {}) == 257 * MIB
-    assert outstanding([record(1, 256 * MIB)], mapped) == with_page_tables(156 * MIB)
-    assert outstanding([record(1, 256 * MIB, touched=256 * MIB)], mapped) == 0
+    settled = replace(record(1, 256 * MIB), inodes=[7])
+    assert outstanding([settled], {}) == 257 * MIB
+    assert outstanding([settled], mapped) == with_page_tables(156 * MIB)
+    assert outstanding([replace(settled, touched=256 * MIB)], mapped) == 0
     assert outstanding([record(1, 256 * MIB, 256 * MIB, overhead=9)], {}) == 9
+
+
+@pytest.mark.usefixtures("qemu")
+def test_other_secret_memory_of_a_guest_s_processes_keeps_no_promise() -> None:
+    """Other RAM blocks are no RAM that was promised, and what a prefault sets aside is given back."""
+    mapped = {7: SecretFile(256 * MIB, 0, frozenset({2})), 8: SecretFile(64 * MIB, 64 * MIB, frozenset({2}))}
+    assert outstanding([record(1, 256 * MIB)], mapped) == 257 * MIB
+    assert outstanding([replace(record(1, 256 * MIB), inodes=[7])], mapped) == 257 * MIB
 
 
 @pytest.mark.usefixtures("qemu")
@@ -228,8 +237,9 @@ def test_a_promise_is_a_file_of_the_guest_s_folder_and_tells_how_much_is_touched
         assert told()["touched"] == 0
         promise.touched(64 * MIB)
         assert told()["touched"] == 64 * MIB
-        promise.touched(2 * MIB)  # it began anew
-        assert told()["touched"] == 2 * MIB
+        promise.touched(256 * MIB)
+        asyncio.run(promise.anew())
+        assert told()["touched"] == 0
         promise.touched(256 * MIB)
         promise.settle([7])
         assert (told()["touched"], told()["overhead"]) == (256 * MIB, 0)
@@ -237,6 +247,9 @@ def test_a_promise_is_a_file_of_the_guest_s_folder_and_tells_how_much_is_touched
         assert (told()["size"], told()["touched"], told()["overhead"]) == (384 * MIB, 256 * MIB, 0)
         promise.touched(100 * MIB)
         assert told()["touched"] == 356 * MIB
+        asyncio.run(promise.anew())
+        assert told()["touched"] == 256 * MIB
+        promise.touched(128 * MIB)
         promise.withdraw(128 * MIB)
         assert (told()["size"], told()["touched"]) == (256 * MIB, 256 * MIB)
 
@@ -273,6 +286,24 @@ def test_what_a_group_has_room_for_is_asked_once_it_is_this_launch_s_turn(host: 
 
     with host.faked(), pytest.raises(AdmissionRefused, match="The memory cgroup has room for 297 MiB"):
         asyncio.run(admitted_late())
+
+
+def test_a_prefault_starts_anew_only_when_nobody_reckons_with_what_it_had_touched(host: Host) -> None:
+    (host.folder / "demo").mkdir()
+
+    async def anew() -> None:
+        promise = await admission.admit(host.folder / "demo", 256 * MIB, "secret")
+        promise.touched(256 * MIB)
+        held = os.open(host.folder, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        task = asyncio.create_task(promise.anew())
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        os.close(held)
+        await task
+
+    with host.faked():
+        asyncio.run(anew())
 
 
 def test_a_launch_waits_for_the_lock_and_says_in_time_that_it_is_not_to_be_had(

@@ -69,8 +69,18 @@ class Promise:
     def touched(self, size: int) -> None:
         """Say that `size` bytes of what was promised last are present."""
         done = self._before + size
-        if done < self._record.touched or done >= self._record.touched + _STEP_BYTES or done == self._record.size:
+        if done >= self._record.touched + _STEP_BYTES or done == self._record.size:
             self._record.touched = done
+            self._write()
+
+    async def anew(self) -> None:
+        """Say that nothing of what was promised last is present, before it is given back. Raises HostUnfit.
+
+        Nobody reckons meanwhile: with the promise as it was before and the free memory as it is after, all of it would
+        be promised to others.
+        """
+        async with _lock(self._file.parents[1]):
+            self._record.touched = self._before
             self._write()
 
     def settle(self, inodes: Iterable[int]) -> None:
@@ -123,16 +133,17 @@ def outstanding(records: Collection[Record], files: Mapping[int, SecretFile]) ->
     """Return what was promised and is not touched, page tables included, given all secret files.
 
     A file belongs to the guest that has told its inode; before it has, to the one whose supervisor maps it, or a child
-    of that: QEMU, or the process that prefaults.
+    of that: QEMU, or the process that prefaults. What else these map keeps no promise: other RAM blocks, and what a
+    prefault sets aside, which is given back.
     """
-    owners = {inode: record.pid for record in records for inode in record.inodes}
+    owned = {inode for record in records for inode in record.inodes}
     for record in records:
         if not record.inodes or record.touched < record.size:
             family = {record.pid, *procfs.children(record.pid)}
-            owners |= {inode: record.pid for inode, file in files.items() if file.pids & family}
-    total = sum(with_page_tables(file.mapped - file.present) for inode, file in files.items() if inode not in owners)
+            owned |= {inode for inode, file in files.items() if file.pids & family}
+    total = sum(with_page_tables(file.mapped - file.present) for inode, file in files.items() if inode not in owned)
     for record in records:
-        present = sum(file.present for inode, file in files.items() if owners.get(inode) == record.pid)
+        present = sum(files[inode].present for inode in record.inodes if inode in files)
         total += with_page_tables(max(0, record.size - max(record.touched, present))) + record.overhead
     return total
 

@@ -47,7 +47,7 @@ async def grow(guest: Guest, size: int, progress: Progress) -> IsolationReport:
             memory = ram.allocate(guest.config.memory.backing, size)
             try:
                 if guest.config.memory.prefault:
-                    await memory.prefault(prefaulted, group=group)
+                    await memory.prefault(prefaulted, group=group, anew=guest.promise.anew)
                 await _finished(_plug(guest, memory))
             finally:
                 if memory not in guest.ram:

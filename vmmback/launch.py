@@ -115,7 +115,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     ):
         if config.memory.prefault:
             with _timed(timings, "prefault"):
-                await guest_ram.prefault(prefaulted, group=group)
+                await guest_ram.prefault(prefaulted, group=group, anew=promise.anew)
         secret_aux = await share_aux_ram
 
     started = time.perf_counter()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -84,7 +84,11 @@ class Ram(ABC):
         self.close()
 
     async def prefault(
-        self, progress: Callable[[int], None], threads: int | None = None, group: Path | None = None
+        self,
+        progress: Callable[[int], None],
+        threads: int | None = None,
+        group: Path | None = None,
+        anew: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Make all pages present, a thread for each core this process may use; `progress` gets the bytes done so far.
 
@@ -95,8 +99,8 @@ class Ram(ABC):
         mapping is refused, or it may not join the group. Cancelling it ends the process.
 
         Where the kernel gave frames that it can read elsewhere (linux/kernel_image.py), it starts again with a new
-        file, having set such frames aside: up to three times, for more can become free meanwhile. Probes tell what is
-        left of them.
+        file, having set such frames aside: up to three times, for more can become free meanwhile. `anew` is awaited
+        before the old file's pages are given back. Probes tell what is left of them.
         """
         before = direct_map_use.of()
         image = self._shunned()
@@ -104,6 +108,8 @@ class Ram(ABC):
         for _ in range(_RETRIES):
             if image is None or not kernel_image.frames_in(image, frames):
                 break
+            if anew:
+                await anew()
             self._renew()
             frames = await self._touch(progress, threads, group, image)
         self.direct_map = before, direct_map_use.of()
