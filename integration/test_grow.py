@@ -305,7 +305,7 @@ def test_cancelled_during_the_prefault_nothing_is_left_and_later_it_is_finished(
     assert growing.run(growing.guest.examine()).memory.secret == TINY_BYTES + DIMM
 
 
-async def _nothing(*_: object, group: Path | None) -> None:
+async def _nothing(*_: object, **__: object) -> None:
     return None
 
 

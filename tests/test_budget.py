@@ -46,6 +46,13 @@ def test_all_terms_of_a_node_s_sum_are_counted_once() -> None:
     )
 
 
+def test_page_cache_that_must_lie_in_cma_is_none_that_secret_ram_can_replace() -> None:
+    cached = replace(normal(GIB), cma=300 * MIB, free_cma=100 * MIB, file=240 * MIB)
+    assert NodeBudget.of(Node(0, (cached,))).reclaimable == 40 * MIB
+    assert NodeBudget.of(Node(0, (replace(cached, file=150 * MIB),))).reclaimable == 0
+    assert NodeBudget.of(Node(0, (replace(cached, anon=150 * MIB),))).reclaimable == 190 * MIB
+
+
 @pytest.mark.parametrize(
     ("managed", "taken", "reserve"),
     [

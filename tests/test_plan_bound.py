@@ -145,7 +145,9 @@ class Host:
                     self.put(n, z, replace(zone, free=zone.free - part))
                 else:
                     part = min(left, zone.free_cma)
-                    self.put(n, z, replace(zone, free=zone.free - part, free_cma=zone.free_cma - part))
+                    self.put(
+                        n, z, replace(zone, free=zone.free - part, free_cma=zone.free_cma - part, anon=zone.anon + part)
+                    )
                 left -= part
         assert not self.use(left, only=lambda _, zone: zone.for_kernel)
 

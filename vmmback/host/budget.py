@@ -164,8 +164,12 @@ def held(zone: Zone, protected_for: int) -> int:
 
 
 def _cache(zone: Zone) -> int:
-    """Return what the kernel can take back of a zone's page cache, as it estimates it itself (si_mem_available)."""
-    return zone.file - min(zone.file // 2, zone.low)
+    """Return what the kernel can take back of a zone's page cache, as it estimates it itself (si_mem_available).
+
+    Without what must lie in CMA, where no secret page can come in its place: what is used there and no process's.
+    """
+    file = max(0, zone.file - max(0, zone.cma - zone.free_cma - zone.anon))
+    return file - min(file // 2, zone.low)
 
 
 def _reserve(node: Node) -> int:
