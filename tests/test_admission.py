@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,6 +253,45 @@ def test_a_promise_is_a_file_of_the_guest_s_folder_and_tells_how_much_is_touched
         promise.touched(128 * MIB)
         promise.withdraw(128 * MIB)
         assert (told()["size"], told()["touched"]) == (256 * MIB, 256 * MIB)
+
+
+def test_a_promise_that_cannot_be_written_is_none_and_what_is_touched_may_be_told_later(host: Host) -> None:
+    folder = host.folder / "demo"
+    folder.mkdir()
+    full = mock.patch.object(Path, "write_text", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with host.faked():
+        with full, pytest.raises(HostUnfit, match=r"promise\.json: No space left"):
+            asyncio.run(admission.admit(folder, 256 * MIB, "secret"))
+        promise = asyncio.run(admission.admit(folder, 256 * MIB, "secret"))
+        with full:
+            promise.touched(256 * MIB)
+            promise.settle([7])
+            with pytest.raises(HostUnfit, match=r"promise\.json: No space left"):
+                asyncio.run(promise.extend(128 * MIB))
+            with pytest.raises(HostUnfit, match=r"promise\.json: No space left"):  # that less is touched must be told
+                asyncio.run(promise.anew())
+        told = json.loads((folder / "promise.json").read_text())
+        assert (told["size"], told["touched"], told["overhead"]) == (256 * MIB, 0, 104 * MIB)
+        promise.touched(256 * MIB)
+        told = json.loads((folder / "promise.json").read_text())
+        assert (told["size"], told["touched"], told["inodes"]) == (256 * MIB, 256 * MIB, [7])
+
+
+def test_the_lock_is_free_though_a_child_that_was_forked_meanwhile_lives(host: Host) -> None:
+    (host.folder / "demo").mkdir()
+    with host.faked(), ExitStack() as copies:
+
+        def read(promised: int, group_room: int | None) -> HostMemory:
+            for number in Path("/proc/self/fd").iterdir():
+                with suppress(OSError):
+                    copies.callback(os.close, os.dup(int(number.name)))  # as fork(2) would
+            return host.read(promised, group_room)
+
+        with mock.patch.object(admission, "HostMemory", SimpleNamespace(read=read)):
+            asyncio.run(admission.admit(host.folder / "demo", MIB, "secret"))
+        held = os.open(host.folder, os.O_RDONLY)
+        copies.callback(os.close, held)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_two_launches_at_once_do_not_both_take_the_last_of_it(host: Host) -> None:

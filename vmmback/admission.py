@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vmmback.errors import HostUnfit
@@ -60,10 +60,15 @@ class Promise:
         async with _lock(self._file.parents[1]):
             budget = Budget.of(HostMemory.read(promised(), cgroups.room(group)))  # in this order: see there
             budget.admit(size, self._backing)
+            before = replace(self._record)
             if not self._record.size:
                 self._record.overhead = budget.overhead
             self._record.size += size
-            self._write()
+            try:
+                self._write()
+            except HostUnfit:
+                self._record = before
+                raise
         self._before = self._record.touched
 
     def touched(self, size: int) -> None:
@@ -71,7 +76,7 @@ class Promise:
         done = self._before + size
         if done >= self._record.touched + _STEP_BYTES or done == self._record.size:
             self._record.touched = done
-            self._write()
+            self._tell()
 
     async def anew(self) -> None:
         """Say that nothing of what was promised last is present, before it is given back. Raises HostUnfit.
@@ -87,19 +92,30 @@ class Promise:
         """Say that the guest's processes run, and have taken what they take whatever its size; and what they map."""
         self._record.overhead = 0
         self._record.inodes = list(inodes)
-        self._write()
+        self._tell()
 
     def withdraw(self, size: int) -> None:
         """Take back a promise whose memory was released again."""
         self._record.size -= size
         self._record.touched = min(self._record.touched, self._before)
-        self._write()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Write what others can do without: that less is promised and untouched than the file says."""
+        with suppress(HostUnfit):  # on a full disk it counts twice until the next time
+            self._write()
 
     def _write(self) -> None:
-        """Put a whole file in the place of the old one, so that nobody reads half of it. Raises OSError."""
+        """Put a whole file in the place of the old one, so that nobody reads half of it. Raises HostUnfit."""
         new = self._file.with_suffix(".new")
-        new.write_text(json.dumps(asdict(self._record)))
-        new.replace(self._file)
+        try:
+            new.write_text(json.dumps(asdict(self._record)))
+            new.replace(self._file)
+        except OSError as error:
+            raise HostUnfit(
+                f"what the guest is promised cannot be written: {self._file}: {error.strerror}",
+                "make room in the runtime folder: no guest gets memory that others cannot know of",
+            ) from error
 
 
 async def admit(folder: Path, size: int, backing: Backing, group: str | None = None) -> Promise:
@@ -172,6 +188,7 @@ async def _lock(folder: Path) -> AsyncIterator[None]:
             await asyncio.sleep(0.02)  # flock(2) would wait, but has no deadline
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # for a child that was forked meanwhile has it, too, until it executes
         os.close(descriptor)
 
 
