@@ -39,7 +39,10 @@ def made_up(name: str, room: int | None = None) -> Overview:
             7: SecretFile(GIB, 10 * MIB, frozenset({41})),
             9: SecretFile(64 * MIB, 32 * MIB, frozenset({50, 51})),
         },
-        promises={"demo": admission.Record(40, GIB, 724 * MIB, 0, [7])},
+        promises={
+            "demo": admission.Record(40, GIB, 724 * MIB, 0, [7]),
+            "control": admission.Record(60, GIB, GIB, 0, [8], "ordinary"),  # which is no secret RAM
+        },
         direct_map=direct_map_use.of(root),
         overcommit=0,
         memlock=(8 * MIB, None),
@@ -83,7 +86,10 @@ def test_json_has_it_all_in_bytes(run: Any) -> None:
     assert found["checks"][1]["remedy"] == MISSING.remedy
     secret = found["secret_ram"]
     assert (secret["promised"], secret["group_room"], secret["present"]) == (300 * MIB, 100 * MIB, 756 * MIB)
-    assert secret["guests"] == [{"name": "demo", "promised": GIB, "touched": 724 * MIB}]
+    assert secret["guests"] == [
+        {"name": "control", "promised": GIB, "touched": GIB},
+        {"name": "demo", "promised": GIB, "touched": 724 * MIB},
+    ]
     assert secret["files"][1] == {"inode": 9, "mapped": 64 * MIB, "touched": 32 * MIB, "pids": [50, 51]}
     (node,) = found["nodes"]
     movable = node["zones"][2]

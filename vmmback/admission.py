@@ -34,7 +34,7 @@ _STEP_BYTES = 64 << 20
 class Record:
     """What a supervisor was promised for its guest, in bytes; `touched` of `size` are present, as far as it knows.
 
-    `inodes` are the guest's secret files, once its processes run.
+    `inodes` are the files of the guest's RAM, once its processes run.
     """
 
     pid: int
@@ -42,6 +42,7 @@ class Record:
     touched: int
     overhead: int
     inodes: list[int]
+    backing: Backing = "secret"
 
 
 class Promise:
@@ -49,7 +50,7 @@ class Promise:
 
     def __init__(self, folder: Path, backing: Backing) -> None:
         self._file, self._backing = folder / _PROMISE_FILE, backing
-        self._record = Record(os.getpid(), 0, 0, 0, [])
+        self._record = Record(os.getpid(), 0, 0, 0, [], backing)
         self._before = 0  # touched when the RAM was added that is prefaulted now
 
     async def extend(self, size: int, group: str | None = None) -> None:

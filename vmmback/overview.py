@@ -60,7 +60,7 @@ class Overview:
         """Bytes of secret RAM that are known to be present: by this runtime folder's supervisors, or by mappings."""
         known = {inode for record in self.promises.values() for inode in record.inodes}
         others = sum(file.present for inode, file in self.secret.items() if inode not in known)
-        return others + sum(self._touched(record) for record in self.promises.values())
+        return others + sum(self._touched(record) for record in self.promises.values() if record.backing == "secret")
 
     def _touched(self, record: admission.Record) -> int:
         present = sum(self.secret[inode].present for inode in record.inodes if inode in self.secret)
