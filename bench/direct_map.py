@@ -61,7 +61,7 @@ def _prefault(size: int, threads: int) -> tuple[int, float, int | None]:
         seconds = time.perf_counter() - started
         found = ram.direct_map([secret])
         assert found is not None
-        return found.regions, seconds, found.splits_2m
+        return len(secret.regions), seconds, found.splits_2m
 
 
 def kernel_reads(folder: Path, rounds: int) -> tuple[int, dict[str, float]]:

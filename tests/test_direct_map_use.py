@@ -53,6 +53,7 @@ def test_regions_are_counted_once_and_absent_pages_not_at_all() -> None:
     entries = [PRESENT | SOFT_DIRTY | frame for frame in (512, 513, 1023, 1024, 4096)] + [7]
     assert direct_map_use.region_numbers(entries) == {1, 2, 8}
     assert direct_map_use.regions(entries) == 3
+    assert direct_map_use.regions([PRESENT] * 3) == 0  # as the kernel shows them to whoever may not know
 
 
 @pytest.mark.parametrize(("size", "ideal"), [(0, 0), (1, 1), (REGION, 1), (REGION + 1, 2), (GIB, 512)])
@@ -80,6 +81,9 @@ def test_regions_that_two_rams_share_count_once_and_their_splits_add_up() -> Non
     uncounted = ram.direct_map([secret({1}, use(1, None), use(1, None))])
     assert uncounted is not None
     assert uncounted.splits_2m is None
+    hidden = ram.direct_map([secret(set(), use(1, 1), use(1, 2))])
+    assert hidden is not None
+    assert hidden.regions is None
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def direct_map(memories: Sequence[Ram]) -> DirectMap | None:
     if not spans:
         return None
     return DirectMap(
-        regions=len(frozenset[int]().union(*(memory.regions for memory in secret))),
+        regions=len(frozenset[int]().union(*(memory.regions for memory in secret))) or None,
         ideal=sum(direct_map_use.ideal_regions(memory.size) for memory in secret if memory.direct_map),
         splits_2m=_sum(_grown(before.splits_2m, after.splits_2m) for before, after in spans),
         splits_1g=_sum(_grown(before.splits_1g, after.splits_1g) for before, after in spans),

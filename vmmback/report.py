@@ -91,11 +91,11 @@ class Memory(_Model):
 class DirectMap(_Model):
     """What secret RAM did to the direct map, with which the kernel maps all memory, while it was prefaulted.
 
-    `regions` of 2 MiB hold its pages, `ideal` would do. The splits of pages, and the bytes in huge pages, are the whole
-    host's: others' count too; None where the kernel does not tell.
+    `regions` of 2 MiB hold its pages, None where only root may know; `ideal` would do. The splits of pages, and the
+    bytes in huge pages, are the whole host's: others' count too; None where the kernel does not tell.
     """
 
-    regions: int
+    regions: int | None
     ideal: int
     splits_2m: int | None
     splits_1g: int | None

@@ -170,7 +170,8 @@ def _coloured(verdict: str) -> Text:
 def _direct_map(found: DirectMap) -> str:
     """Return in one line what secret RAM did to the direct map."""
     splits = "splits not counted here" if found.splits_2m is None else f"{found.splits_2m} splits"
-    return f"{found.regions} regions of 2 MiB touched (ideal {found.ideal}), {splits}"
+    touched = "regions known to root alone" if found.regions is None else f"{found.regions} regions of 2 MiB touched"
+    return f"{touched} (ideal {found.ideal}), {splits}"
 
 
 def _size(size: int) -> str:

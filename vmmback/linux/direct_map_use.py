@@ -55,8 +55,12 @@ def of(root: Path = procfs.PROC) -> DirectMapUse:
 
 
 def region_numbers(entries: Iterable[int]) -> set[int]:
-    """Return which 2 MiB of the physical addresses, counted from 0, hold a page of these pagemap entries."""
-    return {(entry & procfs.PFN_MASK) // _FRAMES for entry in entries if entry & procfs.PRESENT}
+    """Return which 2 MiB of the physical addresses, counted from 0, hold a page of these pagemap entries.
+
+    None where the kernel hides frames, which it then shows as 0 (without CAP_SYS_ADMIN): no process has that one.
+    """
+    frames = (entry & procfs.PFN_MASK for entry in entries if entry & procfs.PRESENT)
+    return {frame // _FRAMES for frame in frames if frame}
 
 
 def regions(entries: Iterable[int]) -> int:
