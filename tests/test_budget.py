@@ -46,6 +46,14 @@ def test_all_terms_of_a_node_s_sum_are_counted_once() -> None:
     )
 
 
+def test_what_is_reclaimed_fills_a_zone_to_its_watermark_before_it_is_room() -> None:
+    cached = replace(normal(GIB, high=30 * MIB), free=10 * MIB, file=100 * MIB, low=25 * MIB)
+    node = NodeBudget.of(Node(0, (cached,)))
+    assert node.free + node.reclaimable - node.held == (10 + 75 - 30) * MIB
+    few = NodeBudget.of(Node(0, (replace(cached, file=20 * MIB),)))
+    assert few.free + few.reclaimable - few.held == 0
+
+
 def test_page_cache_that_must_lie_in_cma_is_none_that_secret_ram_can_replace() -> None:
     cached = replace(normal(GIB), cma=300 * MIB, free_cma=100 * MIB, file=240 * MIB)
     assert NodeBudget.of(Node(0, (cached,))).reclaimable == 40 * MIB

@@ -98,7 +98,7 @@ class Host:
                 zone = self.nodes[n].zones[z]
                 room = zone.free - zone.free_cma + zone.file
                 if first:
-                    counted = zone.free - zone.free_cma - held(zone, self.nodes[n].protected_for)
+                    counted = max(0, zone.free - zone.free_cma - held(zone, self.nodes[n].protected_for))
                     room = counted if self.worst else int(room * self.chance.random())
                 part = min(size, room)
                 size -= part
@@ -118,7 +118,7 @@ class Host:
         self.chance.shuffle(places)
         for n, z in places:
             zone = self.nodes[n].zones[z]
-            part = min(size, zone.free - held(zone, self.nodes[n].protected_for) * self.worst)
+            part = min(size, max(0, zone.free - held(zone, self.nodes[n].protected_for) * self.worst))
             if self.worst and not zone.for_kernel:
                 part = 0
             size -= part

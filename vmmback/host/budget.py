@@ -158,9 +158,12 @@ def with_page_tables(size: int) -> int:
 
 
 def held(zone: Zone, protected_for: int) -> int:
-    """Return what of a zone's free memory secret pages cannot get (mm/page_alloc.c, __zone_watermark_ok)."""
+    """Return what of a zone's free memory secret pages cannot get (mm/page_alloc.c, __zone_watermark_ok).
+
+    Where less is free, as on a host that is full of page cache, what is reclaimed goes there first.
+    """
     protection = zone.protection[protected_for] if protected_for < len(zone.protection) else 0
-    return min(zone.free - zone.free_cma, zone.high + protection)
+    return min(zone.free - zone.free_cma + _cache(zone), zone.high + protection)
 
 
 def _cache(zone: Zone) -> int:
