@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.test_zones import SNAPSHOTS
 from vmmback import admission, doctor, overview
 from vmmback.cli import commands
 from vmmback.doctor import Check
+from vmmback.errors import UsageError
 from vmmback.host.budget import Budget
 from vmmback.host.memory import HostMemory
 from vmmback.linux import direct_map_use, fragments, procfs, zones
@@ -128,3 +130,14 @@ def test_a_file_is_written_as_a_whole(run: Any, tmp_path: Path) -> None:
     result = run("plain-1g", "--json", "--output", str(file))
     assert (result.stdout, result.exit_code) == ("", 0)
     assert json.loads(file.read_text())["launch_possible"] is True
+
+
+@pytest.mark.parametrize("place", ["missing/host.json", ".", "pipe"])
+def test_a_place_that_no_file_can_take_is_refused_and_stays_as_it_is(run: Any, tmp_path: Path, place: str) -> None:
+    """A device would be replaced: as root, /dev/null itself."""
+    os.mkfifo(tmp_path / "pipe")
+    result = run("plain-1g", "--output", str(tmp_path / place))
+    assert isinstance(result.exception, UsageError)
+    assert "--output" in result.exception.message
+    assert (tmp_path / "pipe").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vmmback.cli.files import check_place
 from vmmback.cli.host_plan import plan
 from vmmback.cli.output import print_result
 from vmmback.errors import UsageError
@@ -30,7 +31,7 @@ _WATCH_EVERY_S = 5.0
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document; with --watch, one on each line.")
 @click.option("--prometheus", is_flag=True, help="Print metrics in Prometheus' text format.")
 @click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--output", type=click.Path(path_type=Path), metavar="FILE",
     help="Put it into FILE, as a whole each time, instead of standard output.",
 )  # fmt: skip
 @click.option("--watch", is_flag=True, help="Do it again and again until Ctrl-C.")
@@ -58,6 +59,8 @@ def host(
     if every and not watch:
         raise UsageError("--every says how often to --watch", "write --watch, too")
     every_s = _duration(every) if every else _WATCH_EVERY_S
+    if output:
+        check_place("--output", output)
     shape = _json_line if as_json and watch else _json if as_json else _metrics if prometheus else _text
     overview, checks = _look()
     with suppress(KeyboardInterrupt) if watch else nullcontext():
