@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from click.testing import CliRunner, Result
 from tests.test_zones import SNAPSHOTS
 from vmmback import admission, doctor, overview
 from vmmback.cli import commands
-from vmmback.doctor import Check
+from vmmback.doctor import Check, places
+from vmmback.doctor.finding import checked
 from vmmback.errors import UsageError
 from vmmback.host.budget import Budget
 from vmmback.host.memory import HostMemory
@@ -80,6 +82,27 @@ def test_a_launch_that_would_fail_is_the_second_line_and_the_exit_code(run: Any)
     assert "apt-get install qemu-system-x86" in result.stdout
 
 
+def test_a_host_without_memory_for_any_guest_says_so_by_the_exit_code_of_admission(run: Any) -> None:
+    result = run("plain-1g", room=0)
+    assert result.exit_code == 4
+    assert result.stdout.splitlines()[1] == "A launch would be refused: no memory is left for a guest"
+    assert json.loads(run("plain-1g", "--json", room=0).stdout)["launch_possible"] is False
+    assert run("plain-1g", room=0, checks=(MISSING,)).exit_code == 3
+
+
+def test_a_limit_on_locked_memory_that_a_guest_meets_first_is_said_at_once(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = "RLIMIT_MEMLOCK lets a guest of this user have at most 8 MiB of it."
+    assert told not in run("large-64g").stdout
+    limited = replace(made_up("large-64g"), memlock=(MIB, 8 * MIB))
+    for held, found in ((limited, True), (replace(limited, ipc_lock=True), False)):
+        run("large-64g")
+        monkeypatch.setattr(overview, "read", lambda held=held: held)
+        shown = CliRunner().invoke(commands, ["host"]).stdout.splitlines()
+        assert (shown[1] == told) is found
+
+
 def test_json_has_it_all_in_bytes(run: Any) -> None:
     result = run("movable-1g", "--json", checks=(FINE, MISSING), room=100 * MIB)
     found = json.loads(result.stdout)
@@ -141,3 +164,17 @@ def test_a_place_that_no_file_can_take_is_refused_and_stays_as_it_is(run: Any, t
     assert "--output" in result.exception.message
     assert (tmp_path / "pipe").is_fifo()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_runtime_folder_that_cannot_be_used_is_a_check_and_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: (checked("runtime-folder", places.runtime_folder),))
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others").chmod(0o777)
+    for folder in ("relative", str(tmp_path / "others")):
+        monkeypatch.setenv("VMMBACK_RUNTIME_DIR", folder)
+        result = CliRunner().invoke(commands, ["host", "--json"])
+        found = json.loads(result.stdout)
+        assert "runtime-folder" in [check["name"] for check in found["checks"] if check["state"] == "missing"]
+        assert (result.exit_code, found["secret_ram"]["guests"]) == (3, [])

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vmmback import admission
+from vmmback.errors import VmmbackError
 from vmmback.host.budget import Budget
 from vmmback.host.memory import HostMemory
 from vmmback.linux import cgroups, direct_map_use, fragments, procfs, secret_use, zones
@@ -66,6 +67,11 @@ class Overview:
         present = sum(self.secret[inode].present for inode in record.inodes if inode in self.secret)
         return max(record.touched, present)
 
+    @property
+    def gives_nothing(self) -> bool:
+        """Whether not even the smallest guest would be let in: it has 1 MiB, and admission counts whole ones."""
+        return not self.budget.largest_guest()
+
     def document(self) -> dict[str, Any]:
         """Return it all in the terms of JSON; docs/HOST.md explains each."""
         budget, settled = self.budget, admission.settled(self.promises.values())
@@ -113,8 +119,8 @@ class Overview:
 
 
 def read() -> Overview:
-    """Read it. Raises HostUnfit, UsageError, OSError."""
-    promises = admission.promises()  # before the memory: what is touched meanwhile counts twice, and not never
+    """Read it. Raises OSError."""
+    promises = _promises()  # before the memory: what is touched meanwhile counts twice, and not never
     secret = secret_use.secret_files(known=admission.settled(promises.values()))
     memory = HostMemory.read(admission.outstanding(promises.values(), secret), cgroups.room(None))
     soft, hard = (
@@ -133,3 +139,11 @@ def read() -> Overview:
         memlock=(soft, hard),
         ipc_lock=procfs.has_capability(_CAP_IPC_LOCK),
     )
+
+
+def _promises() -> Mapping[str, admission.Record]:
+    """Return the guests' promises; none where no runtime folder can be used: the doctor says so."""
+    try:
+        return admission.promises()
+    except VmmbackError:
+        return {}

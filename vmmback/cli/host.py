@@ -13,7 +13,7 @@ import click
 
 from vmmback.cli.files import check_place
 from vmmback.cli.host_plan import plan
-from vmmback.cli.output import print_result
+from vmmback.cli.output import EXIT_REFUSED, print_result
 from vmmback.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ _WATCH_EVERY_S = 5.0
 
 @click.group(
     invoke_without_command=True,
-    epilog="Exit codes: 0 a guest can be launched, 2 wrong argument, 3 a launch would fail (the checks say why).",
+    epilog="Exit codes: 0 a guest can be launched, 2 wrong argument, 3 a launch would fail (the checks say why), "
+    "4 there is no memory for one.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document; with --watch, one on each line.")
 @click.option("--prometheus", is_flag=True, help="Print metrics in Prometheus' text format.")
@@ -72,7 +73,7 @@ def host(
             overview, checks = _look()
     from vmmback.doctor import would_fail
 
-    sys.exit(EXIT_UNFIT if would_fail(checks) else 0)
+    sys.exit(EXIT_UNFIT if would_fail(checks) else EXIT_REFUSED if overview.gives_nothing else 0)
 
 
 def _look() -> tuple[Overview, tuple[Check, ...]]:
@@ -110,7 +111,7 @@ def _document(overview: Overview, checks: tuple[Check, ...]) -> dict[str, Any]:
     from vmmback.doctor import would_fail
 
     return {
-        "launch_possible": not would_fail(checks),
+        "launch_possible": not would_fail(checks) and not overview.gives_nothing,
         **overview.document(),
         "checks": [asdict(check) for check in checks],
     }
