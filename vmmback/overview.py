@@ -37,8 +37,9 @@ class Overview:
     """The host's memory as the kernel tells it, and what admission makes of it.
 
     `meminfo` has the kernel's own names. `blocks` are the free blocks of each zone by their order, `types` the same by
-    migrate type, None where only root may know them. `secret` is what processes map of secret RAM, by inode; `promises`
-    is what the guests of this runtime folder were promised, and how much of it is touched.
+    migrate type, None where only root may know them, or where they were not asked for. `secret` is what processes map
+    of secret RAM, by inode; `promises` is what the guests of this runtime folder were promised, and how much of it is
+    touched.
     """
 
     budget: Budget
@@ -118,8 +119,12 @@ class Overview:
         }
 
 
-def read() -> Overview:
-    """Read it. Raises OSError."""
+def read(*, types: bool = True) -> Overview:
+    """Read it. Raises OSError.
+
+    Without `types` /proc/pagetypeinfo is left alone: the kernel counts all page blocks for it, and walks lists of free
+    pages with the zone locked (mm/vmstat.c, pagetypeinfo_showfree_print).
+    """
     promises = _promises()  # before the memory: what is touched meanwhile counts twice, and not never
     secret = secret_use.secret_files(known=admission.settled(promises.values()))
     memory = HostMemory.read(admission.outstanding(promises.values(), secret), cgroups.room(None))
@@ -130,7 +135,7 @@ def read() -> Overview:
         budget=Budget.of(memory),
         nodes=zones.nodes(),
         blocks=fragments.free_blocks(),
-        types=fragments.free_blocks_by_type(),
+        types=fragments.free_blocks_by_type() if types else None,
         meminfo=procfs.meminfo(),
         secret=secret,
         promises=promises,

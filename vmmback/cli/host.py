@@ -63,28 +63,28 @@ def host(
     if output:
         check_place("--output", output)
     shape = _json_line if as_json and watch else _json if as_json else _metrics if prometheus else _text
-    overview, checks = _look()
+    overview, checks = _look(types=as_json)
     with suppress(KeyboardInterrupt) if watch else nullcontext():
         while True:
             _put(shape(overview, checks), output, clear=watch and not as_json and not prometheus)
             if not watch:
                 break
             time.sleep(every_s)
-            overview, checks = _look()
+            overview, checks = _look(types=as_json)
     from vmmback.doctor import would_fail
 
     sys.exit(EXIT_UNFIT if would_fail(checks) else EXIT_REFUSED if overview.gives_nothing else 0)
 
 
-def _look() -> tuple[Overview, tuple[Check, ...]]:
-    """Read the memory while the checks are made, most of which wait for others."""
+def _look(*, types: bool) -> tuple[Overview, tuple[Check, ...]]:
+    """Read the memory while the checks are made, most of which wait for others; `types` are for JSON alone."""
     from concurrent.futures import ThreadPoolExecutor
 
     from vmmback import doctor, overview
 
     with ThreadPoolExecutor(1) as pool:
         checks = pool.submit(doctor.examine)
-        memory = overview.read()
+        memory = overview.read(types=types)
         return memory, checks.result()
 
 
