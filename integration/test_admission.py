@@ -1,4 +1,4 @@
-"""Admission across supervisors that are real processes. A host that is filled is in test_guest_in_guest.py."""
+"""Admission across supervisors that are real processes."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ def test_two_supervisors_at_once_do_not_both_get_the_last_of_it(runtime_dir: Pat
     assert sorted(said) == ["admitted", "refused"]
 
 
+@pytest.mark.alone  # what it is promised is most of the host, and no memory cgroup of another test has room beside it
 def test_launches_at_once_do_not_all_get_the_last_of_it_and_a_crash_gives_it_back(
     tmp_path: Path, runtime_dir: Path, vmmback: Start
 ) -> None:
