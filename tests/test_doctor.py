@@ -230,6 +230,13 @@ def test_secret_blocks_are_asked_for(
     assert bool(programs.secret_blocks().remedy) is (state == "note")
 
 
+def test_a_python_that_cannot_be_started_again_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A launch fails unless its guest is not to be prefaulted."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    finding = programs.helpers()
+    assert (finding.state, "prefault = false" in finding.remedy) == ("note", True)
+
+
 def test_helpers_that_are_gone_are_named_with_their_packages(tmp_path: Path) -> None:
     assert programs.helpers().state == "ok"
     finding = programs.helpers(str(tmp_path))

@@ -35,13 +35,13 @@ def _verdict(overview: Overview, checks: Iterable[Check]) -> list[RenderableType
     missing = [check.name for check in checks if check.state == "missing"]
     largest = overview.budget.largest_guest()
     lines = [Text(f"This host can give {largest >> 20:,} MiB of secret RAM to one more guest.", style="bold")]
-    limit = None if overview.ipc_lock else overview.memlock[1]  # a launch raises the soft one itself
-    if limit is not None and limit < largest:
-        lines.append(Text(f"RLIMIT_MEMLOCK lets a guest of this user have at most {_mib(limit)} of it.", style="bold"))
     if missing:
         lines.append(Text(f"A launch would fail: {', '.join(missing)}", style="bold red"))
     elif overview.gives_nothing:
         lines.append(Text("A launch would be refused: no memory is left for a guest", style="bold red"))
+    limit = None if overview.ipc_lock else overview.memlock[1]  # a launch raises the soft one itself
+    if limit is not None and limit < largest:
+        lines.append(Text(f"RLIMIT_MEMLOCK lets a guest of this user have at most {_mib(limit)} of it.", style="bold"))
     return [*lines]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from vmmback.doctor.finding import Finding
@@ -48,12 +50,18 @@ def secret_blocks() -> Finding:
 
 
 def helpers(path: str = _PATH) -> Finding:
-    """Look for the programs that start QEMU, and for those that tidy up."""
+    """Look for the programs that start QEMU, and for those that tidy up; Python itself starts what prefaults."""
     packages = _NEEDED | _KEEPERS
     gone = {name: package for name, package in packages.items() if not shutil.which(name, path=path)}
     if gone:
         remedy = f"install them: apt-get install {' '.join(sorted(set(gone.values())))}"
         return Finding("missing", f"not found on {path}: {', '.join(sorted(gone))}", remedy)
+    if not os.access(sys.executable, os.X_OK):
+        return Finding(
+            "note",
+            f"{sys.executable} is closed to this user, so nothing can prefault a guest's RAM",
+            "install Python and vmmback where this user may run them; or write [memory] prefault = false",
+        )
     return Finding("ok", f"found on {path}: {', '.join(sorted(packages))}")
 
 
