@@ -340,7 +340,7 @@ def test_all_errors_of_a_file_are_one_message(scene: Scene) -> None:
 
 def test_more_memory_than_there_is(scene: Scene) -> None:
     scene.write('firmware = "boots.rom"', memory='size = "16TiB"')
-    scene.refused(REFUSED, r"^16777216 MiB of RAM do not fit: \d+ MiB are available, and \d+ MiB of them stay")
+    scene.refused(REFUSED, r"^16777216 MiB of secret RAM do not fit: \d+ MiB do\. Of [\d,]+ MiB that are free ")
 
 
 def test_qemu_is_missing(scene: Scene) -> None:
@@ -551,6 +551,7 @@ def test_two_guests_of_one_name(scene: Scene, vmmback: Start, runtime_dir: Path)
     assert qemu_of(runtime_dir) == first
     assert sorted(path.name for path in (runtime_dir / file.stem).iterdir()) == [
         "control",
+        "promise.json",
         "qemu.log",
         "qmp.sock",
         "serial.log",

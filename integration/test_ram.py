@@ -289,7 +289,7 @@ def test_a_launch_that_is_too_large_for_its_own_cgroup_is_exit_code_4(
     assert (ended.code, ended.stdout) == (4, "")
     assert ended.has_one_error()
     assert "256 MiB of secret RAM do not fit" in ended.stderr
-    assert "Their memory cgroup has room for" in ended.stderr
+    assert "The memory cgroup has room for" in ended.stderr
 
 
 def test_a_supervisor_that_is_killed_takes_the_worker_and_the_memory_with_it(
