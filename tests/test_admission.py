@@ -234,6 +234,7 @@ def test_a_promise_is_a_file_of_the_guest_s_folder_and_tells_how_much_is_touched
     with host.faked():
         promise = asyncio.run(admission.admit(folder, 256 * MIB, "secret"))
         first = {"pid": os.getpid(), "size": 256 * MIB, "touched": 0, "overhead": 104 * MIB, "inodes": []}
+        first["group"] = cgroups.path_of("self")
         assert told() == first | {"backing": "secret"}
         promise.touched(2 * MIB)  # so little is not worth a file
         assert told()["touched"] == 0
@@ -293,6 +294,23 @@ def test_the_lock_is_free_though_a_child_that_was_forked_meanwhile_lives(host: H
         held = os.open(host.folder, os.O_RDONLY)
         copies.callback(os.close, held)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    ("group", "left"),
+    [("/machine/b", 500), ("/machine/a/deeper", 500), ("/machine", 500), ("/other", 600), ("/", 600)],
+)
+def test_of_a_group_s_room_goes_what_guests_below_the_same_group_were_promised(
+    host: Host, monkeypatch: pytest.MonkeyPatch, group: str, left: int
+) -> None:
+    untouched = replace(record(1, 100 * MIB, overhead=0), group="/machine/a")
+    elsewhere = replace(untouched, group="/elsewhere")
+    with host.faked():
+        monkeypatch.setattr(cgroups, "room", lambda _: 600 * MIB)
+        found = admission.reckon([untouched, elsewhere], {}, group)
+    assert found.group_room is not None
+    assert found.group_room == 600 * MIB - (with_page_tables(100 * MIB) if left == 500 else 0)
+    assert found.promised == 2 * with_page_tables(100 * MIB)
 
 
 def test_two_launches_at_once_do_not_both_take_the_last_of_it(host: Host) -> None:

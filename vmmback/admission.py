@@ -34,7 +34,8 @@ _STEP_BYTES = 64 << 20
 class Record:
     """What a supervisor was promised for its guest, in bytes; `touched` of `size` are present, as far as it knows.
 
-    `inodes` are the files of the guest's RAM, once its processes run.
+    `inodes` are the files of the guest's RAM, once its processes run. `group` is the path of the memory cgroup that
+    pays for it.
     """
 
     pid: int
@@ -43,6 +44,7 @@ class Record:
     overhead: int
     inodes: list[int]
     backing: Backing = "secret"
+    group: str = "/"
 
 
 class Promise:
@@ -59,9 +61,11 @@ class Promise:
         Raises AdmissionRefused when they do not fit, HostUnfit when nobody can tell.
         """
         async with _lock(self._file.parents[1]):
-            budget = Budget.of(HostMemory.read(promised(), cgroups.room(group)))  # in this order: see there
+            records = promises().values()
+            budget = Budget.of(reckon(records, secret_use.secret_files(known=settled(records)), group))
             budget.admit(size, self._backing)
             before = replace(self._record)
+            self._record.group = _paid_by(group)
             if not self._record.size:
                 self._record.overhead = budget.overhead
             self._record.size += size
@@ -136,6 +140,28 @@ def promised() -> int:
     return outstanding(records, secret_use.secret_files(known=settled(records)))
 
 
+def reckon(records: Collection[Record], files: Mapping[int, SecretFile], group: str | None = None) -> HostMemory:
+    """Return the host's memory with what was promised of it, and what a memory cgroup has left, as `extend` means it.
+
+    Records and files were read before: what is touched in between counts twice, and not never. Of a group's room goes
+    what was promised to guests of the groups that can have a limit in common with it. Raises HostUnfit.
+    """
+    total, room = outstanding(records, files), cgroups.room(group)
+    if room is not None:
+        paid_by = _paid_by(group)
+        room -= sum(_untouched(record, files) for record in records if _related(record.group, paid_by))
+    return HostMemory.read(total, room)
+
+
+def _paid_by(group: str | None) -> str:
+    return group or cgroups.path_of("self")
+
+
+def _related(one: str, other: str) -> bool:
+    """Tell whether two groups are below the same one, other than the root, which has no limit."""
+    return one.split("/")[1:2] == other.split("/")[1:2]
+
+
 def settled(records: Iterable[Record]) -> set[int]:
     """Return the inodes of the guests that have touched all that they were promised."""
     return {inode for record in records if record.touched >= record.size for inode in record.inodes}
@@ -159,10 +185,12 @@ def outstanding(records: Collection[Record], files: Mapping[int, SecretFile]) ->
             family = {record.pid, *procfs.children(record.pid)}
             owned |= {inode for inode, file in files.items() if file.pids & family}
     total = sum(with_page_tables(file.mapped - file.present) for inode, file in files.items() if inode not in owned)
-    for record in records:
-        present = sum(files[inode].present for inode in record.inodes if inode in files)
-        total += with_page_tables(max(0, record.size - max(record.touched, present))) + record.overhead
-    return total
+    return total + sum(_untouched(record, files) for record in records)
+
+
+def _untouched(record: Record, files: Mapping[int, SecretFile]) -> int:
+    present = sum(files[inode].present for inode in record.inodes if inode in files)
+    return with_page_tables(max(0, record.size - max(record.touched, present))) + record.overhead
 
 
 def _read(folder: Path) -> Record | None:

@@ -10,8 +10,7 @@ from typing import Any
 from vmmback import admission
 from vmmback.errors import VmmbackError
 from vmmback.host.budget import Budget
-from vmmback.host.memory import HostMemory
-from vmmback.linux import cgroups, direct_map_use, fragments, procfs, secret_use, zones
+from vmmback.linux import direct_map_use, fragments, procfs, secret_use, zones
 from vmmback.linux.direct_map_use import DirectMapUse
 from vmmback.linux.fragments import Orders, Place
 from vmmback.linux.secret_use import SecretFile
@@ -127,7 +126,7 @@ def read(*, types: bool = True) -> Overview:
     """
     promises = _promises()  # before the memory: what is touched meanwhile counts twice, and not never
     secret = secret_use.secret_files(known=admission.settled(promises.values()))
-    memory = HostMemory.read(admission.outstanding(promises.values(), secret), cgroups.room(None))
+    memory = admission.reckon(promises.values(), secret)
     soft, hard = (
         None if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_MEMLOCK)
     )

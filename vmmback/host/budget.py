@@ -105,9 +105,8 @@ class Budget:
 
     @property
     def _available_in_group(self) -> int:
-        """What is left of the memory cgroup. It is not known which promises are others' to pay: all count."""
-        room = 0 if self.group_room is None else self.group_room
-        return room - self.promised - PROCESSES_BYTES - KERNEL_SIDE_BYTES
+        """What the memory cgroup has left for RAM and page tables."""
+        return (self.group_room or 0) - PROCESSES_BYTES - KERNEL_SIDE_BYTES
 
     def group_decides(self, backing: Backing = "secret") -> bool:
         """Tell whether the memory cgroup has less room than the host."""
@@ -136,8 +135,8 @@ class Budget:
         """Return the sum in words."""
         if self.group_room is not None and self.group_decides(backing):
             return (
-                f"The memory cgroup has room for {_mib(self.group_room)} MiB, less {_mib(self.promised)} MiB that were "
-                "promised to guests, and what a guest's processes take"
+                f"The memory cgroup has room for {_mib(self.group_room)} MiB more than was promised to its guests, and "
+                "a guest's processes take of that, too"
             )
 
         def total(name: str) -> str:

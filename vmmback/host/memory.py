@@ -14,8 +14,8 @@ class HostMemory:
     """The nodes that this process may take memory from, and what is spoken for, in bytes.
 
     `promised` was promised to guests that have not touched it yet. `group_room` is what the guest's memory cgroup, and
-    all above it, can still be charged; None where nothing limits it. `huge_direct_map` is what the kernel maps for
-    itself in pages of 2 MiB and more, which secret pages split.
+    all above it, can still be charged beyond what was promised of that; None where nothing limits it.
+    `huge_direct_map` is what the kernel maps for itself in pages of 2 MiB and more, which secret pages split.
     """
 
     nodes: tuple[Node, ...]
