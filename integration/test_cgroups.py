@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from integration.conftest import (
-    GONE_S,
     MIB,
     MemoryGroup,
     Start,
@@ -149,7 +148,7 @@ def test_out_of_memory_the_worker_alone_is_ended(
     assert hint.endswith(f"or raise the memory limit of the cgroup {memory_group.folder}")
     assert out_of_memory(memory_group) == 1
     assert (memory_group.folder / "cgroup.procs").read_text().split() == [str(bystander)]
-    eventually(lambda: memory_group.secret() == 0, "memory is back", GONE_S)
+    eventually(lambda: memory_group.secret() == 0, "memory is back", 30)
     assert processes_of(runtime_dir).keys() == {bystander}
 
     memory_group.limit(256 * MIB)  # the twin: it was the limit

@@ -23,8 +23,8 @@ from vmmback.linux import cgroups, procfs, secret_use
 from vmmback.linux.secret_use import SecretFile
 from vmmback.runtime import live_guests, runtime_folder
 
-# Held while the host's memory is read, which takes milliseconds; as long as this only where somebody stands still.
-_LOCK_TIMEOUT_S = 30.0
+# Held for milliseconds; but many launches at once wait for each other, and for the processors.
+_LOCK_TIMEOUT_S = 120.0
 _PROMISE_FILE = "promise.json"
 # The file is written anew after so much more has been touched; until then that counts twice.
 _STEP_BYTES = 64 << 20
@@ -60,9 +60,9 @@ class Promise:
 
         Raises AdmissionRefused when they do not fit, HostUnfit when nobody can tell.
         """
+        files = secret_files()  # before the lock, as it takes longest
         async with _lock(self._file.parents[1]):
-            records = promises().values()
-            budget = Budget.of(reckon(records, secret_use.secret_files(known=settled(records)), group))
+            budget = Budget.of(reckon(promises().values(), files, group))
             budget.admit(size, self._backing)
             before = replace(self._record)
             self._record.group = _paid_by(group)
@@ -92,6 +92,11 @@ class Promise:
         async with _lock(self._file.parents[1]):
             self._record.touched = self._before
             self._write()
+
+    def backed_by(self, inode: int) -> None:
+        """Say in which file the memory that was promised last will be."""
+        self._record.inodes.append(inode)
+        self._tell()
 
     def settle(self, inodes: Iterable[int]) -> None:
         """Say that the guest's processes run, and have taken what they take whatever its size; and what they map."""
@@ -136,14 +141,19 @@ def promised() -> int:
     Guests of this runtime folder tell it; of all others it counts what is mapped and not present, as far as this
     process may look. Raises HostUnfit, UsageError.
     """
-    records = promises().values()
-    return outstanding(records, secret_use.secret_files(known=settled(records)))
+    return outstanding(promises().values(), secret_files())
+
+
+def secret_files() -> dict[int, SecretFile]:
+    """Return the secret files that are mapped; of guests that have touched all of their RAM not what is present."""
+    return secret_use.secret_files(known=settled(promises().values()))
 
 
 def reckon(records: Collection[Record], files: Mapping[int, SecretFile], group: str | None = None) -> HostMemory:
     """Return the host's memory with what was promised of it, and what a memory cgroup has left, as `extend` means it.
 
-    Records and files were read before: what is touched in between counts twice, and not never. Of a group's room goes
+    Files were read before the records, and both before the rest: what is touched in between counts twice, and not
+    never; a guest that others see mapping its RAM has its record by then. Of a group's room goes
     what was promised to guests of the groups that can have a limit in common with it. Raises HostUnfit.
     """
     total, room = outstanding(records, files), cgroups.room(group)
@@ -214,7 +224,7 @@ async def _lock(folder: Path) -> AsyncIterator[None]:
                     f"another launch has held the lock on {folder} for {_LOCK_TIMEOUT_S:g} s",
                     "end or continue that process",
                 )
-            await asyncio.sleep(0.02)  # flock(2) would wait, but has no deadline
+            await asyncio.sleep(0.05)  # flock(2) would wait, but has no deadline
         yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # for a child that was forked meanwhile has it, too, until it executes

@@ -45,6 +45,7 @@ async def grow(guest: Guest, size: int, progress: Progress) -> IsolationReport:
         async with _promised(guest, size):
             started = time.perf_counter()
             memory = ram.allocate(guest.config.memory.backing, size)
+            guest.promise.backed_by(memory.inode)
             try:
                 if guest.config.memory.prefault:
                     await memory.prefault(prefaulted, group=group, anew=guest.promise.anew)

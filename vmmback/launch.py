@@ -103,6 +103,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
         memlock.ensure(config.memory.largest)  # QEMU inherits the limit
     guest_ram = ram.allocate(config.memory.backing, config.memory.size)
     memories.append(guest_ram)
+    promise.backed_by(guest_ram.inode)
 
     def prefaulted(done: int) -> None:
         promise.touched(done)

@@ -124,8 +124,8 @@ def read(*, types: bool = True) -> Overview:
     Without `types` /proc/pagetypeinfo is left alone: the kernel counts all page blocks for it, and walks lists of free
     pages with the zone locked (mm/vmstat.c, pagetypeinfo_showfree_print).
     """
-    promises = _promises()  # before the memory: what is touched meanwhile counts twice, and not never
-    secret = secret_use.secret_files(known=admission.settled(promises.values()))
+    secret = secret_use.secret_files(known=admission.settled(_promises().values()))
+    promises = _promises()  # after that, and before the memory: admission.reckon
     memory = admission.reckon(promises.values(), secret)
     soft, hard = (
         None if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_MEMLOCK)

@@ -40,6 +40,8 @@ def _leaves(group: click.Group) -> Iterator[tuple[str, click.Command]]:
     """Yield the commands that do something, each with its name; one of a group of its own carries the group's."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
+            if command.invoke_without_command:
+                yield name, command
             yield from ((f"{name} {inner}", leaf) for inner, leaf in _leaves(command))
         else:
             yield name, command
