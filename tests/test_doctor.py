@@ -396,6 +396,13 @@ def test_no_module_is_loaded_for_the_sake_of_a_check(monkeypatch: pytest.MonkeyP
     assert [places.taps().state, places.vsock(tmp_path / "device").state] == ["ok", "ok"]
 
 
+def test_bridges_are_listed(tmp_path: Path) -> None:
+    assert "create = true" in places.bridges(tmp_path).evidence
+    for name in ("vmm1/bridge", "vmm0/bridge", "eth0"):
+        (tmp_path / name).mkdir(parents=True)
+    assert places.bridges(tmp_path) == Finding("ok", "vmm0, vmm1, for [[nic]]")
+
+
 def test_vsock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(places, "_VSOCK_LOADED", tmp_path)
     assert places.vsock(Path("/dev/null")).state == "ok"

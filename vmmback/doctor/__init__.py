@@ -40,6 +40,7 @@ def examine() -> tuple[Check, ...]:
             "uids": places.uid_range,
             "programs": programs.helpers,
             "shares": programs.shares,
+            "bridges": places.bridges,
             "vsock": places.vsock,
             "overcommit": kernel.overcommit,
         }.items()]  # fmt: skip

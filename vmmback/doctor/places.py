@@ -21,6 +21,7 @@ from vmmback.linux.network import in_new_network
 ROOT = Path("/")
 _IN_MEMORY = ("tmpfs", "ramfs")
 _TAP = "vmmdoctor"
+_NETWORK = Path("/sys/class/net")
 _TUN = Path("/dev/net/tun")
 _TUN_LOADED, _VSOCK_LOADED = (Path("/sys/class/misc", name) for name in ("tun", "vhost-vsock"))
 
@@ -104,6 +105,14 @@ def taps() -> Finding:
     except OSError as error:
         return Finding("note", f"[[nic]] on a bridge cannot be used: no tap can be made: {error}", remedy)
     return Finding("ok", "a tap was made, for [[nic]]")
+
+
+def bridges(folder: Path = _NETWORK) -> Finding:
+    """Tell which bridges there are (Documentation/ABI/testing/sysfs-class-net)."""
+    names = sorted(path.parent.name for path in folder.glob("*/bridge"))
+    if not names:
+        return Finding("ok", "there is none: [[nic]] makes its own with create = true")
+    return Finding("ok", f"{', '.join(names)}, for [[nic]]")
 
 
 def vsock(device: Path = vhost_vsock.DEVICE) -> Finding:
