@@ -6,7 +6,7 @@ import mmap
 import secrets
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,27 +32,35 @@ def needs(needs_direct_map: None, needs_secretmem: None) -> None:
 
 @dataclass(frozen=True)
 class TwoFrames:
-    """Two pages of ours whose frames follow each other: where they are in `memory`, and the first frame."""
+    """Two pages of ours whose frames follow each other: in which memory and where each is, and the first frame."""
 
-    memory: mmap.mmap
-    pages: tuple[int, int]
+    pages: tuple[tuple[mmap.mmap, int], tuple[mmap.mmap, int]]
     frame: int
 
     def put(self, halves: Halves, at: int) -> None:
         for index, value in enumerate(halves, at):
-            self.memory[self.pages[index // PAGE_SIZE] * PAGE_SIZE + index % PAGE_SIZE] = value
+            memory, page = self.pages[index // PAGE_SIZE]
+            memory[page * PAGE_SIZE + index % PAGE_SIZE] = value
 
 
 @contextmanager
 def two_frames(*, at_a_window: bool) -> Iterator[TwoFrames]:
-    """Look for them in 64 MiB, and in more where there are none."""
+    """Look for them in 64 MiB, and in more where there are none.
+
+    At a window they lie in two blocks of 2 MiB. Where free memory is in small pieces, huge pages bring whole blocks.
+    """
+    pages: dict[int, tuple[mmap.mmap, int]] = {}
     with ExitStack() as stack:
         for _ in range(16):
-            memory = stack.enter_context(private_memory(64 * MIB))
-            pages = {frame: page for page, frame in enumerate(frames_of(memory))}
-            for frame, page in pages.items():
+            memory = stack.enter_context(mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            if at_a_window:
+                with suppress(OSError):  # a kernel without transparent huge pages
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            memory[:] = bytes(len(memory))
+            pages |= {frame: (memory, page) for page, frame in enumerate(frames_of(memory))}
+            for frame in pages:
                 if frame + 1 in pages and ((frame + 1) % (WINDOW // PAGE_SIZE) == 0) == at_a_window:
-                    yield TwoFrames(memory, (page, pages[frame + 1]), frame)
+                    yield TwoFrames((pages[frame], pages[frame + 1]), frame)
                     return
     pytest.fail("no two frames of 1 GiB lie so")
 
