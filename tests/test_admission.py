@@ -301,12 +301,11 @@ def test_the_lock_is_free_though_a_child_that_was_forked_meanwhile_lives(host: H
     [("/machine/b", 500), ("/machine/a/deeper", 500), ("/machine", 500), ("/other", 600), ("/", 600)],
 )
 def test_of_a_group_s_room_goes_what_guests_below_the_same_group_were_promised(
-    host: Host, monkeypatch: pytest.MonkeyPatch, group: str, left: int
+    host: Host, group: str, left: int
 ) -> None:
     untouched = replace(record(1, 100 * MIB, overhead=0), group="/machine/a")
     elsewhere = replace(untouched, group="/elsewhere")
-    with host.faked():
-        monkeypatch.setattr(cgroups, "room", lambda _: 600 * MIB)
+    with host.faked(), mock.patch.object(cgroups, "room", return_value=600 * MIB):
         found = admission.reckon([untouched, elsewhere], {}, group)
     assert found.group_room is not None
     assert found.group_room == 600 * MIB - (with_page_tables(100 * MIB) if left == 500 else 0)
