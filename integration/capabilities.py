@@ -99,6 +99,11 @@ def _aux_ram_share() -> None:
         raise OSError(errno.ENOTSUP, "this QEMU's machines have no aux-ram-share, or RLIMIT_MEMLOCK is too small")
 
 
+def _guest_kvm() -> None:
+    with (KERNEL.parent / "modules/kvm-amd.ko").open("rb") as file:
+        file.read(1)
+
+
 def _guest_kernel() -> None:
     for path in (KERNEL, INITRD):
         with path.open("rb") as file:
@@ -161,6 +166,9 @@ QEMU_IMG = Capability("qemu-img and qemu-io (Debian's qemu-utils)", _qemu_img)
 LOOP_DEVICE = Capability("a loop device", _loop_device, required=False)
 AUX_RAM_SHARE = Capability("a QEMU whose other RAM blocks can be secret", _aux_ram_share, required=False)
 GUEST_KERNEL = Capability("the demo guest's kernel and initrd (./dev makes them)", _guest_kernel)
+GUEST_KVM = Capability(
+    "the guest kernel's kvm-amd.ko (./dev gets it; x86-64)", _guest_kvm, required=platform.machine() == "x86_64"
+)
 KERNEL_IMAGE = Capability(
     "a kernel whose image has a mapping of its own (x86-64)", _kernel_image, required=platform.machine() == "x86_64"
 )

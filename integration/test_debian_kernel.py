@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from integration import capabilities, inside_debian, inside_kvm
-from integration.debian_kernel import MODULES, run_inside
+from integration.debian_kernel import run_inside
 from vmmback.linux.kvm import SlotRun
 from vmmback.report import Verdict
 
@@ -116,8 +116,7 @@ def test_mainlines_kvm_runs_a_guest_on_ordinary_memory_and_refuses_secret_memory
     """The probe on a KVM that works and is no nested one: its pages come by get_user_pages, as in every release."""
     capabilities.require(capabilities.QEMU)
     capabilities.require(capabilities.GUEST_KERNEL)
-    if not (MODULES / "kvm-amd.ko").exists():
-        pytest.skip("needs the guest kernel's kvm-amd.ko (./dev test gets it): x86-64 only")
+    capabilities.require(capabilities.GUEST_KVM)
     told = run_inside(Path(inside_kvm.__file__), tmp_path, cpu="EPYC,+svm,+npt", modules=inside_kvm.MODULES)
     halted = SlotRun(exit_reason=5, marker=True, clock_version=told["ordinary"]["clock_version"])
     assert told["ordinary"] == vars(halted)
