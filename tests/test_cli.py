@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vmmback.launch
 from vmmback import cli, errors
+from vmmback.cli.launch import launch
 from vmmback.cli.output import EXIT_EXPOSED, EXIT_INCONCLUSIVE
 from vmmback.cli.screen import Screen
 from vmmback.config import GuestConfig
@@ -55,7 +57,7 @@ def test_help_shows_an_example_on_a_line_of_its_own(command: str, example: str) 
     assert f"  Example:\n    {example}\n" in done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands.commands))
+@pytest.mark.parametrize("name", cli.commands.list_commands(click.Context(cli.commands)))
 def test_every_command_has_an_example_and_exits_with_0_when_asked_for_help(name: str) -> None:
     done = vmmback_process(name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -66,7 +68,7 @@ def test_the_help_of_launch_tells_every_exit_code() -> None:
     not_of_launch = (VmmbackError, errors.Interrupted, errors.NoSuchGuest)
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, VmmbackError)]
     codes = {kind.exit_code for kind in kinds if kind not in not_of_launch}
-    epilog = cli.launch.epilog or ""
+    epilog = launch.epilog or ""
     for code in sorted({*codes, EXIT_EXPOSED, EXIT_INCONCLUSIVE}):
         assert f" {code} " in epilog, code
     assert "128 + signal" in epilog

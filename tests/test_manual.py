@@ -15,8 +15,10 @@ TEXT = (ROOT / "docs/vmmback.1.md").read_text()
 
 
 def leaves(group: click.Group, above: str = "") -> list[tuple[str, click.Command]]:
-    found = []
-    for name, command in group.commands.items():
+    found, ctx = [], click.Context(group)
+    for name in group.list_commands(ctx):
+        command = group.get_command(ctx, name)
+        assert command is not None
         inner = isinstance(command, click.Group)
         found += leaves(command, f"{name} ") if isinstance(command, click.Group) else [(f"{above}{name}", command)]
         assert not (inner and above), "the page knows groups of one level"

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import signal
 import sys
-from functools import partial
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 import click
 
 from vmmback import __version__
-from vmmback.cli.audit import audit, selftest
-from vmmback.cli.completion import completion
-from vmmback.cli.console import console
-from vmmback.cli.disk import disk
-from vmmback.cli.files import ReportFiles, report_files
-from vmmback.cli.grow import grow
-from vmmback.cli.guests import ps, status, stop
-from vmmback.cli.host import host
-from vmmback.cli.logs import logs, qmp
-from vmmback.cli.output import as_user_error, exit_code_of, finish, print_error
-from vmmback.cli.screen import Screen
+from vmmback.cli.output import as_user_error, print_error
 from vmmback.errors import Interrupted, VmmbackError
+
+_MODULES = {
+    "launch": "launch",
+    "ps": "guests",
+    "status": "guests",
+    "stop": "guests",
+    "console": "console",
+    "logs": "logs",
+    "qmp": "logs",
+    "audit": "audit",
+    "selftest": "audit",
+    "grow": "grow",
+    "disk": "disk",
+    "host": "host",
+    "schema": "schema",
+    "completion": "completion",
+}
+"""The module of each command."""
 
 
 def main() -> None:
@@ -38,6 +45,19 @@ def main() -> None:
 
 
 class _Commands(click.Group):
+    """A group whose commands are imported when they are asked for: nobody waits for those that he does not use."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """Name all commands."""
+        return list(_MODULES)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command of this name, None if there is none."""
+        if cmd_name not in _MODULES:
+            return None
+        command: click.Command = getattr(import_module(f"vmmback.cli.{_MODULES[cmd_name]}"), cmd_name)
+        return command
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; Ctrl-C has its exit code also where a command makes nothing of it (click's is 1)."""
         try:
@@ -55,62 +75,3 @@ def commands() -> None:
     Example:
       vmmback launch configs/demo.toml
     """
-
-
-@commands.command(
-    epilog="Exit codes: 0 isolated, 2 wrong file or argument, 3 host cannot do it, 4 not enough memory, "
-    "5 exposed, 6 QEMU failed, 8 inconclusive, 128 + signal when stopped before the guest ran."
-)
-@click.argument("file", type=click.Path(readable=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
-@report_files
-@click.option("--validate/--no-validate", default=True, help="Run the probes (the default), or only the guest.")
-@click.option(
-    "--detach", is_flag=True, help="Leave it in the background once it was validated (or, unvalidated, runs)."
-)
-def launch(file: Path, as_json: bool, validate: bool, detach: bool, files: ReportFiles) -> None:
-    """Run the guest of FILE on secret RAM until it ends, and report what was measured.
-
-    Ctrl-C presses the guest's power button; again, it tells QEMU to quit; once more, it kills it. With --detach the
-    report and the exit code are those of the running guest, which `vmmback stop` ends.
-
-    \b
-    Example:
-      vmmback launch configs/demo.toml --json | jq .verdict
-    """
-    from vmmback import config
-    from vmmback.cli.detach import detached
-    from vmmback.cli.lead import lead
-    from vmmback.host.limits import check_descriptors
-
-    guest = config.load(file)
-    check_descriptors()
-    validate = validate and guest.isolation.validate_at == "boot"
-    screen = Screen(as_json=as_json)
-    if detach:
-        detached(guest, screen, validate=validate, file=file, files=files)
-    try:
-        report = lead(guest, screen, validate=validate, file=file)
-    finally:
-        screen.close()
-    exit_code = exit_code_of(report.verdict) if validate or report.verdict == "exposed" else 0
-    finish(exit_code, partial(screen.finished, report), *files.outputs(report))
-
-
-@commands.command()
-def schema() -> None:
-    """Print the JSON Schema of guest.toml, for editors and checkers.
-
-    \b
-    Example:
-      vmmback schema > guest.schema.json
-    """
-    import json
-
-    from vmmback import config
-
-    click.echo(json.dumps(config.json_schema(), indent=2))
-
-
-for command in (audit, selftest, ps, status, stop, console, logs, qmp, grow, disk, host, completion):
-    commands.add_command(command)

@@ -26,7 +26,7 @@ def page(text: str, group: click.Group) -> str:
 def _sections(group: click.Group) -> Iterator[str]:
     top = click.Context(group, info_name="vmmback", **group.context_settings)
     yield _options(group, top, own_help=True)
-    for name, command in _leaves(group):
+    for name, command in _leaves(group, top):
         ctx = click.Context(command, info_name=name, parent=top)
         yield f"## {_escaped(' '.join(['vmmback', name, *command.collect_usage_pieces(ctx)]))}"
         yield _prose(command.help or "")
@@ -36,13 +36,15 @@ def _sections(group: click.Group) -> Iterator[str]:
             yield _escaped(command.epilog)
 
 
-def _leaves(group: click.Group) -> Iterator[tuple[str, click.Command]]:
+def _leaves(group: click.Group, ctx: click.Context) -> Iterator[tuple[str, click.Command]]:
     """Yield the commands that do something, each with its name; one of a group of its own carries the group's."""
-    for name, command in group.commands.items():
+    for name in group.list_commands(ctx):
+        command = group.get_command(ctx, name)
+        assert command is not None
         if isinstance(command, click.Group):
             if command.invoke_without_command:
                 yield name, command
-            yield from ((f"{name} {inner}", leaf) for inner, leaf in _leaves(command))
+            yield from ((f"{name} {inner}", leaf) for inner, leaf in _leaves(command, ctx))
         else:
             yield name, command
 

@@ -1,0 +1,20 @@
+"""`vmmback schema`: what may stand in a guest file."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of guest.toml, for editors and checkers.
+
+    \b
+    Example:
+      vmmback schema > guest.schema.json
+    """
+    import json
+
+    from vmmback import config
+
+    click.echo(json.dumps(config.json_schema(), indent=2))
