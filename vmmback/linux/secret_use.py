@@ -1,22 +1,24 @@
-"""Secret RAM that the host's processes map: /proc/PID/maps and smaps (proc(5)).
+"""Secret RAM that the host's processes map: /proc/PID/maps and smaps (proc(5), linux/procmap.py).
 
 The kernel counts secret pages nowhere by themselves: they are among Unevictable, Mlocked and the page cache.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmmback.linux import procfs
+from vmmback.linux import procfs, procmap
 from vmmback.linux.procfs import PROC, SECRETMEM
 
 _NAME = SECRETMEM.encode()
 _LINE = rb"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+) +%s\n" % re.escape(_NAME)
-_MAPPING = re.compile(_LINE)
+_MAPPING = re.compile(b"^" + _LINE, re.MULTILINE)
 _DETAILED = re.compile(b"^" + _LINE + rb"(?:(?!Rss:)\w+: .*\n)*Rss: +(\d+) kB$", re.MULTILINE)
 
 
@@ -40,36 +42,52 @@ def secret_files(root: Path = PROC, known: Collection[int] = ()) -> dict[int, Se
     found: dict[int, SecretFile] = {}
     for pid in procfs.processes(root):
         with suppress(OSError):  # it is gone, or another user's
-            folder = f"{root}/{pid}"
-            if _NAME not in (maps := _contents(f"{folder}/maps")):  # most processes have none
+            rows = _mappings(f"{root}/{pid}/maps")
+            if not rows:  # most processes have none
                 continue
-            rows = list(_mappings(maps))
-            if not known or not {int(inode) for _, _, inode, _ in rows} <= set(known):
-                rows = _DETAILED.findall(_contents(f"{folder}/smaps"))
+            if not known or not {inode for _, _, inode, _ in rows} <= set(known):
+                rows = _present(f"{root}/{pid}/smaps")
             for inode, (mapped, present) in _sums(rows).items():
                 other = found.get(inode, SecretFile(0, 0, frozenset()))
                 found[inode] = SecretFile(max(mapped, other.mapped), max(present, other.present), other.pids | {pid})
     return found
 
 
-def _mappings(maps: bytes) -> Iterator[tuple[bytes, bytes, bytes, bytes]]:
-    """Yield those of secret files as `_DETAILED` would, with nothing present; to search all lines takes ten times."""
-    at = -1
-    while (at := maps.find(_NAME, at + 1)) >= 0:
-        if match := _MAPPING.match(maps, maps.rfind(b"\n", 0, at) + 1):
-            start, end, inode = match.groups()
-            yield start, end, inode, b"0"
+_Row = tuple[int, int, int, int]
+"""A mapping of a secret file: its start and end, the inode, and how many KiB of it this process has touched."""
 
 
-def _sums(rows: Iterable[tuple[bytes, bytes, bytes, bytes]]) -> dict[int, tuple[int, int]]:
+def _mappings(maps: str) -> list[_Row]:
+    """Return a process's, with nothing touched."""
+    descriptor = os.open(maps, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return [
+            (file.start, file.end, file.inode, 0) for file in procmap.shared_files(descriptor) if file.path == _NAME
+        ]
+    except OSError as error:
+        if error.errno != errno.ENOTTY:
+            raise
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            text = file.readall()
+        # To search all lines takes far longer than to find that there is none.
+        return [_row(*match.groups()) for match in _MAPPING.finditer(text)] if _NAME in text else []
+    finally:
+        os.close(descriptor)
+
+
+def _present(smaps: str) -> list[_Row]:
+    with open(smaps, "rb", buffering=0) as file:
+        return [_row(*fields) for fields in _DETAILED.findall(file.readall())]
+
+
+def _row(start: bytes, end: bytes, inode: bytes, rss: bytes = b"0") -> _Row:
+    return int(start, 16), int(end, 16), int(inode), int(rss)
+
+
+def _sums(rows: Iterable[_Row]) -> dict[int, tuple[int, int]]:
     """Return bytes mapped and present of each file of a process; madvise(2) may have split a mapping in several."""
     files: dict[int, tuple[int, int]] = {}
     for start, end, inode, rss in rows:
-        mapped, present = files.get(int(inode), (0, 0))
-        files[int(inode)] = mapped + int(end, 16) - int(start, 16), present + int(rss) * 1024
+        mapped, present = files.get(inode, (0, 0))
+        files[inode] = mapped + end - start, present + rss * 1024
     return files
-
-
-def _contents(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:  # as pathlib does, without its paths: there are hundreds of processes
-        return file.readall()
