@@ -19,7 +19,7 @@ from vmmback.isolation.direct_map import DirectMapProbe, PageCount, pagemap_entr
 from vmmback.isolation.probe import Target
 from vmmback.linux import bpf, direct_map
 from vmmback.linux.bpf import R0, R2, Program, SharedValue
-from vmmback.linux.direct_map import DirectMap, own_pages
+from vmmback.linux.direct_map import DirectMap, find, own_pages
 from vmmback.linux.memfd_secret import memfd_secret
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Observation, Verdict, judge_probe
@@ -261,6 +261,11 @@ def test_a_probe_forgets_its_last_target() -> None:
         assert probe.pages == PageCount(1, 1, 1)
     probe.observe(target)
     assert (probe.pages, probe.frames) == (PageCount(0, 0, 0), array("Q"))
+
+
+def test_the_base_is_the_same_found_by_the_small_program() -> None:
+    with DirectMap.open() as direct_map:
+        assert find() == direct_map.base
 
 
 def test_a_wrong_base_makes_secret_memory_inconclusive_not_blocked(monkeypatch: pytest.MonkeyPatch) -> None:

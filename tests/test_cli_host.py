@@ -104,7 +104,7 @@ def test_a_limit_on_locked_memory_that_a_guest_meets_first_is_said_at_once(
 
 
 def test_json_has_it_all_in_bytes(run: Any) -> None:
-    result = run("movable-1g", "--json", checks=(FINE, MISSING), room=100 * MIB)
+    result = run("movable-1g", "--json", "--types", checks=(FINE, MISSING), room=100 * MIB)
     found = json.loads(result.stdout)
     assert result.exit_code == 3
     assert found["launch_possible"] is False
@@ -124,12 +124,12 @@ def test_json_has_it_all_in_bytes(run: Any) -> None:
     assert found["locking"] == {"soft": 8 * MIB, "hard": None, "cap_ipc_lock": False}
 
 
-def test_free_memory_by_type_is_read_for_json_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_by_type_is_read_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel locks zones for it, and takes long where free memory is in small pieces."""
     read = []
     monkeypatch.setattr(doctor, "examine", lambda: (FINE,))
     monkeypatch.setattr(fragments, "free_blocks_by_type", lambda: read.append("once"))
-    for arguments, times in (([], 0), (["--prometheus"], 0), (["--json"], 1)):
+    for arguments, times in (([], 0), (["--prometheus"], 0), (["--json"], 0), (["--json", "--types"], 1)):
         read.clear()
         assert CliRunner().invoke(commands, ["host", *arguments]).exit_code in (0, 4)
         assert len(read) == times, arguments

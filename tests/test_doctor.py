@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +79,52 @@ def test_nothing_slow_is_imported() -> None:
     program = "import sys; from vmmback import doctor; doctor.examine(); print('pydantic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+EXAMINE = """
+import json, os, signal, sys
+from vmmback import doctor
+from vmmback.errors import HostUnfit
+if sys.argv[1:]:
+    doctor.examine = lambda: os.kill(os.getpid(), signal.SIGKILL)
+try:
+    with doctor.examination() as checks:
+        print(json.dumps([check.name for check in checks()]))
+except HostUnfit as error:
+    print(error.message)
+try:
+    os.waitpid(-1, 0)
+except ChildProcessError:
+    print(sorted(os.listdir("/proc/self/fd")))
+"""
+
+
+def examined(*arguments: str) -> list[str]:
+    command = [sys.executable, "-c", EXAMINE, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_a_process_of_its_own_makes_the_same_checks_and_leaves_nothing() -> None:
+    names, left = examined()
+    assert json.loads(names) == [check.name for check in doctor.examine()]
+    assert left == "['0', '1', '2', '3']"  # the last one is what lists them
+
+
+def test_checks_whose_process_was_killed_are_an_error() -> None:
+    message, left = examined("killed")
+    assert message == "the process that makes the checks was ended"
+    assert left == "['0', '1', '2', '3']"
+
+
+def test_leaving_early_ends_the_process_that_makes_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "listdir", lambda _: ["1"])
+    monkeypatch.setattr(doctor, "examine", lambda: time.sleep(600))
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), doctor.examination():
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 300
 
 
 # --- The kernel -------------------------------------------------------------------------------------------------------
@@ -155,7 +203,7 @@ def test_a_filter_stays_on_the_thread_that_ends(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_direct_map_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct_map.DirectMap, "open", raises(UNFIT))
+    monkeypatch.setattr(direct_map, "find", raises(UNFIT))
     assert kernel.direct_map() == Finding("note", "audits are inconclusive: it is not there", "get it")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import platform
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +74,7 @@ def test_ioctl_numbers_are_those_of_the_kernel_headers() -> None:
 
 
 def test_no_experiment_is_known_for_other_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
     answer = can_map_secret_ram()
     assert answer == kvm.KvmAnswer(usable=False, reason="no probe of KVM on secret RAM is known for aarch64")
 

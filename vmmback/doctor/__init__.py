@@ -5,14 +5,63 @@ Nothing here imports pydantic: neither an operator nor a monitoring system shoul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+import json
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from vmmback.doctor.finding import Check, Finding, checked
+from vmmback.errors import HostUnfit
+from vmmback.linux.own_thread import begin
 
-__all__ = ["Check", "examine", "would_fail"]
+__all__ = ["Check", "examination", "examine", "would_fail"]
 
-_AT_ONCE = 6
+
+@contextmanager
+def examination() -> Iterator[Callable[[], tuple[Check, ...]]]:
+    """Make every check (see `examine`) while the block runs, and yield what waits for them.
+
+    A process of its own makes them, so that two processors have work: the threads of one Python take turns. Where this
+    one has threads already, which a fork would stop in the midst of anything, it makes them itself when they are
+    awaited. Raises HostUnfit when the process was killed; it is gone after the block.
+    """
+    if len(os.listdir("/proc/self/task")) > 1:  # noqa: PTH208 (pathlib has no use here but for this)
+        yield examine
+        return
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        _examine_in_child(writing)
+    os.close(writing)
+    done = False
+
+    def result() -> tuple[Check, ...]:
+        nonlocal done
+        with open(reading, "rb", closefd=False) as pipe:
+            text = pipe.read()
+        if not text:
+            raise HostUnfit("the process that makes the checks was ended", "try again: memory may be short")
+        done = True
+        return tuple(Check(**fields) for fields in json.loads(text))
+
+    try:
+        yield result
+    finally:
+        os.close(reading)
+        if not done:
+            os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+
+
+def _examine_in_child(pipe: int) -> None:
+    """Write the checks into a pipe, and end this process; its parent tells the user all that there is to tell."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with open(pipe, "wb") as file:
+            file.write(json.dumps([vars(check) for check in examine()]).encode())
+    finally:
+        os._exit(0)
 
 
 def examine() -> tuple[Check, ...]:
@@ -21,37 +70,39 @@ def examine() -> tuple[Check, ...]:
     It never raises, changes nothing, and leaves no process, thread or descriptor. What waits for processes or for the
     kernel is done at the same time, and begins before what else is needed is even imported.
     """
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        from vmmback.doctor import kvm
 
-        waiting = [threads.submit(checked, "kvm", kvm.experiment)]
-        from vmmback.doctor import programs
+    def later(name: str, find: Callable[[], Finding]) -> Callable[[], Check]:
+        return begin(lambda: checked(name, find))
 
-        waiting += _submitted(threads, {"qemu": programs.emulator, "qemu-secret-blocks": programs.secret_blocks})
-        from vmmback.doctor import kernel, places, settings
+    from vmmback.doctor import kvm
 
-        waiting += _submitted(threads, {"direct-map": kernel.direct_map, "taps": places.taps, "jail": places.walls})
-        done = [checked(name, find) for name, find in {
-            "secret-memory": kernel.secret_memory,
-            "locked-memory": kernel.locked_memory,
-            "seccomp-notification": kernel.seccomp_notification,
-            "descriptors": places.descriptors,
-            "runtime-folder": places.runtime_folder,
-            "uids": places.uid_range,
-            "programs": programs.helpers,
-            "shares": programs.shares,
-            "bridges": places.bridges,
-            "vsock": places.vsock,
-            "overcommit": kernel.overcommit,
-        }.items()]  # fmt: skip
-        host = settings.checks()
-    return (*done, *(future.result() for future in waiting), *host)
+    waiting = [later("kvm", kvm.experiment)]
+    from vmmback.doctor import places
+
+    waiting += [later("taps", places.taps), later("jail", places.walls)]
+    from vmmback.doctor import programs
+
+    waiting += [later("qemu", programs.emulator), later("qemu-secret-blocks", programs.secret_blocks)]
+    from vmmback.doctor import kernel, settings
+
+    waiting.append(later("direct-map", kernel.direct_map))
+    done = [checked(name, find) for name, find in {
+        "secret-memory": kernel.secret_memory,
+        "locked-memory": kernel.locked_memory,
+        "seccomp-notification": kernel.seccomp_notification,
+        "descriptors": places.descriptors,
+        "runtime-folder": places.runtime_folder,
+        "uids": places.uid_range,
+        "programs": programs.helpers,
+        "shares": programs.shares,
+        "bridges": places.bridges,
+        "vsock": places.vsock,
+        "overcommit": kernel.overcommit,
+    }.items()]  # fmt: skip
+    host = settings.checks()
+    return (*done, *(result() for result in waiting), *host)
 
 
 def would_fail(checks: Iterable[Check]) -> bool:
     """Tell whether a launch would fail."""
     return any(check.state == "missing" for check in checks)
-
-
-def _submitted(threads: Executor, checks: Mapping[str, Callable[[], Finding]]) -> list[Future[Check]]:
-    return [threads.submit(checked, name, find) for name, find in checks.items()]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 State = Literal["ok", "note", "missing"]
-
-T = TypeVar("T")
 
 
 class Finding(NamedTuple):
@@ -41,9 +38,3 @@ def checked(name: str, find: Callable[[], Finding]) -> Check:
     except Exception as error:  # noqa: BLE001 (one check must not keep the others from being told)
         finding = Finding("note", f"could not be tried: {str(error) or type(error).__name__}", "run it as root")
     return Check(name, *finding)
-
-
-def in_own_thread(function: Callable[[], T]) -> T:
-    """Call `function` in a thread that ends with it, and so does what it made the thread's own. Raises what it does."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(function).result()

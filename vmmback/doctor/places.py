@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from vmmback import jail, runtime, uids
-from vmmback.doctor.finding import Finding, in_own_thread
+from vmmback.doctor.finding import Finding
 from vmmback.errors import HostUnfit, VmmbackError
 from vmmback.host import limits
 from vmmback.ids import DEFAULT_UIDS
 from vmmback.linux import namespaces, procfs, tap, vhost_vsock
 from vmmback.linux.namespaces import NODEV, NOEXEC, NOSUID
 from vmmback.linux.network import in_new_network
+from vmmback.linux.own_thread import in_own_thread
 
 ROOT = Path("/")
 _IN_MEMORY = ("tmpfs", "ramfs")

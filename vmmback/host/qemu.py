@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -107,4 +106,4 @@ def choose_accel(wanted: Literal["auto", "tcg", "kvm"]) -> Literal["tcg", "kvm"]
 
 def kernel_release() -> str:
     """Return the running kernel's release, such as `6.1.0-18-amd64`."""
-    return platform.release()
+    return os.uname().release

@@ -7,7 +7,7 @@ include/uapi/linux/audit.h of the kernel.
 from __future__ import annotations
 
 import functools
-import platform
+import os
 from dataclasses import dataclass
 
 from vmmback.errors import HostUnfit
@@ -124,7 +124,7 @@ def current(machine: str | None = None) -> Architecture:
 
     Raises HostUnfit, naming the architecture, where they are not known.
     """
-    name = machine or platform.machine()
+    name = machine or os.uname().machine
     if name not in KNOWN:
         raise HostUnfit(
             f"the architecture {name} is not supported",

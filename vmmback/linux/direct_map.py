@@ -230,10 +230,22 @@ def _count(field: int) -> list[Instruction]:
     return [bpf.load(R1, R6, field), bpf.add(R1, 1), bpf.store(R6, field, R1)]
 
 
-def _read_frames(value: SharedValue, lanes: int) -> list[Instruction | Label]:
-    """Return the program: R6 is the lane that the context names, R7 the index, R8 the lane moved up 8 bytes an index.
+def find() -> int:
+    """Return the base of the direct map, as `DirectMap.open`, in a fifth of the time. Raises what that does."""
+    limit = _ram_end() >> _PAGE_SHIFT
+    with SharedValue(_LANE_BYTES, "vmmback_frames") as value:
+        try:
+            with Program(_read_frames(value, lanes=1, frames=1), "vmmback_find") as program:
+                return _find_base(_Lane(value.memory, program, 0, limit), limit)
+        finally:
+            _scrub(value.memory)
 
-    The verifier walks through all rounds and both ways at each jump: few jumps make it load quickly.
+
+def _read_frames(value: SharedValue, lanes: int, frames: int = _BATCH) -> list[Instruction | Label]:
+    """Return the program, which reads so many frames a run.
+
+    R6 is the lane that the context names, R7 the index, R8 the lane moved up 8 bytes an index. The verifier walks
+    through all rounds and both ways at each jump: few of either make it load quickly.
     """
     return [
         bpf.load(R7, R1, 0),
@@ -285,7 +297,7 @@ def _read_frames(value: SharedValue, lanes: int) -> list[Instruction | Label]:
         *_count(_CHECKED),
         Label("skip"),
         bpf.add(R7, 1),
-        bpf.jump_if(R7, "<", _BATCH, "next"),
+        bpf.jump_if(R7, "<", frames, "next"),
         Label("done"),
         bpf.move(R0, 0),
         bpf.leave(),

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -99,8 +98,8 @@ def can_map_secret_ram(timeout_s: float = 5.0, *, device: Path = DEVICE) -> KvmA
     without a known experiment (kvmclock is x86 only) and a host without secret memory are answers too, not errors.
     Raises OSError when descriptors or processes run out (EMFILE, ENFILE, EAGAIN, ENOMEM).
     """
-    if platform.machine() != "x86_64":
-        return KvmAnswer(usable=False, reason=f"no probe of KVM on secret RAM is known for {platform.machine()}")
+    if (machine := os.uname().machine) != "x86_64":
+        return KvmAnswer(usable=False, reason=f"no probe of KVM on secret RAM is known for {machine}")
     with ExitStack() as stack:
         try:
             kvm = os.open(device, os.O_RDWR | os.O_CLOEXEC)

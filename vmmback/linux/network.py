@@ -10,9 +10,9 @@ import fcntl
 import socket
 import struct
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from vmmback.linux.own_thread import in_own_thread
 from vmmback.linux.syscall import libc
 
 LOOPBACK = "lo"
@@ -41,8 +41,7 @@ def in_new_network(function: Callable[[], T]) -> T:
             fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("=16sH22x", LOOPBACK.encode(), _IFF_UP))
         return function()
 
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(enter).result()
+    return in_own_thread(enter)
 
 
 class LinkEvents:
