@@ -80,7 +80,7 @@ def _charged() -> dict[str, Any]:
         put(os.getpid())
     told["path of ours"] = cgroups.path_of("self")
     told["path from behind a wall"] = _put_from_another_namespace(guest)
-    told["group"] = {**asdict(cgroups.named("/machine/guest")), "folder": None}
+    told["group"] = {**cgroups.named("/machine/guest")._asdict(), "folder": None}
     told["with children"] = _refusal(lambda: _secret_of(machine, ours, guest))
     for name, group in (("its own", None), ("the guest's", guest)):
         told[name] = _secret_of(group, ours, guest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +94,8 @@ def test_a_limit_on_locked_memory_that_a_guest_meets_first_is_said_at_once(
 ) -> None:
     told = "RLIMIT_MEMLOCK lets a guest of this user have at most 8 MiB of it."
     assert told not in run("large-64g").stdout
-    limited = replace(made_up("large-64g"), memlock=(MIB, 8 * MIB))
-    for held, found in ((limited, True), (replace(limited, ipc_lock=True), False)):
+    limited = made_up("large-64g")._replace(memlock=(MIB, 8 * MIB))
+    for held, found in ((limited, True), (limited._replace(ipc_lock=True), False)):
         run("large-64g")
         monkeypatch.setattr(overview, "read", lambda held=held, **_: held)
         shown = CliRunner().invoke(commands, ["host"]).stdout.splitlines()

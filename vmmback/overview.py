@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from vmmback import admission
 from vmmback.errors import VmmbackError
@@ -31,8 +31,7 @@ _MEMINFO = {
 }
 
 
-@dataclass(frozen=True)
-class Overview:
+class Overview(NamedTuple):
     """The host's memory as the kernel tells it, and what admission makes of it.
 
     `meminfo` has the kernel's own names. `blocks` are the free blocks of each zone by their order, `types` the same by
@@ -83,7 +82,7 @@ class Overview:
                 "overhead": budget.overhead,
                 "direct_map": budget.direct_map,
                 "group_room": budget.group_room,
-                "nodes": [{**asdict(node), "available": node.available} for node in budget.nodes],
+                "nodes": [{**node._asdict(), "available": node.available} for node in budget.nodes],
                 "present": self.secret_present,
                 "files": [
                     {
@@ -100,7 +99,7 @@ class Overview:
                 ],
             },
             "memory": {name: self.meminfo.get(key) for name, key in _MEMINFO.items()} | {"overcommit": self.overcommit},
-            "direct_map": asdict(self.direct_map),
+            "direct_map": self.direct_map._asdict(),
             "locking": {"soft": self.memlock[0], "hard": self.memlock[1], "cap_ipc_lock": self.ipc_lock},
             "nodes": [self._node(node) for node in self.nodes],
         }

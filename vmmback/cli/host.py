@@ -114,14 +114,12 @@ def _json_line(overview: Overview, checks: tuple[Check, ...]) -> str:
 
 
 def _document(overview: Overview, checks: tuple[Check, ...]) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from vmmback.doctor import would_fail
 
     return {
         "launch_possible": not would_fail(checks) and not overview.gives_nothing,
         **overview.document(),
-        "checks": [asdict(check) for check in checks],
+        "checks": [check._asdict() for check in checks],
     }
 
 

@@ -59,7 +59,7 @@ def _examine_in_child(pipe: int) -> None:
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         with open(pipe, "wb") as file:
-            file.write(json.dumps([vars(check) for check in examine()]).encode())
+            file.write(json.dumps([check._asdict() for check in examine()]).encode())
     finally:
         os._exit(0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 State = Literal["ok", "note", "missing"]
@@ -17,8 +16,7 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One thing that a guest needs of its host, or that bears on what is in its RAM.
 
     `state` is `ok`; `note` where a launch works, but less well or less safely than it could; `missing` where it would

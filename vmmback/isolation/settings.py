@@ -10,9 +10,8 @@ import gzip
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from vmmback.report import HostSetting
@@ -22,8 +21,7 @@ Risk = Literal["ok", "note", "risk"]
 Judgement = tuple[Risk, str]
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """What HostSetting has, before it is part of a report."""
 
     name: str
@@ -33,8 +31,7 @@ class Setting:
     source: str
 
 
-@dataclass(frozen=True)
-class _File:
+class _File(NamedTuple):
     """A setting that is one file. `absent` judges a kernel without it, `judge` what the file says."""
 
     name: str
@@ -52,8 +49,7 @@ class _File:
         return _setting(self.name, value, self.judge(value), self.source)
 
 
-@dataclass(frozen=True)
-class _Presence:
+class _Presence(NamedTuple):
     """A setting that is a file's being there; `detail` says what it then means."""
 
     name: str
@@ -73,7 +69,7 @@ def observe(root: Path = Path("/")) -> tuple[HostSetting, ...]:
     """Read all settings, for a report; `root` is as for read()."""
     from vmmback.report import HostSetting
 
-    return tuple(HostSetting(**vars(setting)) for setting in read(root))
+    return tuple(HostSetting(**setting._asdict()) for setting in read(root))
 
 
 def read(root: Path = Path("/")) -> tuple[Setting, ...]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmmback.errors import HostUnfit
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """Numbers of one architecture's kernel interface."""
 
     name: str

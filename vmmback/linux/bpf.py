@@ -12,10 +12,9 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import arch
@@ -68,8 +67,7 @@ class Helper(IntEnum):
     COPY_FROM_USER_TASK = 191
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One instruction (struct bpf_insn, 8 bytes), or a wide one of two slots where `high` is its second constant."""
 
     code: int
@@ -92,8 +90,7 @@ class Instruction:
         return code if self.high is None else code + struct.pack("<BBhi", 0, 0, 0, self.high)
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """A place in a program that jumps name."""
 
     name: str
@@ -310,8 +307,7 @@ class SharedValue:
         os.close(self.descriptor)
 
 
-@dataclass(frozen=True)
-class ProgramKind:
+class ProgramKind(NamedTuple):
     """Where a program may run: enum bpf_prog_type, whether it may sleep, enum bpf_attach_type, BTF id of its target."""
 
     type: int

@@ -13,9 +13,8 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vmmback.errors import HostUnfit
 from vmmback.linux.procfs import PAGE_SIZE
@@ -47,8 +46,7 @@ _REMEDIES = {
 _MAY_NOT = "run as root, or let this user write to it, on version 2 also to that of the group above both"
 
 
-@dataclass(frozen=True)
-class MemoryCgroup:
+class MemoryCgroup(NamedTuple):
     """A memory cgroup as it is now; bytes. `path` is as /proc/PID/cgroup shows it, `folder` is where it is mounted.
 
     `limit` and `high` (memory.high of version 2) are its own, None for none. `usage` is None where the kernel does not
@@ -66,8 +64,7 @@ class MemoryCgroup:
     room: int | None
 
 
-@dataclass(frozen=True)
-class _Mount:
+class _Mount(NamedTuple):
     """A mount of the hierarchy that has the memory controller; `top` is the path of the group at the mount point."""
 
     version: Literal[1, 2]

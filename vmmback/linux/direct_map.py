@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import bpf, procfs
@@ -57,8 +57,7 @@ _ZERO_FRAME = bytes(PAGE_SIZE)
 _ZERO_BATCH = bytes(PAGE_SIZE * _BATCH)
 
 
-@dataclass(frozen=True)
-class Readability:
+class Readability(NamedTuple):
     """Of a batch of pages: present, checked (the read succeeded or faulted), readable, first few readable indexes."""
 
     present: int
@@ -67,8 +66,7 @@ class Readability:
     first_readable: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Zeroness:
+class Zeroness(NamedTuple):
     """Of a batch of pages: present, checked (as in Readability), readable, and of these not zero; first few indexes."""
 
     present: int

@@ -7,8 +7,8 @@ A page that leaves the direct map for secret RAM splits the huge page that maps 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmmback.linux import procfs
 
@@ -16,8 +16,7 @@ REGION = 2 << 20
 _FRAMES = REGION // 4096
 
 
-@dataclass(frozen=True)
-class DirectMapUse:
+class DirectMapUse(NamedTuple):
     """Bytes of the direct map in pages of each size, and how many pages were split, and put together, since boot.
 
     They are of the whole host. None where the kernel does not tell: arm64 has none of them, and older kernels count no

@@ -27,8 +27,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import kvm_worker
@@ -43,16 +43,14 @@ _EXITS = {5: "HLT", 6: "MMIO", 8: "SHUTDOWN", 9: "FAIL_ENTRY", 17: "INTERNAL_ERR
 _KILL_GRACE_S = 2.0
 
 
-@dataclass(frozen=True)
-class KvmAnswer:
+class KvmAnswer(NamedTuple):
     """Whether KVM can map secret RAM on this host, and why, in words fit for an error message."""
 
     usable: bool
     reason: str
 
 
-@dataclass(frozen=True)
-class SlotRun:
+class SlotRun(NamedTuple):
     """What one run of the guest on one kind of memory showed.
 
     `failed` names the call that the kernel refused ("" if none), `error` is its errno; `exit_reason` is KVM_RUN's

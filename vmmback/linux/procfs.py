@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 PROC = Path("/proc")
 PAGE_SIZE = os.sysconf("SC_PAGESIZE")
@@ -142,8 +142,7 @@ def vmstat(root: Path = PROC) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in (root / "vmstat").read_text().splitlines())}
 
 
-@dataclass(frozen=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """One open descriptor of a process: its number, the device and inode of its file, the text of its link.
 
     `device` is written as in Mapping, so that a file has the same one in both.

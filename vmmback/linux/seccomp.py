@@ -13,7 +13,7 @@ import os
 import select
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmmback.linux import arch
 from vmmback.linux.syscall import syscall
@@ -86,8 +86,7 @@ _NOTIF_ID_VALID = 1 << 30 | 8 << 16 | ord("!") << 8 | 2  # _IOW
 _NOTIF_ADDFD = 1 << 30 | ctypes.sizeof(_NotifAddfd) << 16 | ord("!") << 8 | 3  # _IOW
 
 
-@dataclass(frozen=True)
-class Notification:
+class Notification(NamedTuple):
     """System call `number` of the thread `tid`, which waits for an answer; `arguments` are its six words."""
 
     id: int

@@ -10,8 +10,8 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmmback.linux import procfs, procmap
 from vmmback.linux.procfs import PROC, SECRETMEM
@@ -22,8 +22,7 @@ _MAPPING = re.compile(b"^" + _LINE, re.MULTILINE)
 _DETAILED = re.compile(b"^" + _LINE + rb"(?:(?!Rss:)\w+: .*\n)*Rss: +(\d+) kB$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class SecretFile:
+class SecretFile(NamedTuple):
     """A memfd_secret file that processes map: bytes mapped and present by the one with most of it, and their pids."""
 
     mapped: int
