@@ -22,6 +22,7 @@ from vmmback import ask, control, control_client
 from vmmback.control import SOCKET, GuestInterface, GuestStatus
 from vmmback.control_client import Supervisor
 from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
+from vmmback.linux import page_file
 from vmmback.report import IsolationReport
 from vmmback.runtime import listening_socket
 
@@ -157,7 +158,7 @@ def test_frames_come_as_they_are_and_no_descriptor_stays(tmp_path: Path) -> None
 
 
 def test_frames_cannot_be_changed_by_who_gets_them() -> None:
-    descriptor = control._file_of(FRAMES)
+    descriptor = page_file.sealed(FRAMES)
     try:
         with pytest.raises(PermissionError):
             os.write(descriptor, b"x")

@@ -7,8 +7,6 @@ varlinkctl call /run/vmmback/demo/control org.vmmback.Guest.Status {}
 
 # The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
 import asyncio
-import fcntl
-import os
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -32,6 +30,7 @@ from asyncvarlink.types import JSONObject
 
 from vmmback import __version__
 from vmmback.errors import VmmbackError
+from vmmback.linux import page_file
 from vmmback.report import IsolationReport
 from vmmback.runtime import CONTROL_SOCKET, listening_socket
 
@@ -160,7 +159,7 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
             raise Failed(message=error.message, hint=error.hint) from error
         except OSError as error:
             raise Failed(message=f"the guest's page tables cannot be read: {error.strerror}", hint="") from error
-        return FileDescriptor(_file_of(entries), should_close=True)
+        return FileDescriptor(page_file.sealed(entries), should_close=True)
 
     @varlinkmethod(return_parameter="halves")
     async def CanaryHalves(self) -> list[str]:  # noqa: N802
@@ -283,12 +282,3 @@ async def _all_done(futures: "set[asyncio.Future[None]]", timeout_s: float) -> N
     deadline = loop.time() + timeout_s
     while futures and (left_s := deadline - loop.time()) > 0:
         await asyncio.wait(list(futures), timeout=left_s)
-
-
-def _file_of(entries: "array[int]") -> int:
-    """Return the descriptor of a new memfd with these words, which nobody can change any more."""
-    descriptor = os.memfd_create("vmmback-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with os.fdopen(os.dup(descriptor), "wb") as file:
-        file.write(entries)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    return descriptor

@@ -10,42 +10,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from asyncvarlink import FileDescriptorArray, VarlinkClientProtocol, VarlinkErrorReply, connect_unix_varlink
+from asyncvarlink import VarlinkClientProtocol, VarlinkErrorReply, connect_unix_varlink
 from asyncvarlink.conversion import ConversionError
-from asyncvarlink.types import JSONObject
 
 from vmmback.control import SOCKET, Failed, GuestInterface, Refused
 from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
+from vmmback.linux import page_file
 from vmmback.report import IsolationReport
 from vmmback.runtime import socket_address
+from vmmback.varlink import Client
 
 _KINDS: dict[int, type[VmmbackError]] = {kind.exit_code: kind for kind in (UsageError, HostUnfit, AdmissionRefused)}
 
 _ANSWER_TIMEOUT_S = 60.0
 _AUDIT_TIMEOUT_S = 600.0  # it looks at every page of a guest of any size, and lets others have the processor first
-
-
-class _Client(VarlinkClientProtocol):
-    """Keeps from the event loop, and so from a traceback, what asyncvarlink leaves to it.
-
-    That is some answers that cannot be read, which become an error of the call, and a call that is cancelled while it
-    is sent, whose future would be cancelled with it and yet be given a result.
-    """
-
-    def send_message(
-        self, obj: JSONObject, fds: list[int] | None = None, autoclose: bool = True
-    ) -> asyncio.Future[None]:
-        return asyncio.shield(super().send_message(obj, fds, autoclose))
-
-    def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
-        try:
-            super().message_received(data, fds)
-        except (ValueError, RecursionError) as error:  # it is not in UTF-8, or nested too deeply
-            self.connection_lost(ValueError(str(error)))
-
-    def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> None:
-        if self._pending:  # else nothing was asked
-            super().request_received(obj, fds)
 
 
 class Supervisor:
@@ -63,7 +41,7 @@ class Supervisor:
         """Return the pagemap entry of each page of the guest's RAM. Raises QemuFailed as above."""
         async with _answer_to("Frames", _ANSWER_TIMEOUT_S):
             with await self._guest.Frames() as answer:
-                return _entries_in(answer["frames"].fileno())
+                return page_file.entries_in(answer["frames"].fileno())
 
     async def canary_halves(self) -> tuple[bytes, bytes] | None:
         """Return two halves whose XOR is the guest's canary, None if it printed none. Raises QemuFailed as above."""
@@ -98,7 +76,7 @@ async def connect(folder: Path) -> AsyncIterator[Supervisor]:
     try:
         async with _answer_to("the connection", _ANSWER_TIMEOUT_S):
             with socket_address(folder / SOCKET) as address:
-                transport, protocol = await connect_unix_varlink(_Client, address)
+                transport, protocol = await connect_unix_varlink(Client, address)
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
         live = ", ".join(_live_guests(folder.parent)) or "none"
         raise NoSuchGuest(f"no guest named {folder.name} is running", f"running in {folder.parent}: {live}") from error
@@ -140,10 +118,3 @@ def _live_guests(runtime: Path) -> list[str]:
         return sorted(entry.parent.name for entry in runtime.glob(f"*/{SOCKET}"))
     except OSError:
         return []
-
-
-def _entries_in(descriptor: int) -> array[int]:
-    entries = array("Q")
-    with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # its own position, at the beginning
-        entries.frombytes(file.read())
-    return entries
