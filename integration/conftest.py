@@ -111,6 +111,7 @@ def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A runtime folder that is this test's alone, so that tests can run beside each other."""
     folder = tmp_path / "run"
     monkeypatch.setenv("VMMBACK_RUNTIME_DIR", str(folder))
+    monkeypatch.setenv("VMMBACK_BROKER", str(tmp_path / "broker.socket"))
     return folder
 
 

@@ -21,13 +21,15 @@ from vmmback.host.budget import Backing, Budget, with_page_tables
 from vmmback.host.memory import HostMemory
 from vmmback.linux import cgroups, procfs, secret_use
 from vmmback.linux.secret_use import SecretFile
-from vmmback.runtime import live_guests, runtime_folder
+from vmmback.runtime import BROKER, live_guests, runtime_folder
 
 # Held for milliseconds; but many launches at once wait for each other, and for the processors.
 _LOCK_TIMEOUT_S = 120.0
 _PROMISE_FILE = "promise.json"
 # The file is written anew after so much more has been touched; until then that counts twice.
 _STEP_BYTES = 64 << 20
+# What must be left besides for a guest whose RAM is there already: as little as the smallest guest.
+_LEAST_BYTES = 1 << 20
 
 
 @dataclass
@@ -75,6 +77,27 @@ class Promise:
                 self._record = before
                 raise
         self._before = self._record.touched
+
+    async def take_over(self, size: int, inode: int) -> None:
+        """Count `size` bytes that are present already, in the file `inode`; promise what a guest takes besides.
+
+        Raises AdmissionRefused when that does not fit, HostUnfit when nobody can tell.
+        """
+        files = secret_files()
+        async with _lock(self._file.parents[1]):
+            budget = Budget.of(reckon(promises().values(), files))
+            budget.admit(_LEAST_BYTES, self._backing)
+            record = Record(os.getpid(), size, size, budget.overhead, [inode], self._backing, _paid_by(None))
+            self._record, self._before = record, size
+            self._write()
+
+    def handed_on(self, size: int, inode: int) -> None:
+        """Say that `size` bytes, all present, in the file `inode`, are another's from now on."""
+        self._record.size -= size
+        self._record.touched -= size
+        self._before -= size
+        self._record.inodes.remove(inode)
+        self._tell()
 
     def touched(self, size: int) -> None:
         """Say that `size` bytes of what was promised last are present."""
@@ -135,6 +158,13 @@ async def admit(folder: Path, size: int, backing: Backing, group: str | None = N
     return promise
 
 
+async def take_over(folder: Path, size: int, inode: int) -> Promise:
+    """Count secret RAM of `size` bytes that is there already, and the guest's. Raises as `admit`."""
+    promise = Promise(folder, "secret")
+    await promise.take_over(size, inode)
+    return promise
+
+
 def promised() -> int:
     """Return how many bytes guests were promised and have not touched, page tables included.
 
@@ -178,8 +208,12 @@ def settled(records: Iterable[Record]) -> set[int]:
 
 
 def promises() -> dict[str, Record]:
-    """Return what live guests of this runtime folder were promised, by their names. Raises HostUnfit, UsageError."""
-    return {name: record for name in live_guests() if (record := _read(runtime_folder() / name))}
+    """Return what live guests of this runtime folder were promised, by their names, and the broker's pool.
+
+    Raises HostUnfit, UsageError.
+    """
+    names = [*live_guests(), BROKER]  # the folder of a dead broker is gone by then, as those of dead guests
+    return {name: record for name in names if (record := _read(runtime_folder() / name))}
 
 
 def outstanding(records: Collection[Record], files: Mapping[int, SecretFile]) -> int:

@@ -25,6 +25,7 @@ from vmmback import (
     report,
     shares,
 )
+from vmmback.broker import client as broker
 from vmmback.config import GuestConfig
 from vmmback.errors import HandoffFailed, Interrupted, QemuFailed, VmmbackError
 from vmmback.guest import Guest, Watcher, confirm, target_of
@@ -93,7 +94,12 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     qemu_binary = find_qemu()
     accel = await in_thread(lambda: choose_accel(config.machine.accel))
     group = process.memory_group(config)
-    promise = await admission.admit(folder, config.memory.size, config.memory.backing, config.process.cgroup)
+    with _timed(timings, "borrow"):
+        lent = await broker.borrow(config, watcher.note, stack)
+    if lent:
+        promise = await admission.take_over(folder, lent.size, lent.inode)
+    else:
+        promise = await admission.admit(folder, config.memory.size, config.memory.backing, config.process.cgroup)
     plan = stack.enter_context(process.planned(config))
     inherited = stack.enter_context(ExitStack())  # our copies of what QEMU inherits
     opened, daemons = await devices.open_devices(config, plan.ids, folder, stack, inherited)
@@ -101,9 +107,10 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
     memories = stack.enter_context(ram.closed_together())
     if config.memory.backing == "secret":
         memlock.ensure(config.memory.largest)  # QEMU inherits the limit
-    guest_ram = ram.allocate(config.memory.backing, config.memory.size)
+    guest_ram = lent or ram.allocate(config.memory.backing, config.memory.size)
     memories.append(guest_ram)
-    promise.backed_by(guest_ram.inode)
+    if not lent:
+        promise.backed_by(guest_ram.inode)
 
     def prefaulted(done: int) -> None:
         promise.touched(done)
@@ -114,7 +121,7 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
         _meanwhile(in_thread(lambda: _shares_aux_ram(config, qemu_binary))) as share_aux_ram,
         _meanwhile(in_thread(devices.import_network) if config.nic else asyncio.sleep(0)),
     ):
-        if config.memory.prefault:
+        if config.memory.prefault and not lent:
             with _timed(timings, "prefault"):
                 await guest_ram.prefault(prefaulted, group=group, anew=promise.anew)
         secret_aux = await share_aux_ram

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import ClassVar, Literal, Self
 
 from vmmback.errors import AdmissionRefused, HostUnfit
-from vmmback.linux import arch, cgroups, direct_map_use, kernel_image, memlock, prefault_worker
+from vmmback.linux import arch, cgroups, direct_map_use, kernel_image, memlock, prefault_worker, procfs
 from vmmback.linux.memfd_secret import memfd_secret
 from vmmback.report import DirectMap
 
@@ -45,7 +45,6 @@ class Ram(ABC):
         self._descriptor = -1
         try:
             self._descriptor = self._create()
-            os.ftruncate(self._descriptor, size)  # secretmem takes a size once (mm/secretmem.c, secretmem_setattr)
             self.inode = os.fstat(self._descriptor).st_ino
             with mmap.mmap(self._descriptor, size):  # shows now, and not inside QEMU, whether it may be mapped
                 pass
@@ -63,7 +62,7 @@ class Ram(ABC):
 
     @abstractmethod
     def _create(self) -> int:
-        """Return a new close-on-exec descriptor of size 0."""
+        """Return a close-on-exec descriptor of `size` bytes."""
 
     def fileno(self) -> int:
         """Return the descriptor. It stays this object's own."""
@@ -89,10 +88,12 @@ class Ram(ABC):
         threads: int | None = None,
         group: Path | None = None,
         anew: Callable[[], Awaitable[None]] | None = None,
+        nice: int = 0,
     ) -> None:
         """Make all pages present, a thread for each core this process may use; `progress` gets the bytes done so far.
 
-        The memory cgroup whose folder is `group` pays for them, this process's own without one.
+        The memory cgroup whose folder is `group` pays for them, this process's own without one. `nice` is how far
+        others go first (nice(1)).
 
         The pages are touched by a process of its own (linux/prefault_worker.py): its page tables go with it, and when
         memory runs out it is that process which fails or is killed. Raises AdmissionRefused then, HostUnfit when the
@@ -104,15 +105,18 @@ class Ram(ABC):
         """
         before = direct_map_use.of()
         image = self._shunned()
-        frames = await self._touch(progress, threads, group)
+        frames = await self._touch(progress, threads, group, nice)
         for _ in range(_RETRIES):
             if image is None or not kernel_image.frames_in(image, frames):
                 break
             if anew:
                 await anew()
             self._renew()
-            frames = await self._touch(progress, threads, group, image)
+            frames = await self._touch(progress, threads, group, nice, image)
         self.direct_map = before, direct_map_use.of()
+        await self._lies_in(frames)
+
+    async def _lies_in(self, frames: array[int]) -> None:
         self.frames = frames
         self.regions = frozenset(await asyncio.to_thread(direct_map_use.region_numbers, frames))
 
@@ -124,7 +128,6 @@ class Ram(ABC):
         """Put a new file in the place of the old one, at the same descriptor; all pages are given back."""
         descriptor = self._create()
         try:
-            os.ftruncate(descriptor, self.size)
             os.dup2(descriptor, self._descriptor, inheritable=False)
         finally:
             os.close(descriptor)
@@ -135,6 +138,7 @@ class Ram(ABC):
         progress: Callable[[int], None],
         threads: int | None,
         group: Path | None,
+        nice: int,
         shunned: kernel_image.ImageRange | None = None,
     ) -> array[int]:
         set_aside = []
@@ -144,7 +148,7 @@ class Ram(ABC):
         procs = str(group / cgroups.PROCS) if group else ""
         threads = threads or len(os.sched_getaffinity(0))
         worker = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", prefault_worker.__file__,
+            *(("nice", "-n", str(nice)) if nice else ()), sys.executable, "-I", "-S", prefault_worker.__file__,
             str(self._descriptor), str(self.size), str(threads), procs, *set_aside,
             pass_fds=[self._descriptor],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -203,10 +207,31 @@ class SecretRam(Ram):
 
     def _create(self) -> int:
         memlock.ensure(self.size)
-        return memfd_secret()
+        return _sized(memfd_secret(), self.size)
 
     def _shunned(self) -> kernel_image.ImageRange | None:
         return kernel_image.image_range()
+
+
+class LentRam(SecretRam):
+    """Secret RAM that the broker has lent: prefaulted, and never lent to anybody before."""
+
+    def __init__(self, descriptor: int, size: int, frames: array[int]) -> None:
+        """Take over its descriptor, and the pagemap entries of its pages. Raises HostUnfit where it is not that."""
+        self._lent = descriptor
+        super().__init__(size)
+        self.frames = frames
+        self.regions = frozenset(direct_map_use.region_numbers(frames))
+
+    def _create(self) -> int:
+        memlock.ensure(self.size)
+        link, size = str(Path(f"/proc/self/fd/{self._lent}").readlink()), os.fstat(self._lent).st_size
+        if link != procfs.SECRETMEM or size != self.size:
+            raise HostUnfit(
+                f"the broker lent {size >> 20} MiB of {link} instead of {self.size >> 20} MiB of secret RAM",
+                "is it the broker of this host, and of this version?",
+            )
+        return self._lent
 
 
 class OrdinaryRam(Ram):
@@ -215,7 +240,17 @@ class OrdinaryRam(Ram):
     backing = "ordinary"
 
     def _create(self) -> int:
-        return os.memfd_create("vmmback-ordinary", os.MFD_CLOEXEC)
+        return _sized(os.memfd_create("vmmback-ordinary", os.MFD_CLOEXEC), self.size)
+
+
+def _sized(descriptor: int, size: int) -> int:
+    """Give a new file its size, which secretmem takes once (mm/secretmem.c, secretmem_setattr)."""
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def allocate(backing: Literal["secret", "ordinary"], size: int) -> Ram:

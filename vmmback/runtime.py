@@ -51,6 +51,9 @@ _LAST_WORDS_BYTES = 2000
 _MOMENT_S = 0.25
 _STALE = ".stale-"
 
+BROKER = ".broker"
+"""The broker's folder beside those of guests, whose names never begin so."""
+
 CONTROL_SOCKET = "control"
 QMP_SOCKET = "qmp.sock"
 SERIAL_LOG, QEMU_LOG, SUPERVISOR_LOG = "serial.log", "qemu.log", "supervisor.log"

@@ -26,6 +26,8 @@ _MODULES = {
     "grow": "grow",
     "disk": "disk",
     "host": "host",
+    "broker": "broker",
+    "pool": "broker",
     "schema": "schema",
     "completion": "completion",
 }

@@ -48,10 +48,10 @@ def while_it_runs(report: IsolationReport) -> list[RenderableType]:
     """Return what was found while the guest runs."""
     from rich.text import Text
 
-    blocks = _table("RAM block", "size", "backing", "guest can write")
+    blocks = plain_table("RAM block", "size", "backing", "guest can write")
     for block in report.ram_blocks:
         blocks.add_row(block.name, _size(block.size), block.backing, "yes" if block.guest_writable else "no")
-    exposures = _table("exposure", "who holds the key", "what was measured")
+    exposures = plain_table("exposure", "who holds the key", "what was measured")
     for exposure in report.exposures:
         exposures.add_row(exposure.name, exposure.holders, exposure.detail)
     hunt = _hunt_tables(report.hunt) if report.hunt else []
@@ -68,16 +68,16 @@ def selftest_tables(report: SelftestReport) -> list[RenderableType]:
     """Return what a self-test found."""
     from rich.text import Text
 
-    vectors = _table("vector", "secret RAM", "control", "what was seen", "ms")
+    vectors = plain_table("vector", "secret RAM", "control", "what was seen", "ms")
     vectors.columns[4].justify = "right"
-    holes = _table("known hole", "who holds the key", "secret RAM", "what was seen")
+    holes = plain_table("known hole", "who holds the key", "secret RAM", "what was seen")
     for vector in report.vectors:
         verdict = Text("missing") if vector.missing else _coloured(vector.verdict.value)
         if vector.kind == "exposure":
             holes.add_row(vector.name, vector.holders, verdict, vector.detail)
         else:
             vectors.add_row(vector.name, verdict, vector.control.value, vector.detail, f"{vector.seconds * 1000:.1f}")
-    notable = _table("host setting", "value", "risk", "what it means")
+    notable = plain_table("host setting", "value", "risk", "what it means")
     for setting in report.settings:
         if setting.risk != "ok":
             notable.add_row(setting.name, setting.value, setting.risk, setting.detail)
@@ -96,14 +96,14 @@ def selftest_tables(report: SelftestReport) -> list[RenderableType]:
 def _process_table(process: Process) -> RenderableType:
     from vmmback.render.text import process_facts
 
-    table = _table("QEMU's process", "as the kernel shows it")
+    table = plain_table("QEMU's process", "as the kernel shows it")
     for name, value in process_facts(process):
         table.add_row(name, value)
     return table
 
 
 def _probe_table(report: IsolationReport, start: int) -> RenderableType:
-    table = _table("probe", "guest RAM", "control", "what was seen", "ms")
+    table = plain_table("probe", "guest RAM", "control", "what was seen", "ms")
     table.columns[4].justify = "right"
     for probe in report.probes[start:]:
         table.add_row(
@@ -117,7 +117,7 @@ def _probe_table(report: IsolationReport, start: int) -> RenderableType:
 
 
 def _hunt_tables(hunt: Hunt) -> list[RenderableType]:
-    places = _table("the canary begins in", "of", "frames", "for example, frame number")
+    places = plain_table("the canary begins in", "of", "frames", "for example, frame number")
     places.columns[2].justify = "right"
     for place in hunt.places:
         examples = ", ".join(f"{example:x}" for example in place.examples)
@@ -151,7 +151,7 @@ def _verdict(report: IsolationReport) -> list[RenderableType]:
     return lines
 
 
-def _table(*headings: str) -> Table:
+def plain_table(*headings: str) -> Table:
     """Return an empty table whose cells are shown whole, on several lines where they must; names on one."""
     from rich.table import Table
 

@@ -1,0 +1,431 @@
+"""The broker on the real kernel: what it lends, to whom, and that nobody ever sees another's bytes."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration import capabilities
+from integration.conftest import MIB, ROOT, TINY_BYTES, eventually, guest_file
+from vmmback.admission import promises
+from vmmback.linux import procfs
+from vmmback.linux.direct_map import DirectMap
+
+PROGRAM = [sys.executable, "-m", "vmmback"]
+NOBODY = 65534
+SMALL_BYTES = 4 * MIB  # what a user may lock anyway: RLIMIT_MEMLOCK is 8 MiB by default
+
+pytestmark = pytest.mark.usefixtures("needs_secretmem")
+
+
+class Brokers:
+    """Starts the broker of this test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.socket = folder / "broker.toml", Path(os.environ["VMMBACK_BROKER"])
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, text: str, *prefix: str, passed: socket.socket | None = None) -> subprocess.Popen[bytes]:
+        """Start one whose file says `text`, by the program `prefix`, with a descriptor that it inherits."""
+        self.file.write_text(text)
+        with (self.file.parent / "broker.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*prefix, *PROGRAM, "broker", str(self.file)], cwd=ROOT, stderr=log,
+                pass_fds=[passed.fileno()] if passed else [],
+            )  # fmt: skip
+        eventually(self._answers, "the broker answers", timeout_s=60)
+        return self.process
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.file.parent / "broker.log").read_text()
+        with socket.socket(socket.AF_UNIX) as connection:
+            return connection.connect_ex(str(self.socket)) == 0
+
+    def end(self, signum: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(signum)
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def brokers(tmp_path: Path, runtime_dir: Path) -> Iterator[Brokers]:
+    started = Brokers(tmp_path)
+    yield started
+    if started.process and started.process.poll() is None:
+        assert started.end() == 0
+
+
+def pool(size: int = TINY_BYTES, count: int = 1) -> str:
+    return f'[[pool]]\nsize = "{size // MIB}MiB"\ncount = {count}\n'
+
+
+Answer = dict[str, Any]
+
+
+def call(connection: socket.socket, method: str, **parameters: object) -> tuple[Answer, list[int]]:
+    """Call a method of the broker in Varlink's own words; return the answer and its descriptors."""
+    name = method if "." in method else f"org.vmmback.Broker.{method}"
+    connection.sendall(json.dumps({"method": name, "parameters": parameters}).encode() + b"\0")
+    received, descriptors = b"", list[int]()
+    while not received.endswith(b"\0"):
+        data, passed, _, _ = socket.recv_fds(connection, 1 << 16, 8)
+        assert data, "the broker hung up"
+        received, descriptors = received + data, descriptors + passed
+    answer: Answer = json.loads(received[:-1])
+    return answer, descriptors
+
+
+@contextmanager
+def client() -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(60)
+        connection.connect(os.environ["VMMBACK_BROKER"])
+        yield connection
+
+
+def stats() -> Answer:
+    with client() as connection:
+        found: Answer = call(connection, "Stats")[0]["parameters"]
+        return found
+
+
+def filled(count: int = 1) -> bool:
+    return all(entry["ready"] >= count for entry in stats()["pool"])
+
+
+def acquire(connection: socket.socket, size: int = TINY_BYTES) -> tuple[int, int, array[int]]:
+    """Return the lease, the descriptor of its memory, the caller's, and the pagemap entries."""
+    answer, descriptors = call(connection, "Acquire", size=size, purpose="a test")
+    assert "error" not in answer, answer
+    memory, frames = (descriptors[answer["parameters"][name]] for name in ("descriptor", "frames"))
+    entries = array("Q")
+    entries.frombytes(os.pread(frames, os.fstat(frames).st_size, 0))
+    os.close(frames)
+    return answer["parameters"]["lease"], memory, entries
+
+
+def launched(tmp_path: Path, *options: str) -> tuple[str, Answer]:
+    """Launch a tiny guest in the background; return its name and its report."""
+    file = guest_file(tmp_path)
+    done = run("launch", str(file), "--json", "--detach", *options)
+    assert done.returncode == 0, done.stderr
+    return file.stem, json.loads(done.stdout)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=80)
+
+
+@pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
+def test_a_guest_runs_isolated_on_ram_that_was_ready_and_it_is_counted_once(
+    brokers: Brokers, tmp_path: Path, runtime_dir: Path
+) -> None:
+    brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+    (ready,) = promises()[".broker"].inodes
+    name, report = launched(tmp_path)
+    try:
+        assert report["verdict"] == "isolated"
+        assert report["memory"]["secret"] == report["memory"]["present_pages"] * 4096 == TINY_BYTES
+        assert "prefault" not in report["timings"]
+        assert promises()[name].inodes[:1] == [ready]
+        assert promises()[name].touched == promises()[name].size == TINY_BYTES
+        (lease,) = json.loads(run("pool", "--json").stdout)["leases"]
+        assert (lease["size"], lease["uid"], lease["purpose"]) == (TINY_BYTES, 0, f"guest {name}")
+        eventually(filled, "the pool is filled again", timeout_s=60)
+        assert ready not in promises()[".broker"].inodes
+    finally:
+        assert run("stop", name, "--kill").returncode == 0
+    eventually(lambda: stats()["leases"] == 0, "the lease has ended", timeout_s=60)
+    assert stats()["lent"] == 1
+
+
+@pytest.mark.usefixtures("needs_qemu")
+def test_without_a_broker_or_without_ram_of_its_size_a_guest_gets_its_own(brokers: Brokers, tmp_path: Path) -> None:
+    alone, report = launched(tmp_path)
+    assert "prefault" in report["timings"]
+    brokers.start(pool(2 * TINY_BYTES))
+    eventually(filled, "the pool is filled", timeout_s=60)
+    other, report = launched(tmp_path)
+    assert "prefault" in report["timings"]
+    assert stats()["lent"] == 0
+    for name in (alone, other):
+        assert run("stop", name, "--kill").returncode == 0
+
+
+Tenants = Callable[[], int]
+
+
+def hostile(first: int, tenants: Tenants, connection: socket.socket, lease: int) -> bool:
+    """Keep a copy and a mapping of what was lent, end the lease; tell whether the next tenant's secret shows there."""
+    copy = os.dup(first)
+    with mmap.mmap(first, TINY_BYTES) as kept:
+        os.close(first)
+        assert call(connection, "Release", lease=lease)[0]["parameters"]["ended"] is True
+        eventually(filled, "the pool is filled again", timeout_s=60)
+        secret = secrets.token_bytes(32)
+        second = tenants()
+        with mmap.mmap(second, TINY_BYTES) as theirs:
+            theirs[:] = secret * (TINY_BYTES // len(secret))
+            with mmap.mmap(copy, TINY_BYTES) as passed_on:
+                shows = max(kept.find(secret), passed_on.find(secret)) >= 0
+        os.close(second)
+    os.close(copy)
+    return shows
+
+
+@pytest.mark.parametrize("lent_again", [False, True], ids=["the broker", "control: lent again"])
+def test_who_keeps_what_was_lent_never_sees_a_later_tenants_bytes(brokers: Brokers, *, lent_again: bool) -> None:
+    brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+    with client() as borrower, client() as tenant:
+        lease, memory, _ = acquire(borrower)
+        again = os.dup(memory)
+        try:
+            tenants = (lambda: os.dup(again)) if lent_again else lambda: acquire(tenant)[1]
+            assert hostile(memory, tenants, borrower, lease) is lent_again
+        finally:
+            os.close(again)
+
+
+@pytest.mark.usefixtures("needs_direct_map")
+def test_what_is_lent_is_zero_secret_and_where_the_broker_says(brokers: Brokers) -> None:
+    brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+    with client() as borrower:
+        _, memory, entries = acquire(borrower)
+    assert str(Path(f"/proc/self/fd/{memory}").readlink()) == procfs.SECRETMEM
+    assert len(entries) * mmap.PAGESIZE == TINY_BYTES
+    with mmap.mmap(memory, TINY_BYTES) as view:
+        (mapping,) = procfs.secret_mappings(procfs.maps("self"), os.fstat(memory).st_ino)
+        assert view[:] == bytes(TINY_BYTES)
+        assert procfs.pagemap("self", mapping.start, mapping.size) == entries
+        with DirectMap.open() as direct_map:
+            assert direct_map.check(entries).readable == 0
+            control = procfs.pagemap("self", procfs.maps("self")[0].start, mmap.PAGESIZE)
+            assert direct_map.check(control).readable == 1
+    os.close(memory)
+
+
+def as_nobody(work: Callable[[], object]) -> Any:
+    """Do it in a child with another uid, and return what it returned; it must be fit for JSON."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            os.write(writing, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+@pytest.fixture
+def open_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A socket that other users can reach; pytest's own folders are closed to them."""
+    with tempfile.TemporaryDirectory(prefix="vmmback-") as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setenv("VMMBACK_BROKER", f"{folder}/socket")
+        yield
+
+
+@pytest.mark.usefixtures("open_socket")
+def test_another_user_gets_what_a_rule_gives_him_and_sees_only_his_own(
+    tmp_path: Path, runtime_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    brokers: Brokers = request.getfixturevalue("brokers")
+    rule = f'[[allow]]\nuser = {NOBODY}\ntotal = "{SMALL_BYTES // MIB}MiB"\n'
+    brokers.start(pool(SMALL_BYTES, count=2) + rule)
+    eventually(lambda: filled(2), "the pool is filled", timeout_s=60)
+
+    def borrow() -> object:
+        with client() as connection:
+            _, memory, entries = acquire(connection, SMALL_BYTES)
+            with mmap.mmap(memory, SMALL_BYTES) as view:
+                view[0] = 1
+            refused = call(connection, "Acquire", size=SMALL_BYTES, purpose="more")[0]
+            listed = call(connection, "List")[0]["parameters"]["leases"]
+            return refused, [lease["uid"] for lease in listed], max(entry & procfs.PFN_MASK for entry in entries)
+
+    with client() as connection:
+        lease, memory, entries = acquire(connection, SMALL_BYTES)
+        os.close(memory)
+        assert min(entry & procfs.PFN_MASK for entry in entries) > 0
+        eventually(lambda: filled(2), "the pool is filled", timeout_s=60)
+        refused, uids, highest = as_nobody(borrow)
+        assert refused["error"] == "org.vmmback.Broker.Refused"
+        assert refused["parameters"]["exit_code"] == 4
+        assert "4 of at most 4 MiB" in refused["parameters"]["message"]
+        assert (uids, highest) == ([NOBODY], 0)
+        eventually(lambda: stats()["leases"] == 1, "its lease ended with the process", timeout_s=60)
+
+        def end_anothers() -> object:
+            with client() as theirs:
+                return call(theirs, "Release", lease=lease)[0]["parameters"]["ended"]
+
+        assert as_nobody(end_anothers) is False
+        assert stats()["leases"] == 1
+
+
+@pytest.mark.usefixtures("open_socket")
+def test_a_user_whom_no_rule_names_gets_nothing(request: pytest.FixtureRequest) -> None:
+    brokers: Brokers = request.getfixturevalue("brokers")
+    brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+
+    def ask() -> object:
+        with client() as connection:
+            return call(connection, "Acquire", size=TINY_BYTES, purpose="a guest")[0]
+
+    refused = as_nobody(ask)
+    assert refused["parameters"]["message"] == f"uid {NOBODY} may not borrow secret RAM"
+    assert (stats()["denied"], stats()["lent"]) == (1, 0)
+
+
+@pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
+def test_a_guest_outlives_the_broker_and_the_next_one_starts_where_it_was(brokers: Brokers, tmp_path: Path) -> None:
+    brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+    name, report = launched(tmp_path)
+    assert report["verdict"] == "isolated"
+    brokers.end(signal.SIGKILL)
+    assert run("pool").returncode == 3
+    brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+    audited = run("audit", name, "--json")
+    assert json.loads(audited.stdout)["verdict"] == "isolated", audited.stderr
+    assert run("stop", name, "--kill").returncode == 0
+    assert filled()
+
+
+def test_a_second_broker_of_a_host_is_refused(brokers: Brokers) -> None:
+    brokers.start(pool())
+    second = run("broker", str(brokers.file))
+    assert second.returncode == 3
+    assert "another broker runs on this host" in second.stderr
+    assert stats()["lent"] == 0
+
+
+def test_a_broker_that_is_told_to_end_leaves_nothing(brokers: Brokers, runtime_dir: Path) -> None:
+    brokers.start(pool(4 * TINY_BYTES, 2))  # it is ended in the midst of a prefault
+    assert brokers.end(signal.SIGINT) == 0
+    assert list(runtime_dir.iterdir()) == []
+    assert not brokers.socket.exists()
+
+
+def descriptors_of(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+UNITS = ROOT / "configs/systemd"
+# sd_listen_fds(3): the first is 3, and they are for the process of this number.
+ACTIVATED = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ |= {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "broker", "LISTEN_PID": str(os.getpid())}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_it_works_with_the_rights_of_its_unit_and_at_the_socket_of_systemd(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = (UNITS / "vmmback-broker.service").read_text()
+    (names,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
+    rights = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in names.split())
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        listening.bind(str(brokers.socket))
+        listening.listen()
+        limited = ["setpriv", f"--bounding-set=-all,{rights}", "--no-new-privs", sys.executable, "-c", ACTIVATED]
+        broker = brokers.start(pool(), *limited, str(listening.fileno()), passed=listening)
+        manager.settimeout(60)
+        assert manager.recv(100) == b"READY=1"
+        eventually(filled, "the pool is filled", timeout_s=60)
+        with client() as connection:
+            _, memory, entries = acquire(connection)
+            os.close(memory)
+        assert min(entry & procfs.PFN_MASK for entry in entries) > 0
+        status = procfs.status(broker.pid)
+        assert int(status["CapEff"], 16) == int(status["CapBnd"], 16)
+        assert 0 < int(status["CapEff"], 16).bit_count() <= len(names.split())
+        assert status["NoNewPrivs"] == "1"
+        assert procfs.maps(broker.pid)
+        assert not [each for each in procfs.maps(broker.pid) if each.path == procfs.SECRETMEM]
+        assert brokers.end() == 0
+        assert brokers.socket.exists()  # it is systemd's
+
+
+def test_systemd_finds_no_fault_with_its_units(tmp_path: Path) -> None:
+    capabilities.require(capabilities.SYSTEMD_ANALYZE)
+    program = Path(sys.executable).with_name("vmmback")
+    for unit in UNITS.glob("vmmback-broker.*"):
+        (tmp_path / unit.name).write_text(unit.read_text().replace("ExecStart=vmmback ", f"ExecStart={program} "))
+    service = tmp_path / "vmmback-broker.service"
+
+    def verified() -> str:
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", *tmp_path.glob("vmmback-broker.*")],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    assert verified() == ""
+    service.write_text(service.read_text().replace("KillMode=mixed", "KillMode=mixt"))
+    assert "mixt" in verified()
+
+
+def test_malformed_and_silent_clients_harm_nobody_else(brokers: Brokers) -> None:
+    broker = brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+    before = descriptors_of(broker.pid)
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(50)]
+    for connection in silent:
+        connection.connect(os.environ["VMMBACK_BROKER"])
+    half = b'{"method": "org.vmmback.Broker.Acquire", "parameters": {"size"'
+    wrong = (
+        b"\0", b"{\0", b"[]\0", b"\xff\xfe\0", b"[" * 100_000 + b"\0", secrets.token_bytes(5000) + b"\0", half,
+        b'{"method": 7}\0', b'{"method": "org.vmmback.Broker.Nothing"}\0',
+        *(json.dumps({"method": "org.vmmback.Broker.Acquire", "parameters": parameters}).encode() + b"\0"
+          for parameters in ({}, {"size": "x", "purpose": ""}, {"size": -1, "purpose": ""}, {"size": 1, "purpose": ""},
+                             {"size": 1 << 70, "purpose": "x"}, {"size": TINY_BYTES, "purpose": 7})),
+        json.dumps({"method": "org.vmmback.Broker.Release", "parameters": {"lease": 1 << 70}}).encode() + b"\0",
+    )  # fmt: skip
+    for message in wrong:
+        with client() as connection:
+            connection.sendall(message)
+        assert stats()["lent"] == 0
+    with client() as connection:
+        _, memory, _ = acquire(connection)
+        os.close(memory)
+    for connection in silent:
+        connection.close()
+
+    def let_go() -> bool:
+        return descriptors_of(broker.pid) <= before + 2  # the lease's process lives: this one
+
+    eventually(let_go, "the connections are closed", timeout_s=60)
+    assert broker.poll() is None

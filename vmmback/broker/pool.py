@@ -1,0 +1,121 @@
+"""Prefaulted secret RAM that nobody ever had: what was lent once is never lent again.
+
+A descriptor that was lent may have been kept by its borrower, or passed on, and the kernel gives no way to tell
+(docs/BROKER.md). So what leaves the pool does not come back; its memory is the kernel's, which zeroes it, as soon as
+the last who has it closes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+from vmmback.admission import Promise
+from vmmback.broker.config import BrokerConfig
+from vmmback.errors import AdmissionRefused, HostUnfit
+from vmmback.ram import SecretRam
+
+_TRY_AGAIN_S = 5.0
+_NICEST = 19  # setpriority(2): whoever waits for memory goes first
+
+
+class Pool:
+    """Keeps files of the sizes that are wanted ready. Use as `async with pool.filled()`."""
+
+    def __init__(self, config: BrokerConfig, promise: Promise, note: Callable[[str], None]) -> None:
+        self._wanted = {ready.size: ready.count for ready in config.pool}
+        self._rate = config.fill_rate
+        self._promise, self._note = promise, note
+        self._ready: list[SecretRam] = []
+        self._less = asyncio.Event()
+        """Set when something was taken, or given back to the kernel by somebody else."""
+        self.filled_bytes = 0
+        self.fill_seconds = 0.0
+
+    @property
+    def ready(self) -> Counter[int]:
+        """How many files of each size are ready."""
+        return Counter(memory.size for memory in self._ready)
+
+    @property
+    def wanted(self) -> dict[int, int]:
+        """How many of each size are to be."""
+        return dict(self._wanted)
+
+    def take(self, size: int) -> SecretRam | None:
+        """Return a file of this size that nobody ever had, the caller's from now on; None if none is ready."""
+        for index, memory in enumerate(self._ready):
+            if memory.size == size:
+                del self._ready[index]
+                self._promise.handed_on(size, memory.inode)
+                self._less.set()
+                return memory
+        return None
+
+    def fill(self) -> None:
+        """Look again what is missing: memory was given back."""
+        self._less.set()
+
+    @asynccontextmanager
+    async def filled(self) -> AsyncIterator[None]:
+        """Fill the pool in the background while the block runs; on exit its memory goes back to the kernel."""
+        filling = asyncio.create_task(self._fill())
+        try:
+            yield
+        finally:
+            filling.cancel()
+            with suppress(asyncio.CancelledError):
+                await filling
+            for memory in self._ready:
+                memory.close()
+            self._ready.clear()
+
+    async def _fill(self) -> None:
+        refused = ""
+        while True:
+            self._less.clear()
+            size = next((size for size, count in self._wanted.items() if self.ready[size] < count), None)
+            if size is None:
+                await self._less.wait()
+                continue
+            try:
+                seconds = await self._add(size)
+            except (AdmissionRefused, HostUnfit) as error:
+                if error.message != refused:
+                    self._note(f"the pool cannot be filled: {error.message}")
+                refused = error.message
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._less.wait(), _TRY_AGAIN_S)
+            else:
+                refused = ""
+                await asyncio.sleep(max(0.0, size / self._rate - seconds))  # the rate that was asked for, no wait
+
+    async def _add(self, size: int) -> float:
+        """Make one more file of `size` bytes; return the seconds that took. Raises AdmissionRefused, HostUnfit."""
+        started = time.monotonic()
+        await self._promise.extend(size)
+        try:
+            memory = await self._prefaulted(size)
+        except BaseException:
+            self._promise.withdraw(size)
+            raise
+        else:
+            self._ready.append(memory)
+        finally:
+            self._promise.settle(memory.inode for memory in self._ready)
+        self.filled_bytes += size
+        self.fill_seconds += time.monotonic() - started
+        return time.monotonic() - started
+
+    async def _prefaulted(self, size: int) -> SecretRam:
+        memory = SecretRam(size)
+        try:
+            self._promise.backed_by(memory.inode)
+            await memory.prefault(self._promise.touched, nice=_NICEST, anew=self._promise.anew)
+        except BaseException:
+            memory.close()
+            raise
+        return memory

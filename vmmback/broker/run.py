@@ -1,0 +1,82 @@
+"""The broker's life: its folder and socket, its pool, until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from asyncvarlink.util import get_listen_fd
+
+from vmmback.admission import Promise
+from vmmback.broker.client import socket_path
+from vmmback.broker.config import BrokerConfig
+from vmmback.broker.service import Broker, serve
+from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
+from vmmback.linux import dumpable
+from vmmback.notify import notify
+from vmmback.runtime import BROKER, guest_folder, socket_address
+
+_BACKLOG = 128
+_FOR_ALL = 0o666  # who may borrow is for the broker to say: it knows its callers
+
+
+async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
+    """Lend until SIGTERM or SIGINT; `note` is told what goes wrong. Raises HostUnfit, UsageError.
+
+    What is lent lives on: its borrowers have it. What is ready goes back to the kernel.
+    """
+    if os.geteuid() != 0:
+        raise UsageError("the broker runs as root: it makes secret RAM for other users", "sudo vmmback broker")
+    dumpable.forbid()
+    ended = asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signum, ended.set)
+    try:
+        with guest_folder(BROKER) as folder, _listening() as listening:
+            broker = Broker(config, Promise(folder, "secret"), note)
+            async with serve(listening, broker):
+                notify("READY=1")
+                await ended.wait()
+                notify("STOPPING=1")
+    except GuestNameTaken as error:
+        raise HostUnfit("another broker runs on this host, with this runtime folder", "end it first") from error
+
+
+@contextmanager
+def _listening() -> Iterator[socket.socket]:
+    """Give the socket that systemd listens at for us (sd_listen_fds(3)), or one of our own, gone on exit."""
+    if passed := get_listen_fd("broker"):
+        with passed, socket.socket(fileno=os.dup(passed.fileno())) as given:
+            yield given
+        return
+    path = socket_path()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        try:
+            path.parent.mkdir(mode=0o755, exist_ok=True)
+            _remove_stale(path)
+            with socket_address(path) as address:
+                listening.bind(address)
+            path.chmod(_FOR_ALL)
+        except OSError as error:
+            raise HostUnfit(
+                f"the broker's socket {path} cannot be made: {error.strerror}",
+                "set VMMBACK_BROKER to a path in a folder of root's",
+            ) from error
+        listening.listen(_BACKLOG)
+        try:
+            yield listening
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a broker that was killed: the lock of its folder is ours, so nobody listens at it."""
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()

@@ -1,0 +1,272 @@
+"""The broker's socket: Varlink (varlink.org), for whoever wants to borrow. docs/BROKER.md has the interface.
+
+varlinkctl call /run/vmmback-broker/socket org.vmmback.Broker.List {}
+"""
+
+# The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
+import asyncio
+import os
+import socket
+import time
+from array import array
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import TypedDict
+
+from asyncvarlink import (
+    FileDescriptor,
+    TypedVarlinkErrorReply,
+    VarlinkInterface,
+    VarlinkInterfaceRegistry,
+    VarlinkInterfaceServerProtocol,
+    VarlinkTransport,
+    varlinkmethod,
+)
+from asyncvarlink.serviceinterface import VarlinkServiceInterface
+
+from vmmback import __version__
+from vmmback.admission import Promise
+from vmmback.broker.config import MIB, BrokerConfig
+from vmmback.broker.ledger import Caller, Lease, Ledger
+from vmmback.broker.pool import Pool
+from vmmback.errors import VmmbackError
+from vmmback.linux import page_file, peer, procfs
+from vmmback.ram import SecretRam
+
+_MOST_CLIENTS = 512
+_ACCEPT_AGAIN_S = 0.1
+_MOST_PURPOSE_CHARS = 200
+
+
+class Refused(TypedVarlinkErrorReply, interface="org.vmmback.Broker", paramprefix=""):
+    """It cannot be had; `exit_code` tells the kind of the error (errors.py)."""
+
+    class Parameters:  # noqa: D106
+        message: str
+        hint: str
+        exit_code: int
+
+
+class NotReady(TypedVarlinkErrorReply, interface="org.vmmback.Broker", paramprefix=""):
+    """No file of this size is ready in the pool."""
+
+    class Parameters:  # noqa: D106
+        size: int
+
+
+class Lent(TypedDict):
+    """What `Acquire` returns."""
+
+    lease: int
+    descriptor: FileDescriptor
+    frames: FileDescriptor
+
+
+@dataclass(frozen=True)
+class LeaseEntry:
+    """A lease, as `List` tells it."""
+
+    lease: int
+    size: int
+    pid: int
+    uid: int
+    purpose: str
+    since: str
+
+
+@dataclass(frozen=True)
+class PoolEntry:
+    """How many files of a size are ready, of how many that are wanted."""
+
+    size: int
+    ready: int
+    wanted: int
+
+
+class Statistics(TypedDict):
+    """What `Stats` returns."""
+
+    pool: list[PoolEntry]
+    leases: int
+    lent: int
+    denied: int
+    filled_bytes: int
+    fill_seconds: float
+
+
+class Broker:
+    """What the pool has, and what is lent; leases end with the process that borrowed, at the latest."""
+
+    def __init__(self, config: BrokerConfig, promise: Promise, note: Callable[[str], None]) -> None:
+        self.pool = Pool(config, promise, note)
+        self.ledger = Ledger(config)
+        self.denials = 0
+        self._watched: dict[int, int] = {}
+
+    def lend(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, SecretRam]:
+        """Lend a file out of the pool; it is the caller's to close. Raises VmmbackError, NotReady."""
+        try:
+            self.ledger.check(caller, size, time.monotonic())
+        except VmmbackError:
+            self.denials += 1
+            raise
+        watched = os.dup(pidfd)
+        memory = self.pool.take(size)
+        if memory is None:
+            os.close(watched)
+            raise NotReady(size=size)
+        lease = Lease(
+            self.ledger.next_number(), size, memory.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds")
+        )
+        self.ledger.add(lease, time.monotonic())
+        self._watched[lease.number] = watched
+        asyncio.get_running_loop().add_reader(watched, self.end, lease.number)
+        return lease, memory
+
+    def end(self, number: int, caller: Caller | None = None) -> bool:
+        """End a lease that `caller` may end, whoever for None; tell whether there was one."""
+        if self.ledger.end(number, caller) is None:
+            return False
+        watched = self._watched.pop(number)
+        asyncio.get_running_loop().remove_reader(watched)
+        os.close(watched)
+        self.pool.fill()
+        return True
+
+    def close(self) -> None:
+        """End all leases: they are the borrowers' own affair from now on."""
+        for lease in list(self.ledger):
+            self.end(lease.number)
+
+
+class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
+    """What one caller may ask of the broker."""
+
+    errors = (Refused, NotReady)
+
+    def __init__(self, broker: Broker, caller: Caller, pidfd: int) -> None:
+        self._broker, self._caller, self._pidfd = broker, caller, pidfd
+
+    @varlinkmethod
+    def Acquire(self, size: int, purpose: str) -> Lent:  # noqa: N802 (Varlink's spelling)
+        """Lend secret RAM of `size` bytes, prefaulted, that nobody ever had.
+
+        `descriptor` is its file; `frames` a file of one native 64-bit word a page: its entry in /proc/PID/pagemap,
+        without the frame's number for callers who may not know it. The lease ends when the caller ends, or by Release.
+        """
+        if size <= 0 or size % MIB:
+            raise Refused(message=f"{size} bytes are no whole MiB", hint="ask for a multiple of 1048576", exit_code=2)
+        purpose = "".join(char for char in purpose[:_MOST_PURPOSE_CHARS] if char.isprintable())
+        try:
+            lease, memory = self._broker.lend(self._caller, self._pidfd, size, purpose)
+        except VmmbackError as error:
+            raise Refused(message=error.message, hint=error.hint, exit_code=error.exit_code) from error
+        except OSError as error:  # out of descriptors
+            raise Refused(message=f"nothing can be lent: {error.strerror}", hint="try it again", exit_code=4) from error
+        with memory:
+            try:
+                frames = page_file.sealed(memory.frames if self._caller.uid == 0 else _without_numbers(memory.frames))
+                descriptor = os.dup(memory.fileno())
+            except OSError as error:
+                self._broker.end(lease.number)
+                raise Refused(message=f"nothing can be lent: {error.strerror}", hint="", exit_code=4) from error
+        return {
+            "lease": lease.number,
+            "descriptor": FileDescriptor(descriptor, should_close=True),
+            "frames": FileDescriptor(frames, should_close=True),
+        }
+
+    @varlinkmethod(return_parameter="ended")
+    def Release(self, lease: int) -> bool:  # noqa: N802
+        """End a lease of the caller's user; tell whether there was one. Its memory stays as long as it is open."""
+        return self._broker.end(lease, self._caller)
+
+    @varlinkmethod(return_parameter="leases")
+    def List(self) -> list[LeaseEntry]:  # noqa: N802
+        """Return the leases of the caller's user; root gets all."""
+        return [
+            LeaseEntry(lease.number, lease.size, lease.pid, lease.uid, lease.purpose, lease.since)
+            for lease in self._broker.ledger.of(self._caller)
+        ]
+
+    @varlinkmethod
+    def Stats(self) -> Statistics:  # noqa: N802
+        """Return how the pool is, and what was done since the start; times in seconds."""
+        pool, ledger = self._broker.pool, self._broker.ledger
+        ready = pool.ready
+        return {
+            "pool": [PoolEntry(size, ready[size], wanted) for size, wanted in sorted(pool.wanted.items())],
+            "leases": len(list(ledger)),
+            "lent": ledger.lent,
+            "denied": self._broker.denials,
+            "filled_bytes": pool.filled_bytes,
+            "fill_seconds": round(pool.fill_seconds, 3),
+        }
+
+
+class _Connection(VarlinkInterfaceServerProtocol):
+    """One caller's; nobody else is reached by it."""
+
+    def __init__(self, broker: Broker, connection: socket.socket) -> None:
+        self._pidfd = peer.pidfd_of(connection)
+        registry = VarlinkInterfaceRegistry()
+        registry.register_interface(BrokerInterface(broker, Caller(*peer.of(connection)), self._pidfd))
+        registry.register_interface(VarlinkServiceInterface("vmmback", "vmmback broker", __version__, "", registry))
+        super().__init__(registry)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        os.close(self._pidfd)
+
+
+@asynccontextmanager
+async def serve(listening: socket.socket, broker: Broker) -> AsyncIterator[None]:
+    """Answer on a socket that listens until the exit; the pool is filled meanwhile."""
+    listening.setblocking(False)
+    clients: set[VarlinkTransport] = set()
+    async with AsyncExitStack() as stack:
+        stack.callback(broker.close)
+        await stack.enter_async_context(broker.pool.filled())
+        accepting = asyncio.create_task(_accept(listening, broker, clients))
+        try:
+            yield
+        finally:
+            accepting.cancel()
+            with suppress(asyncio.CancelledError):
+                await accepting
+            for client in list(clients):
+                client.abort()
+                await client.closed_future
+
+
+async def _accept(listening: socket.socket, broker: Broker, clients: set[VarlinkTransport]) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            connection, _ = await loop.sock_accept(listening)
+        except OSError:  # out of descriptors, or the caller is gone: nobody else must suffer for that
+            await asyncio.sleep(_ACCEPT_AGAIN_S)
+            continue
+        connection.setblocking(False)
+        try:
+            if len(clients) >= _MOST_CLIENTS:
+                raise BlockingIOError
+            protocol = _Connection(broker, connection)
+        except OSError:
+            connection.close()
+            continue
+        client = VarlinkTransport(loop, connection, connection, protocol)
+        clients.add(client)
+        client.closed_future.add_done_callback(partial(_forget, clients, client))
+
+
+def _forget(clients: set[VarlinkTransport], client: VarlinkTransport, _: object) -> None:
+    clients.discard(client)
+
+
+def _without_numbers(entries: "array[int]") -> "array[int]":
+    """Return pagemap entries as a process without CAP_SYS_ADMIN sees them (fs/proc/task_mmu.c)."""
+    return array("Q", [entry & ~procfs.PFN_MASK for entry in entries])
