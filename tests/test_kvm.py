@@ -167,4 +167,4 @@ def test_a_child_that_dies_is_quoted() -> None:
 
 
 def test_a_run_survives_the_pipe() -> None:
-    assert SlotRun(**json.loads(json.dumps(vars(PASSED)))) == PASSED
+    assert SlotRun(**json.loads(json.dumps(PASSED._asdict()))) == PASSED

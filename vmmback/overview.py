@@ -82,7 +82,7 @@ class Overview(NamedTuple):
                 "overhead": budget.overhead,
                 "direct_map": budget.direct_map,
                 "group_room": budget.group_room,
-                "nodes": [{**node._asdict(), "available": node.available} for node in budget.nodes],
+                "nodes": [{**asdict(node), "available": node.available} for node in budget.nodes],
                 "present": self.secret_present,
                 "files": [
                     {

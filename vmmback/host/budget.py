@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmmback.errors import AdmissionRefused
 from vmmback.host.memory import HostMemory
@@ -35,7 +35,8 @@ PROCESSES_BYTES = 96 << 20
 """User memory of a guest's processes. It is movable, so kernel zones give it only where no movable memory is left."""
 
 
-class NodeBudget(NamedTuple):
+@dataclass(frozen=True)
+class NodeBudget:
     """What one node can give, in bytes: free + reclaimable - held - reserve.
 
     `free` is that of the kernel zones, without CMA; `reclaimable` their page cache and half of the slab that the kernel
