@@ -8,7 +8,6 @@ which takes an emulated machine of two ten times as long.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pkgutil
 import re
@@ -21,7 +20,7 @@ from typing import Any
 
 import vmmback
 from integration.capabilities import KERNEL, ROOT
-from integration.debian_kernel import cpio, environment, first_process, loaded_by, result
+from integration.debian_kernel import bytecode_of, cpio, environment, first_process, loaded_by, result
 from vmmback.host.qemu import find_qemu
 
 # What vmmback starts: QEMU and what puts it into its jail, and the keeper of a guest's folder.
@@ -83,8 +82,7 @@ def _python_files(program: Path) -> set[Path]:
     names = [name for name in names if not name.endswith("__main__")]
     files = loaded_by(program, [*names, *_IMPORTED_LATE])
     files |= set((ROOT / "vmmback").rglob("*.py"))
-    cached = {Path(importlib.util.cache_from_source(str(file))) for file in files if file.suffix == ".py"}
-    return files | {file for file in cached if file.exists()}
+    return files | bytecode_of(files)
 
 
 def _program_files() -> set[Path]:

@@ -1,11 +1,13 @@
 """Runs a program of Python's inside a virtual machine with the demo guest's kernel: this machine's may be another.
 
 The machine is emulated (TCG). Its initramfs is made for the run: the interpreter with all that a trial run of the same
-imports has loaded, at the same paths. Python is the machine's first process; a panic at its end stops QEMU.
+imports has loaded, at the same paths, and its bytecode: to compile it takes such a machine many seconds. Python is the
+machine's first process; a panic at its end stops QEMU.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -70,7 +72,8 @@ def run_inside(
     first = first_process(program, folder)
     initramfs = folder / "initramfs"
     kernel_modules = {f"/modules/{name}.ko": MODULES / f"{name}.ko" for name in modules}
-    initramfs.write_bytes(_archive(loaded_by(program) | {first}, kernel_modules))
+    files = loaded_by(program)
+    initramfs.write_bytes(_archive(files | bytecode_of(files) | {first}, kernel_modules))
     ended = subprocess.run(
         [
             find_qemu(), "-accel", "tcg", "-cpu", cpu, "-m", str(memory_mib), "-display", "none", "-no-reboot",
@@ -110,6 +113,12 @@ def loaded_by(program: Path, imported_late: Iterable[str] = ()) -> set[Path]:
     return files | {link for file in files for link in file.parent.glob(file.name.partition(".so")[0] + ".so.*")}
 
 
+def bytecode_of(files: Iterable[Path]) -> set[Path]:
+    """Return the bytecode that there is of the Python files among `files`: that of all after `loaded_by`."""
+    cached = {Path(importlib.util.cache_from_source(str(file))) for file in files if file.suffix == ".py"}
+    return {file for file in cached if file.exists()}
+
+
 def result(output: str, errors: str) -> Any:
     """Return what main() returned, out of what the machine printed. Fails where that is not there, or is an error."""
     _, mark, rest = output.partition(_MARK)
@@ -143,18 +152,22 @@ def _archive(files: Iterable[Path], others: Mapping[str, Path]) -> bytes:
     return cpio(
         {path: file.read_bytes() for path, file in sorted(every.items())},
         [str(folder) for folder in sorted(folders) if str(folder) != "/"],
+        {path: int(file.stat().st_mtime) for path, file in every.items()},
     )
 
 
-def cpio(files: Mapping[str, bytes], folders: Iterable[str] = ()) -> bytes:
-    """Return folders, and programs with their contents, as a cpio archive."""
+def cpio(files: Mapping[str, bytes], folders: Iterable[str] = (), times: Mapping[str, int] | None = None) -> bytes:
+    """Return folders, and programs with their contents, as a cpio archive.
+
+    `times` are when files were changed, in seconds since 1970: bytecode names that of its source.
+    """
     parts = [_entry(folder, 0o040755, b"") for folder in folders]
-    parts += [_entry(path, 0o100755, data) for path, data in files.items()]
+    parts += [_entry(path, 0o100755, data, (times or {}).get(path, 0)) for path, data in files.items()]
     return b"".join([*parts, _entry("TRAILER!!!", 0, b"")])
 
 
-def _entry(path: str, mode: int, data: bytes) -> bytes:
+def _entry(path: str, mode: int, data: bytes, time: int = 0) -> bytes:
     name = path.lstrip("/").encode() + b"\0"
-    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name), 0)
+    fields = (0, mode, 0, 0, 1, time, len(data), 0, 0, 0, 0, len(name), 0)
     head = b"070701" + b"".join(b"%08X" % field for field in fields) + name
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
