@@ -30,7 +30,7 @@ from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Observation
 
 KINDS: tuple[Literal["secret", "ordinary"], ...] = ("secret", "ordinary")
-BYTES = 64 << 20
+BYTES = 32 << 20
 PAID_BYTES = 16 << 20
 WITNESSED = 64
 PFN_MASK = (1 << 55) - 1
