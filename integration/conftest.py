@@ -132,7 +132,7 @@ def nothing_is_left(runtime_dir: Path) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def watchdog(request: pytest.FixtureRequest, share_of_the_machine: None) -> Iterator[None]:
+def watchdog(request: pytest.FixtureRequest, share_of_the_machine: object) -> Iterator[None]:
     """Fail the test that hangs, be it in a system call, instead of letting it stop all others."""
     marker = request.node.get_closest_marker("timeout_s")
     timeout_s: float = marker.args[0] if marker else TEST_TIMEOUT_S
