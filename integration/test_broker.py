@@ -128,6 +128,15 @@ def launched(tmp_path: Path, *options: str) -> tuple[str, Answer]:
     return file.stem, json.loads(done.stdout)
 
 
+def scraped(place: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(60)
+        connection.connect(str(place))
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: broker\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            return answer.read().decode()
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=80)
 
@@ -136,7 +145,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_guest_runs_isolated_on_ram_that_was_ready_and_it_is_counted_once(
     brokers: Brokers, tmp_path: Path, runtime_dir: Path
 ) -> None:
-    brokers.start(pool())
+    brokers.start(f'metrics = "{tmp_path}/metrics"\n{pool()}')
     eventually(filled, "the pool is filled", timeout_s=60)
     (ready,) = promises()[".broker"].inodes
     name, report = launched(tmp_path)
@@ -147,6 +156,7 @@ def test_a_guest_runs_isolated_on_ram_that_was_ready_and_it_is_counted_once(
         assert promises()[name].inodes[:1] == [ready]
         assert promises()[name].touched == promises()[name].size == TINY_BYTES
         (lease,) = json.loads(run("pool", "--json").stdout)["leases"]
+        assert 'vmmback_guests{verdict="isolated"} 1.0\n' in scraped(tmp_path / "metrics")
         assert (lease["size"], lease["uid"], lease["purpose"]) == (TINY_BYTES, 0, f"guest {name}")
         eventually(filled, "the pool is filled again", timeout_s=60)
         assert ready not in promises()[".broker"].inodes

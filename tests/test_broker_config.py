@@ -40,6 +40,9 @@ def test_an_empty_file_lets_root_alone_borrow_what_is_never_ready(tmp_path: Path
         ('[[allow]]\nuser = 1.5\ntotal = "1GiB"\n', "the name or the number of a user"),
         ("[allow]\nuser = 1\n", "[[allow]]"),
         ('fill-rate = "fast"\n', "fill-rate"),
+        ('metrics = "0.0.0.0:9464"\n', "write a port of this host"),
+        ('metrics = "127.0.0.1:0"\n', "write a port of this host"),
+        ("metrics = 9464\n", "a port of this host"),
         ("= 1\n", "broker.toml:1"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import pwd
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -42,6 +43,24 @@ def _whole_mib(size: int) -> int:
     return size
 
 
+def _address(value: object) -> object:
+    wanted = 'a port of this host, like "127.0.0.1:9464", or the absolute path of a socket'
+    if not isinstance(value, str):
+        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (pydantic's)
+    if value.startswith("/"):
+        return Path(value)
+    host, _, port = value.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        own, number = ip_address(host).is_loopback, int(port)
+    except ValueError:
+        own, number = False, 0
+    if not own or not 0 < number < 1 << 16:
+        raise ValueError(f"{value!a} is neither; write {wanted}")
+    return host, number
+
+
+Address = Path | tuple[str, int]
 User = Annotated[int, BeforeValidator(_id_of("user", lambda name: pwd.getpwnam(name).pw_uid))]
 Group = Annotated[int, BeforeValidator(_id_of("group", lambda name: grp.getgrnam(name).gr_gid))]
 WholeSize = Annotated[Size, AfterValidator(_whole_mib)]
@@ -83,6 +102,11 @@ class BrokerConfig(Table):
 
     pool: Annotated[tuple[Ready, ...], Tables] = Field(default=(), description="What is kept ready, one for each size.")
     allow: Annotated[tuple[Allow, ...], Tables] = Field(default=(), description="Who may borrow, one for each rule.")
+    metrics: Annotated[Address | None, BeforeValidator(_address)] = Field(
+        default=None,
+        description="Where figures are served as OpenMetrics, at /metrics: a port of this host, or a socket's path.",
+        examples=["127.0.0.1:9464"],
+    )
     fill_rate: WholeSize = Field(
         default=512 * MIB, alias="fill-rate", description="The pool is filled by at most so much a second.",
         examples=["512MiB"],

@@ -14,6 +14,7 @@ from pathlib import Path
 from asyncvarlink.util import get_listen_fd
 
 from vmmback.admission import Promise
+from vmmback.broker import metrics
 from vmmback.broker.client import socket_path
 from vmmback.broker.config import BrokerConfig
 from vmmback.broker.service import Broker, serve
@@ -40,7 +41,7 @@ async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
     try:
         with guest_folder(BROKER) as folder, _listening() as listening:
             broker = Broker(config, Promise(folder, "secret"), note)
-            async with serve(listening, broker):
+            async with serve(listening, broker), metrics.served(config.metrics, broker):
                 notify("READY=1")
                 await ended.wait()
                 notify("STOPPING=1")

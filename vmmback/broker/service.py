@@ -103,7 +103,7 @@ class Broker:
     def __init__(self, config: BrokerConfig, promise: Promise, note: Callable[[str], None]) -> None:
         self.pool = Pool(config, promise, note)
         self.ledger = Ledger(config)
-        self.denials = 0
+        self.denials = self.not_ready = 0
         self._watched: dict[int, int] = {}
 
     def lend(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, SecretRam]:
@@ -117,6 +117,7 @@ class Broker:
         memory = self.pool.take(size)
         if memory is None:
             os.close(watched)
+            self.not_ready += 1
             raise NotReady(size=size)
         lease = Lease(
             self.ledger.next_number(), size, memory.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds")
