@@ -22,6 +22,7 @@ import pytest
 
 from integration import capabilities
 from integration.conftest import MIB, ROOT, TINY_BYTES, eventually, guest_file
+from integration.test_memlock import unprivileged
 from vmmback.admission import promises
 from vmmback.linux import procfs
 from vmmback.linux.direct_map import DirectMap
@@ -297,6 +298,44 @@ def test_another_user_gets_what_a_rule_gives_him_and_sees_only_his_own(
 
         assert as_nobody(end_anothers) is False
         assert stats()["leases"] == 1
+
+
+BORROWS = """
+import asyncio, contextlib
+from pathlib import Path
+from vmmback.guest import SilentWatcher
+async def start():
+    async with contextlib.AsyncExitStack() as stack:
+        guest = await launch.prepare(config.load(Path(sys.argv[1])), SilentWatcher(), stack)
+        await guest.monitor.cont()
+        await asyncio.wait_for(guest.console.ready.wait(), 20)
+        (memory,) = guest.ram
+        mapped = [each for each in procfs.maps(guest.qemu.pid) if each.inode == memory.inode]
+        (path,) = {each.path for each in mapped}
+        print(json.dumps([type(memory).__name__, sum(each.size for each in mapped), path]))
+asyncio.run(start())
+"""
+
+
+@pytest.mark.usefixtures("open_socket", "needs_qemu")
+def test_a_user_without_rights_launches_a_guest_on_what_he_borrowed(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """A prefault of his own would need a Python that he may start; what is borrowed is prefaulted."""
+    brokers: Brokers = request.getfixturevalue("brokers")
+    brokers.start(pool(SMALL_BYTES) + f'[[allow]]\nuser = {NOBODY}\ntotal = "1GiB"\n')
+    eventually(filled, "the pool is filled", timeout_s=60)
+    with tempfile.TemporaryDirectory(prefix="vmmback-") as folder:
+        Path(folder).chmod(0o777)
+        monkeypatch.setenv("VMMBACK_RUNTIME_DIR", f"{folder}/run")
+        file = guest_file(Path(folder), size=f"{SMALL_BYTES // MIB}MiB")
+        for path in Path(folder).iterdir():
+            path.chmod(0o644)
+        ended = unprivileged(BORROWS, 8 * MIB, 8 * MIB, str(file))
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads(ended.stdout) == ["LentRam", SMALL_BYTES, procfs.SECRETMEM]
+    eventually(lambda: stats()["leases"] == 0, "the lease has ended", timeout_s=60)
+    assert stats()["lent"] == 1
 
 
 @pytest.mark.usefixtures("open_socket")

@@ -27,6 +27,7 @@ import json, os, resource, sys
 from vmmback import cli, config, doctor, errors, launch, ram
 from vmmback.doctor import kernel, kvm, places, programs, settings
 from vmmback.linux import direct_map, memlock, procfs
+import vmmback.cli.launch, vmmback.cli.lead
 soft, hard = (int(limit) for limit in sys.argv[1:3])
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
 os.setgroups([])

@@ -94,14 +94,17 @@ async def borrow(config: GuestConfig, note: Callable[[str], None], stack: AsyncE
 
 @asynccontextmanager
 async def connected() -> AsyncIterator[Lender | None]:
-    """Reach the broker; None where none runs. Raises HostUnfit when it does not answer, or is not to be trusted."""
+    """Reach the broker; None where none runs that this user may call.
+
+    Raises HostUnfit when it does not answer, or is not to be trusted.
+    """
     path = socket_path()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         try:
             with socket_address(path) as address:
                 await asyncio.get_running_loop().sock_connect(connection, address)
-        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError, PermissionError):
             connection.close()
             yield None
             return

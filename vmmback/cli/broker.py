@@ -59,7 +59,7 @@ async def _ask() -> dict[str, Any]:
 
     async with connected() as lender:
         if lender is None:
-            raise HostUnfit(f"no broker runs at {socket_path()}", "start one: vmmback broker FILE")
+            raise HostUnfit(f"no broker can be reached at {socket_path()}", "start one: vmmback broker FILE")
         statistics = await lender.statistics()
         leases = [asdict(lease) for lease in await lender.leases()]
     statistics["pool"] = [asdict(ready) for ready in statistics["pool"]]
