@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import mmap
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -14,7 +16,7 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from integration import capabilities
 from integration.conftest import MIB, ROOT, TINY_BYTES, eventually, guest_file
 from integration.test_memlock import unprivileged
 from vmmback.admission import promises
-from vmmback.linux import procfs
+from vmmback.broker.config import BrokerConfig
+from vmmback.broker.pool import Pool
+from vmmback.broker.run import run as run_broker
+from vmmback.linux import dumpable, procfs
 from vmmback.linux.direct_map import DirectMap
 
 PROGRAM = [sys.executable, "-m", "vmmback"]
@@ -478,3 +483,76 @@ def test_malformed_and_silent_clients_harm_nobody_else(brokers: Brokers) -> None
 
     eventually(let_go, "the connections are closed", timeout_s=60)
     assert broker.poll() is None
+
+
+@pytest.mark.parametrize(
+    "flood", [b"x", b"\0", b'{"method": "org.vmmback.Broker.Stats"}\0'], ids=["endless", "empty", "calls"]
+)
+def test_who_floods_is_heard_no_further_than_he_takes_his_answers(brokers: Brokers, flood: bytes) -> None:
+    brokers.start("")
+    piece, sent = flood * (MIB // 16 // len(flood)), 0
+    with client() as connection:
+        connection.setblocking(False)
+        for _ in range(64):
+            try:
+                sent += connection.send(piece)
+            except BlockingIOError:
+                pass
+            except (BrokenPipeError, ConnectionResetError):
+                break
+            assert stats()["lent"] == 0
+    assert 0 < sent < MIB
+
+
+def test_a_lease_whose_answer_nobody_can_take_ends_and_calls_of_who_is_gone_are_none(brokers: Brokers) -> None:
+    broker = brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+    acquiring = {"method": "org.vmmback.Broker.Acquire", "parameters": {"size": TINY_BYTES, "purpose": "a test"}}
+    broker.send_signal(signal.SIGSTOP)  # so that the caller is gone before he is heard
+    for oneway in ({}, {"oneway": True}):
+        with client() as connection:
+            connection.sendall((json.dumps(acquiring | oneway).encode() + b"\0") * 8)
+    broker.send_signal(signal.SIGCONT)
+    eventually(lambda: stats()["lent"] > 0, "it was lent", timeout_s=60)
+    eventually(lambda: stats()["leases"] == 0, "the lease has ended", timeout_s=60)
+    eventually(filled, "the pool is filled again", timeout_s=60)
+    assert stats()["lent"] == 1
+    assert (brokers.file.parent / "broker.log").read_text() == ""
+
+
+def test_the_pool_is_filled_again_once_there_are_descriptors(brokers: Brokers) -> None:
+    broker = brokers.start(pool(MIB, 40), "prlimit", "--nofile=36:4096")
+    log = brokers.file.parent / "broker.log"
+    eventually(lambda: "Too many open files" in log.read_text(), "it is out of descriptors", timeout_s=60)
+    resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+    eventually(lambda: filled(40), "the pool is filled", timeout_s=60)
+    assert log.read_text().count("\n") == 1
+
+
+@pytest.mark.usefixtures("open_socket")
+def test_no_user_can_take_all_connections(request: pytest.FixtureRequest) -> None:
+    brokers: Brokers = request.getfixturevalue("brokers")
+    brokers.start("")
+
+    def is_answered(connection: socket.socket) -> bool:
+        with suppress(ConnectionError, AssertionError):
+            return "parameters" in call(connection, "List")[0]
+        return False
+
+    def answered() -> object:
+        with ExitStack() as stack:
+            connections = [stack.enter_context(client()) for _ in range(70)]
+            return [is_answered(connection) for connection in connections]
+
+    assert as_nobody(answered) == [True] * 64 + [False] * 6
+    assert stats()["lent"] == 0
+
+
+def test_a_broker_ends_with_its_tasks(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def add(*_: object) -> float:
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(Pool, "_add", add)
+    monkeypatch.setattr(dumpable, "forbid", lambda: None)
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        asyncio.run(run_broker(BrokerConfig.model_validate({"pool": [{"size": "1MiB"}]}), print))

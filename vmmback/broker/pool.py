@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 
 from vmmback.admission import Promise
 from vmmback.broker.config import BrokerConfig
-from vmmback.errors import AdmissionRefused, HostUnfit
+from vmmback.errors import VmmbackError
 from vmmback.ram import SecretRam
 
 _TRY_AGAIN_S = 5.0
@@ -60,41 +60,50 @@ class Pool:
         self._less.set()
 
     @asynccontextmanager
-    async def filled(self) -> AsyncIterator[None]:
-        """Fill the pool in the background while the block runs; on exit its memory goes back to the kernel."""
+    async def filled(self) -> AsyncIterator[asyncio.Task[None]]:
+        """Fill the pool in the background while the block runs; on exit its memory goes back to the kernel.
+
+        Yields the task that does; should it end before, the exit raises its error.
+        """
         filling = asyncio.create_task(self._fill())
         try:
-            yield
+            yield filling
         finally:
             filling.cancel()
-            with suppress(asyncio.CancelledError):
-                await filling
-            for memory in self._ready:
-                memory.close()
-            self._ready.clear()
+            try:
+                with suppress(asyncio.CancelledError):
+                    await filling
+            finally:
+                for memory in self._ready:
+                    memory.close()
+                self._ready.clear()
 
     async def _fill(self) -> None:
-        refused = ""
+        refused = set[int]()  # the sizes that there was no room for, until it is tried again
+        noted = set[int]()
         while True:
             self._less.clear()
-            size = next((size for size, count in self._wanted.items() if self.ready[size] < count), None)
+            ready = self.ready
+            lacking = [size for size, count in self._wanted.items() if ready[size] < count]
+            size = next((size for size in lacking if size not in refused), None)
             if size is None:
-                await self._less.wait()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._less.wait(), _TRY_AGAIN_S if lacking else None)
+                refused.clear()
                 continue
             try:
                 seconds = await self._add(size)
-            except (AdmissionRefused, HostUnfit) as error:
-                if error.message != refused:
-                    self._note(f"the pool cannot be filled: {error.message}")
-                refused = error.message
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._less.wait(), _TRY_AGAIN_S)
+            except (VmmbackError, OSError, MemoryError, RuntimeError) as error:  # out of descriptors or threads, say
+                refused.add(size)
+                if size not in noted:
+                    self._note(f"the pool cannot be filled with {size >> 20} MiB: {error}")
+                noted.add(size)
             else:
-                refused = ""
+                noted.discard(size)
                 await asyncio.sleep(max(0.0, size / self._rate - seconds))  # the rate that was asked for, no wait
 
     async def _add(self, size: int) -> float:
-        """Make one more file of `size` bytes; return the seconds that took. Raises AdmissionRefused, HostUnfit."""
+        """Make one more file of `size` bytes; return the seconds that took. Raises VmmbackError, OSError."""
         started = time.monotonic()
         await self._promise.extend(size)
         try:

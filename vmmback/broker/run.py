@@ -17,7 +17,8 @@ from vmmback.admission import Promise
 from vmmback.broker import metrics
 from vmmback.broker.client import socket_path
 from vmmback.broker.config import BrokerConfig
-from vmmback.broker.service import Broker, serve
+from vmmback.broker.server import serve
+from vmmback.broker.service import Broker
 from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
 from vmmback.linux import dumpable
 from vmmback.notify import notify
@@ -41,9 +42,12 @@ async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
     try:
         with guest_folder(BROKER) as folder, _listening() as listening:
             broker = Broker(config, Promise(folder, "secret"), note)
-            async with serve(listening, broker), metrics.served(config.metrics, broker):
+            async with serve(listening, broker) as tasks, metrics.served(config.metrics, broker):
                 notify("READY=1")
-                await ended.wait()
+                # Without one of its tasks it would look alive, and lend nothing.
+                told = asyncio.create_task(ended.wait())
+                await asyncio.wait({told, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                told.cancel()
                 notify("STOPPING=1")
     except GuestNameTaken as error:
         raise HostUnfit("another broker runs on this host, with this runtime folder", "end it first") from error

@@ -1,4 +1,4 @@
-"""The broker's socket: Varlink (varlink.org), for whoever wants to borrow. docs/BROKER.md has the interface.
+"""What the broker does for its callers: Varlink (varlink.org). docs/BROKER.md has the interface, server.py the socket.
 
 varlinkctl call /run/vmmback-broker/socket org.vmmback.Broker.List {}
 """
@@ -6,38 +6,29 @@ varlinkctl call /run/vmmback-broker/socket org.vmmback.Broker.List {}
 # The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
 import asyncio
 import os
-import socket
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from typing import TypedDict
 
 from asyncvarlink import (
     FileDescriptor,
     TypedVarlinkErrorReply,
     VarlinkInterface,
-    VarlinkInterfaceRegistry,
-    VarlinkInterfaceServerProtocol,
-    VarlinkTransport,
     varlinkmethod,
 )
-from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
-from vmmback import __version__
 from vmmback.admission import Promise
 from vmmback.broker.config import MIB, BrokerConfig
 from vmmback.broker.ledger import Caller, Lease, Ledger
 from vmmback.broker.pool import Pool
 from vmmback.errors import VmmbackError
-from vmmback.linux import page_file, peer, procfs
+from vmmback.linux import page_file, procfs
 from vmmback.ram import SecretRam
 
-_MOST_CLIENTS = 512
-_ACCEPT_AGAIN_S = 0.1
 _MOST_PURPOSE_CHARS = 200
 
 
@@ -113,18 +104,20 @@ class Broker:
         except VmmbackError:
             self.denials += 1
             raise
-        watched = os.dup(pidfd)
-        memory = self.pool.take(size)
-        if memory is None:
-            os.close(watched)
-            self.not_ready += 1
-            raise NotReady(size=size)
-        lease = Lease(
-            self.ledger.next_number(), size, memory.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds")
-        )
+        number, loop = self.ledger.next_number(), asyncio.get_running_loop()
+        with ExitStack() as failed:
+            watched = os.dup(pidfd)
+            failed.callback(os.close, watched)
+            loop.add_reader(watched, self.end, number)
+            failed.callback(loop.remove_reader, watched)
+            memory = self.pool.take(size)
+            if memory is None:
+                self.not_ready += 1
+                raise NotReady(size=size)
+            failed.pop_all()
+        lease = Lease(number, size, memory.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds"))
         self.ledger.add(lease, time.monotonic())
-        self._watched[lease.number] = watched
-        asyncio.get_running_loop().add_reader(watched, self.end, lease.number)
+        self._watched[number] = watched
         return lease, memory
 
     def end(self, number: int, caller: Caller | None = None) -> bool:
@@ -206,66 +199,6 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
             "filled_bytes": pool.filled_bytes,
             "fill_seconds": round(pool.fill_seconds, 3),
         }
-
-
-class _Connection(VarlinkInterfaceServerProtocol):
-    """One caller's; nobody else is reached by it."""
-
-    def __init__(self, broker: Broker, connection: socket.socket) -> None:
-        self._pidfd = peer.pidfd_of(connection)
-        registry = VarlinkInterfaceRegistry()
-        registry.register_interface(BrokerInterface(broker, Caller(*peer.of(connection)), self._pidfd))
-        registry.register_interface(VarlinkServiceInterface("vmmback", "vmmback broker", __version__, "", registry))
-        super().__init__(registry)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        os.close(self._pidfd)
-
-
-@asynccontextmanager
-async def serve(listening: socket.socket, broker: Broker) -> AsyncIterator[None]:
-    """Answer on a socket that listens until the exit; the pool is filled meanwhile."""
-    listening.setblocking(False)
-    clients: set[VarlinkTransport] = set()
-    async with AsyncExitStack() as stack:
-        stack.callback(broker.close)
-        await stack.enter_async_context(broker.pool.filled())
-        accepting = asyncio.create_task(_accept(listening, broker, clients))
-        try:
-            yield
-        finally:
-            accepting.cancel()
-            with suppress(asyncio.CancelledError):
-                await accepting
-            for client in list(clients):
-                client.abort()
-                await client.closed_future
-
-
-async def _accept(listening: socket.socket, broker: Broker, clients: set[VarlinkTransport]) -> None:
-    loop = asyncio.get_running_loop()
-    while True:
-        try:
-            connection, _ = await loop.sock_accept(listening)
-        except OSError:  # out of descriptors, or the caller is gone: nobody else must suffer for that
-            await asyncio.sleep(_ACCEPT_AGAIN_S)
-            continue
-        connection.setblocking(False)
-        try:
-            if len(clients) >= _MOST_CLIENTS:
-                raise BlockingIOError
-            protocol = _Connection(broker, connection)
-        except OSError:
-            connection.close()
-            continue
-        client = VarlinkTransport(loop, connection, connection, protocol)
-        clients.add(client)
-        client.closed_future.add_done_callback(partial(_forget, clients, client))
-
-
-def _forget(clients: set[VarlinkTransport], client: VarlinkTransport, _: object) -> None:
-    clients.discard(client)
 
 
 def _without_numbers(entries: "array[int]") -> "array[int]":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -31,5 +32,7 @@ def pidfd_of(connection: socket.socket) -> int:
     """
     try:
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:  # by its number another process would be found
+            raise
         return os.pidfd_open(of(connection).pid)
