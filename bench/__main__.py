@@ -13,49 +13,31 @@ import hashlib
 import json
 import mmap
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from bench import broker
 from bench import direct_map as bench_direct_map
+from bench.figures import MIB, Figure, in_turn, run_s, say, show, timed
+from bench.guests import bare_command, end, guest_file, supervised
 from bench.many import GUESTS, cost, many_guests
-from vmmback import command, config, ram, tiny_guest
+from bench.prefault import THREADS, prefaults
+from vmmback import config, ram, tiny_guest
 from vmmback.guest import SilentWatcher
-from vmmback.host.qemu import find_qemu
 from vmmback.isolation.direct_map import pagemap_entries
 from vmmback.isolation.hunt import hunt
 from vmmback.isolation.needle import Needle
 from vmmback.launch import prepare
 from vmmback.linux import direct_map_use, procfs
 from vmmback.linux.direct_map import DirectMap
-
-MIB = 1 << 20
-THREADS = len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the result: vmmback's median and its rival's, in `unit`, their ratio, and what we aim at."""
-
-    name: str
-    ours: float
-    rival: float | None
-    unit: str
-    ratio: float | None
-    goal: str
-    rounds: int
-    note: str = ""
 
 
 def main() -> None:
@@ -65,7 +47,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vmmback-bench-") as folder:
-        os.environ["VMMBACK_RUNTIME_DIR"] = f"{folder}/run"
+        os.environ |= {"VMMBACK_RUNTIME_DIR": f"{folder}/run", "VMMBACK_BROKER": f"{folder}/broker"}
         figures = list(measure(Path(folder), arguments.rounds))
     if arguments.json:
         print(json.dumps([asdict(figure) for figure in figures], indent=2))
@@ -75,11 +57,8 @@ def main() -> None:
 
 def measure(folder: Path, rounds: int) -> Iterator[Figure]:
     """Take each figure in turn."""
-    touch = folder / "touch"
-    say("compiling the C rival")
-    subprocess.run(["gcc", "-O2", "-pthread", "-o", touch, Path(__file__).with_name("touch.c")], check=True)
-    for size in (256 * MIB, 1024 * MIB):
-        yield prefault(touch, size, rounds)
+    yield from prefaults(folder, rounds)
+    yield from broker.figures(folder, rounds)
     for fill in (False, True):
         yield ready(folder, rounds, fill=fill)
     for size in (256 * MIB, 1024 * MIB):
@@ -91,27 +70,6 @@ def measure(folder: Path, rounds: int) -> Iterator[Figure]:
     yield start_up(rounds)
     yield resident(folder)
     yield from many(folder, rounds)
-
-
-def prefault(touch: Path, size: int, rounds: int) -> Figure:
-    """Make secret RAM present: SecretRam against the C loop, both from the descriptor's making."""
-    say(f"prefault of {size // MIB} MiB")
-
-    def ours() -> float:
-        started = time.perf_counter()
-        with ram.SecretRam(size) as secret:
-            asyncio.run(secret.prefault(lambda _: None, THREADS))
-            return time.perf_counter() - started
-
-    def rival() -> float:
-        result = subprocess.run([touch, str(size), str(THREADS)], check=True, capture_output=True, text=True)
-        return float(result.stdout)
-
-    mine, theirs = in_turn(rounds, ours, rival)
-    return Figure(
-        f"prefault {size // MIB} MiB, {THREADS} threads, against a C loop",
-        size / MIB / mine, size / MIB / theirs, "MiB/s", theirs / mine, ">= 0.95", rounds,
-    )  # fmt: skip
 
 
 def ready(folder: Path, rounds: int, *, fill: bool) -> Figure:
@@ -159,28 +117,6 @@ async def launch_to_ready(guest: config.GuestConfig, steps: dict[str, list[float
         for name, seconds in parts.items():
             steps.setdefault(name, []).append(seconds)
         return done - started - prefault_s
-
-
-def guest_file(folder: Path, *, fill: bool, size: str = "64MiB") -> config.GuestConfig:
-    """Write the tiny guest and its configuration."""
-    (folder / "tiny.rom").write_bytes(tiny_guest.rom(fill=fill))
-    file = folder / "bench.toml"
-    file.write_text(
-        f'name = "bench"\n[memory]\nsize = "{size}"\n[machine]\naccel = "tcg"\n'
-        '[boot]\nfirmware = "tiny.rom"\n[isolation]\nready = "READY"\n'
-    )
-    return config.load(file)
-
-
-def bare_command(guest: config.GuestConfig) -> list[str]:
-    """Return vmmback's command line with a memfd for RAM, not paused, without QMP, its serial port on stdout."""
-    argv = list(command.build(guest, find_qemu(), "tcg", Path("/nothing"), 3, 4).argv)
-    argv.remove("-S")
-    for option in ("-object", "-mon", "-chardev", "-chardev", "-serial"):
-        position = argv.index(option)
-        del argv[position : position + 2]
-    memory = {"qom-type": "memory-backend-memfd", "id": command.RAM_ID, "size": guest.memory.size, "share": True}
-    return [*argv, "-object", json.dumps(memory), "-serial", "stdio"]
 
 
 def direct_map(size: int, rounds: int) -> Figure:
@@ -354,73 +290,9 @@ def many(folder: Path, rounds: int) -> Iterator[Figure]:
         )  # fmt: skip
 
 
-@contextmanager
-def supervised(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Launch the tiny guest in a supervisor of its own; yield it once the guest is validated."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "vmmback", "launch", str(folder / "bench.toml")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as supervisor:
-        assert supervisor.stdout is not None
-        while (line := supervisor.stdout.readline()) and not line.startswith(b"guest bench:"):
-            pass
-        yield supervisor
-
-
-def end(supervisor: subprocess.Popen[bytes]) -> None:
-    """End the guest; the tiny one has no power button, so do not wait for it."""
-    for _ in range(2):
-        supervisor.send_signal(signal.SIGINT)
-    assert supervisor.stdout is not None
-    supervisor.stdout.read()
-
-
 def resident_bytes(pid: int) -> int:
     """Return VmRSS in bytes."""
     return int(procfs.status(pid)["VmRSS"].removesuffix(" kB")) * 1024
-
-
-def run_s(argv: Sequence[str]) -> float:
-    """Run a program and return the seconds that it took."""
-    return timed(lambda: subprocess.run(argv, check=True, stdout=subprocess.DEVNULL))
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Return the seconds that `work` took."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def in_turn(rounds: int, ours: Callable[[], float], rival: Callable[[], float]) -> tuple[float, float]:
-    """Take both figures in turn, after a round that does not count; return the medians."""
-    pairs = [(ours(), rival()) for _ in range(rounds + 1)][1:]
-    return statistics.median(pair[0] for pair in pairs), statistics.median(pair[1] for pair in pairs)
-
-
-def say(message: str) -> None:
-    """Tell what is measured now."""
-    print(f"bench: {message}", file=sys.stderr)
-
-
-def show(figures: Sequence[Figure]) -> None:
-    """Print the figures as a table."""
-    table = Table("figure", "vmmback", "rival", "unit", "ratio", "goal", "rounds", "note")
-    for figure in figures:
-        rival, ratio = (f"{value:.2f}" if value is not None else "-" for value in (figure.rival, figure.ratio))
-        row = (
-            figure.name,
-            f"{figure.ours:.2f}",
-            rival,
-            figure.unit,
-            ratio,
-            figure.goal,
-            str(figure.rounds),
-            figure.note,
-        )
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 if __name__ == "__main__":
