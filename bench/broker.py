@@ -31,6 +31,7 @@ _SMALL_READY = 200
 _CLIENTS = 20
 _CYCLES = 100
 _CYCLE_SIZE = 16 * MIB
+_CYCLE_READY = 10
 _VERDICT = re.compile(rb"vmmback: guest bench is (\w+) while it runs\n")
 
 
@@ -153,7 +154,7 @@ def _all_at_once(clients: Sequence[socket.socket]) -> list[float]:
         waiting.register(connection, select.POLLIN)
         started[connection.fileno()] = time.perf_counter()
         connection.sendall(_message("Acquire", size=_SMALL, purpose="bench"))
-    waits = []
+    waits, memories = [], []
     by_number = {connection.fileno(): connection for connection in clients}
     while by_number:
         for number, _ in waiting.poll():
@@ -161,8 +162,9 @@ def _all_at_once(clients: Sequence[socket.socket]) -> list[float]:
             waits.append(time.perf_counter() - started[number])
             waiting.unregister(number)
             assert "error" not in answer, answer
-            for descriptor in descriptors:
-                os.close(descriptor)
+            memories += descriptors
+    for descriptor in memories:
+        os.close(descriptor)
     return waits
 
 
@@ -173,10 +175,10 @@ def splits(folder: Path) -> Figure:
     """
     say(f"splits of {_CYCLES} leases")
     regions: set[int] = set()
-    with broker(folder, _CYCLE_SIZE, 1):
-        wait_until_filled()
+    with broker(folder, _CYCLE_SIZE, _CYCLE_READY):
+        wait_until_filled(_CYCLE_READY)
         before = direct_map_use.of().splits_2m
-        for _ in range(_CYCLES):
+        for cycle in range(1, _CYCLES + 1):
             with client() as connection:
                 answer, descriptors = call(connection, "Acquire", size=_CYCLE_SIZE, purpose="bench")
                 assert "error" not in answer, answer
@@ -186,7 +188,8 @@ def splits(folder: Path) -> Figure:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 call(connection, "Release", lease=answer["parameters"]["lease"])
-            wait_until_filled()
+            if cycle % _CYCLE_READY == 0:
+                wait_until_filled(_CYCLE_READY)
         pooled = (direct_map_use.of().splits_2m or 0) - (before or 0)
     before = direct_map_use.of().splits_2m
     for _ in range(_CYCLES):
