@@ -38,8 +38,7 @@ class Ram(ABC):
         self.size = size
         self.frames = array("Q")
         """The pagemap entries (procfs.pagemap) of all pages once they are prefaulted; secret RAM never moves."""
-        self.regions = frozenset[int]()
-        """The 2 MiB of the physical addresses (direct_map_use.region_numbers) that hold its pages once prefaulted."""
+        self._regions: frozenset[int] | None = None
         self.direct_map: tuple[direct_map_use.DirectMapUse, direct_map_use.DirectMapUse] | None = None
         """The host's direct map before and after the prefault; None until then."""
         self._descriptor = -1
@@ -63,6 +62,16 @@ class Ram(ABC):
     @abstractmethod
     def _create(self) -> int:
         """Return a close-on-exec descriptor of `size` bytes."""
+
+    @property
+    def regions(self) -> frozenset[int]:
+        """The 2 MiB of the physical addresses (direct_map_use.region_numbers) that hold its pages once prefaulted.
+
+        They are counted when they are first asked for: those of RAM that was lent hardly ever are.
+        """
+        if self._regions is None:
+            self._regions = frozenset(direct_map_use.region_numbers(self.frames))
+        return self._regions
 
     def fileno(self) -> int:
         """Return the descriptor. It stays this object's own."""
@@ -118,7 +127,7 @@ class Ram(ABC):
 
     async def _lies_in(self, frames: array[int]) -> None:
         self.frames = frames
-        self.regions = frozenset(await asyncio.to_thread(direct_map_use.region_numbers, frames))
+        self._regions = frozenset(await asyncio.to_thread(direct_map_use.region_numbers, frames))
 
     def _shunned(self) -> kernel_image.ImageRange | None:
         """Return the physical addresses where no page may lie, None if any place will do."""
@@ -221,7 +230,6 @@ class LentRam(SecretRam):
         self._lent = descriptor
         super().__init__(size)
         self.frames = frames
-        self.regions = frozenset(direct_map_use.region_numbers(frames))
 
     def _create(self) -> int:
         memlock.ensure(self.size)
