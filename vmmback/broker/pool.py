@@ -19,6 +19,7 @@ from vmmback.errors import VmmbackError
 from vmmback.ram import SecretRam
 
 _TRY_AGAIN_S = 5.0
+_WAIT_S = 1.0  # a guest that starts on what was taken has the processors first, as have others who come at once
 _NICEST = 19  # setpriority(2): whoever waits for memory goes first
 
 
@@ -90,6 +91,7 @@ class Pool:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._less.wait(), _TRY_AGAIN_S if lacking else None)
                 refused.clear()
+                await asyncio.sleep(_WAIT_S)
                 continue
             try:
                 seconds = await self._add(size)
