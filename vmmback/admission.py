@@ -13,8 +13,9 @@ import os
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmmback.errors import HostUnfit
 from vmmback.host.budget import Backing, Budget, with_page_tables
@@ -23,11 +24,15 @@ from vmmback.linux import cgroups, procfs, secret_use
 from vmmback.linux.secret_use import SecretFile
 from vmmback.runtime import BROKER, live_guests, runtime_folder
 
+if TYPE_CHECKING:
+    from asyncio import TimerHandle
+
 # Held for milliseconds; but many launches at once wait for each other, and for the processors.
 _LOCK_TIMEOUT_S = 120.0
 _PROMISE_FILE = "promise.json"
 # The file is written anew after so much more has been touched; until then that counts twice.
 _STEP_BYTES = 64 << 20
+_LATER_S = 0.05
 # What must be left besides for a guest whose RAM is there already: as little as the smallest guest.
 _LEAST_BYTES = 1 << 20
 
@@ -55,6 +60,7 @@ class Promise:
     def __init__(self, folder: Path, backing: Backing) -> None:
         self._file, self._backing = folder / _PROMISE_FILE, backing
         self._record = Record(os.getpid(), 0, 0, 0, [], backing)
+        self._later: TimerHandle | None = None
         self._before = 0  # touched when the RAM was added that is prefaulted now
 
     async def extend(self, size: int, group: str | None = None) -> None:
@@ -92,12 +98,19 @@ class Promise:
             self._write()
 
     def handed_on(self, size: int, inode: int) -> None:
-        """Say that `size` bytes, all present, in the file `inode`, are another's from now on."""
+        """Say that `size` bytes, all present, in the file `inode`, are another's from now on.
+
+        It is written a little later, once for all that are handed on at the same time, who do not wait for it: until
+        then these bytes may be in two records, but as touched in both. Call it in an event loop.
+        """
         self._record.size -= size
         self._record.touched -= size
         self._before -= size
         self._record.inodes.remove(inode)
-        self._tell()
+        if self._later is None:
+            import asyncio  # as in _lock
+
+            self._later = asyncio.get_running_loop().call_later(_LATER_S, self._tell)
 
     def touched(self, size: int) -> None:
         """Say that `size` bytes of what was promised last are present."""
@@ -140,9 +153,12 @@ class Promise:
 
     def _write(self) -> None:
         """Put a whole file in the place of the old one, so that nobody reads half of it. Raises HostUnfit."""
+        if self._later:
+            self._later.cancel()
+            self._later = None
         new = self._file.with_suffix(".new")
         try:
-            new.write_text(json.dumps(asdict(self._record)))
+            new.write_text(json.dumps(vars(self._record)))
             new.replace(self._file)
         except OSError as error:
             raise HostUnfit(
