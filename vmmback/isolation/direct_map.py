@@ -7,7 +7,7 @@ import mmap
 import os
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +19,7 @@ from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Observation, Verdict
 
 _CONTROL_PAGES = 64
+_ALIKE = 512  # pages whose entries are looked at together
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def guest_frames(target: Target, prefaulted: Mapping[int, array[int]]) -> array[
     frames = array("Q")
     for inode in target.ram:
         entries = pagemap_entries(target.pid, inode)
-        if len(earlier := prefaulted.get(inode, ())) == len(entries):
+        earlier = prefaulted.get(inode)
+        if earlier is not None and len(earlier) == len(entries):
             _fill(entries, 0, earlier)
         frames.extend(entries)
     return frames
@@ -196,11 +198,18 @@ def pagemap_entries(pid: int, inode: int) -> array[int]:
     return entries
 
 
-def _fill(entries: array[int], at: int, others: Sequence[int]) -> None:
+def _fill(entries: array[int], at: int, others: array[int]) -> None:
     """Take over what is present in another mapping: a page is present only in those through which it was touched."""
-    for index, entry in enumerate(others, at):
-        if not entries[index] & procfs.PRESENT:
-            entries[index] = entry
+    for start in range(0, len(others), _ALIKE):
+        other = others[start : start + _ALIKE]
+        first = at + start
+        here = entries[first : first + len(other)]
+        if not here[0] & procfs.PRESENT and here == here[:1] * len(here):  # QEMU has touched none of them: most often
+            entries[first : first + len(other)] = other
+            continue
+        for index, entry in enumerate(other, first):
+            if not entries[index] & procfs.PRESENT:
+                entries[index] = entry
 
 
 def _offset(mapping: procfs.Mapping) -> int:
