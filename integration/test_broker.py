@@ -29,8 +29,10 @@ from vmmback.admission import promises
 from vmmback.broker.config import BrokerConfig
 from vmmback.broker.pool import Pool
 from vmmback.broker.run import run as run_broker
+from vmmback.errors import HostUnfit
 from vmmback.linux import dumpable, procfs
 from vmmback.linux.direct_map import DirectMap
+from vmmback.ram import LentRam
 
 PROGRAM = [sys.executable, "-m", "vmmback"]
 NOBODY = 65534
@@ -556,3 +558,29 @@ def test_a_broker_ends_with_its_tasks(runtime_dir: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(dumpable, "forbid", lambda: None)
     with pytest.raises(KeyError, match="a mistake of ours"):
         asyncio.run(run_broker(BrokerConfig.model_validate({"pool": [{"size": "1MiB"}]}), print))
+
+
+def test_it_takes_no_socket_at_which_somebody_listens_and_whatever_the_umask_all_may_reach_its_own(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "socket"
+    monkeypatch.setenv("VMMBACK_BROKER", str(path))
+    brokers.socket = path
+    brokers.start("", "sh", "-c", 'umask 077; exec "$@"', "sh")
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o666, 0o755)
+    monkeypatch.setenv("VMMBACK_RUNTIME_DIR", str(tmp_path / "run2"))
+    second = run("broker", str(brokers.file))
+    assert second.returncode == 3
+    assert "another process listens at" in second.stderr
+    assert stats()["lent"] == 0
+    path.parent.chmod(0o777)
+    third = run("broker", str(brokers.file))
+    assert "others may write to it" in third.stderr
+
+
+def test_what_was_lent_is_closed_where_it_is_not_what_it_should_be() -> None:
+    descriptor = os.memfd_create("no-secret")
+    with pytest.raises(HostUnfit, match="instead of"):
+        LentRam(descriptor, TINY_BYTES, array("Q"))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(descriptor)

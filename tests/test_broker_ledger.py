@@ -26,6 +26,7 @@ def test_root_may_have_any_amount_and_a_stranger_nothing() -> None:
     book = ledger(RULE)
     for _ in range(100):
         lend(book, ROOT, 1 << 40)
+    assert not book._recent, "root's leases are remembered though nobody asks"
     with pytest.raises(NotAllowed, match="uid 1001 may not borrow secret RAM"):
         lend(book, BOB)
 

@@ -228,7 +228,12 @@ class LentRam(SecretRam):
     def __init__(self, descriptor: int, size: int, frames: array[int]) -> None:
         """Take over its descriptor, and the pagemap entries of its pages. Raises HostUnfit where it is not that."""
         self._lent = descriptor
-        super().__init__(size)
+        try:
+            super().__init__(size)
+        except BaseException:
+            if self._lent >= 0:  # else it was closed as any Ram's is
+                os.close(self._lent)
+            raise
         self.frames = frames
 
     def _create(self) -> int:
@@ -239,7 +244,8 @@ class LentRam(SecretRam):
                 f"the broker lent {size >> 20} MiB of {link} instead of {self.size >> 20} MiB of secret RAM",
                 "is it the broker of this host, and of this version?",
             )
-        return self._lent
+        lent, self._lent = self._lent, -1
+        return lent
 
 
 class OrdinaryRam(Ram):

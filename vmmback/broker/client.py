@@ -103,13 +103,15 @@ async def connected() -> AsyncIterator[Lender | None]:
     try:
         try:
             with socket_address(path) as address:
-                await asyncio.get_running_loop().sock_connect(connection, address)
+                await _connect(connection, address)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError, PermissionError):
             connection.close()
             yield None
             return
-        except OSError as error:
-            raise HostUnfit(f"the broker at {path} cannot be reached: {error.strerror}", "is it stopped?") from error
+        except OSError as error:  # TimeoutError is one
+            raise HostUnfit(
+                f"the broker at {path} cannot be reached: {error.strerror or error!r}", "is it stopped?"
+            ) from error
         _check_owner(path, peer.of(connection).uid)
         protocol = Client()
         transport = VarlinkTransport(asyncio.get_running_loop(), connection, connection, protocol)
@@ -122,6 +124,15 @@ async def connected() -> AsyncIterator[Lender | None]:
     finally:
         transport.close()
         await transport.closed_future
+
+
+async def _connect(connection: socket.socket, address: str) -> None:
+    """Connect; where many others wait, that is EAGAIN (unix(7)), which asyncio takes for a connection."""
+    async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+        while True:
+            with suppress(BlockingIOError):
+                return connection.connect(address)
+            await asyncio.sleep(0.01)
 
 
 def _check_owner(path: Path, uid: int) -> None:

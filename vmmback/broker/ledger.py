@@ -87,7 +87,8 @@ class Ledger:
     def add(self, lease: Lease, now_s: float) -> None:
         """Write a lease down."""
         self._leases[lease.number] = lease
-        self._recent[lease.uid].append(now_s)
+        if lease.uid:  # root's are not looked at, and would only grow
+            self._recent[lease.uid].append(now_s)
         self.lent += 1
 
     def end(self, number: int, caller: Caller | None = None) -> Lease | None:

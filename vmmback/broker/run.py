@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -25,7 +26,7 @@ from vmmback.notify import notify
 from vmmback.runtime import BROKER, guest_folder, socket_address
 
 _BACKLOG = 128
-_FOR_ALL = 0o666  # who may borrow is for the broker to say: it knows its callers
+_NOT_EXECUTABLE = 0o111  # else for all: who may borrow is for the broker to say, which knows its callers
 
 
 async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
@@ -63,11 +64,17 @@ def _listening() -> Iterator[socket.socket]:
     path = socket_path()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         try:
-            path.parent.mkdir(mode=0o755, exist_ok=True)
+            if not path.parent.exists():
+                path.parent.mkdir()
+                path.parent.chmod(0o755)  # whatever the umask
+            _check_folder(path.parent)
             _remove_stale(path)
-            with socket_address(path) as address:
-                listening.bind(address)
-            path.chmod(_FOR_ALL)
+            umask = os.umask(_NOT_EXECUTABLE)  # chmod(2) would come too late, and follow a link
+            try:
+                with socket_address(path) as address:
+                    listening.bind(address)
+            finally:
+                os.umask(umask)
         except OSError as error:
             raise HostUnfit(
                 f"the broker's socket {path} cannot be made: {error.strerror}",
@@ -80,8 +87,27 @@ def _listening() -> Iterator[socket.socket]:
             path.unlink(missing_ok=True)
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise HostUnfit where others could put a socket of their own, or a link, in the place of the broker's."""
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise HostUnfit(
+            f"the folder of the broker's socket, {folder}, belongs to another user, or others may write to it",
+            "set VMMBACK_BROKER to a path in a folder of root's (mode 0755)",
+        )
+
+
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a broker that was killed: the lock of its folder is ours, so nobody listens at it."""
+    """Remove the socket of a broker that was killed. Raises HostUnfit where somebody listens at it: systemd, say."""
     with suppress(FileNotFoundError):
-        if stat.S_ISSOCK(path.lstat().st_mode):
-            path.unlink()
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return
+        with socket.socket(socket.AF_UNIX) as connection, socket_address(path) as address:
+            connection.setblocking(False)
+            if connection.connect_ex(address) == errno.ECONNREFUSED:
+                path.unlink()
+                return
+        raise HostUnfit(
+            f"another process listens at {path}",
+            "end it first: `systemctl stop vmmback-broker.socket`, if it is systemd",
+        )
