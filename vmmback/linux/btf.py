@@ -42,12 +42,18 @@ class Btf:
         self._strings = length + strings
         self._strings_end = self._strings + strings_length
         self._types = array("I", [0])  # type 0 is void and is not stored
-        at, end = length + types, length + types + types_length
+        # There are 100,000 and more, so this is kept short: in words of 4 bytes, of which all parts are made.
+        words = memoryview(self._data)[length + types : length + types + types_length].cast("I")
+        fixed = [(_TYPE.size + _FIXED.get(kind, 0)) // 4 for kind in range(32)]
+        each = [_EACH.get(kind, 0) // 4 for kind in range(32)]
+        starts = []
+        at, end = 0, len(words)
         while at < end:
-            self._types.append(at)
-            info = int.from_bytes(self._data[at + 4 : at + 8], sys.byteorder)
+            starts.append(length + types + at * 4)
+            info = words[at + 1]
             kind = info >> 24 & 0x1F
-            at += _TYPE.size + _FIXED.get(kind, 0) + _EACH.get(kind, 0) * (info & 0xFFFF)
+            at += fixed[kind] + each[kind] * (info & 0xFFFF)
+        self._types.extend(starts)
         self._found: dict[tuple[str, int], int] = {}
 
     def size(self, structure: str) -> int:
@@ -91,8 +97,9 @@ class Btf:
     def _number(self, name: str, kind: int) -> int:
         if (name, kind) not in self._found:
             names = self._names(name)
+            unpack, data = _TYPE.unpack_from, self._data
             for number, at in enumerate(self._types[1:], 1):
-                name_at, info, _ = _TYPE.unpack_from(self._data, at)
+                name_at, info, _ = unpack(data, at)
                 if name_at in names and info >> 24 & 0x1F == kind:
                     self._found[name, kind] = number
                     break
