@@ -13,7 +13,7 @@ what it frees (free_initmem() of arch/arm64/mm/init.c), and names no `Kernel bss
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -27,6 +27,7 @@ _MAP_START = 0xFFFF_FFFF_8000_0000
 _MAP_BYTES = 1 << 30
 _ALIGN = 2 << 20
 _ADDRESSES = 1 << 64
+_TOGETHER = 512  # pagemap entries that are looked at together
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,20 @@ def image_range() -> ImageRange | None:
     return ImageRange(start, end, parts["code"][0], parts["rodata"][0])
 
 
-def frames_in(image: ImageRange, entries: Iterable[int]) -> array[int]:
+def frames_in(image: ImageRange, entries: Sequence[int]) -> array[int]:
     """Return those raw pagemap entries that are present in frames of the range."""
     first, end = image.start // PAGE_SIZE, image.end // PAGE_SIZE
-    return array("Q", [entry for entry in entries if first <= entry & procfs.PFN_MASK < end and entry & procfs.PRESENT])
+    found = array("Q")
+    for start in range(0, len(entries), _TOGETHER):
+        part = entries[start : start + _TOGETHER]
+        least, most = min(part), max(part)
+        # Where all have the same flags, the least and the greatest have the least and the greatest frame.
+        if least & ~procfs.PFN_MASK == most & ~procfs.PFN_MASK and not (
+            first <= most & procfs.PFN_MASK and least & procfs.PFN_MASK < end
+        ):
+            continue
+        found.extend(e for e in part if first <= e & procfs.PFN_MASK < end and e & procfs.PRESENT)
+    return found
 
 
 def mapping(direct_map: AnyReader, image: ImageRange) -> AnyReader:
