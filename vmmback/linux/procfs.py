@@ -259,11 +259,14 @@ def _mapping(line: str) -> Mapping | None:
     )
 
 
+_HEX_DIGITS = frozenset("0123456789abcdef")
+
+
 def _detailed(lines: Iterable[str]) -> Iterator[DetailedMapping]:
     head: Mapping | None = None
     sizes: dict[str, int] = {}
     for line in lines:
-        if mapping := _mapping(line):
+        if line[:1] in _HEX_DIGITS and (mapping := _mapping(line)):  # else a name, with a capital letter
             head, sizes = mapping, {}
         elif head is not None and line.startswith("VmFlags:"):  # the last line of each VMA
             yield DetailedMapping(**vars(head), sizes=sizes, flags=frozenset(line.split()[1:]))
