@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import compileall
 import ctypes
 import hashlib
 import json
@@ -24,6 +25,7 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import vmmback
 from bench import broker
 from bench import direct_map as bench_direct_map
 from bench.figures import MIB, Figure, in_turn, run_s, say, show, timed
@@ -46,6 +48,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often each figure is taken (default 7)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
+    # An installed package has its bytecode; one that runs from its sources may be kept from writing it.
+    compileall.compile_dir(Path(vmmback.__file__).parent, quiet=1)
     with tempfile.TemporaryDirectory(prefix="vmmback-bench-") as folder:
         os.environ |= {"VMMBACK_RUNTIME_DIR": f"{folder}/run", "VMMBACK_BROKER": f"{folder}/broker"}
         figures = list(measure(Path(folder), arguments.rounds))
