@@ -77,17 +77,17 @@ async def borrow(config: GuestConfig, note: Callable[[str], None], stack: AsyncE
     """Borrow a guest's RAM as long as `stack` lasts; None where no broker runs, or has none ready, or may lend none.
 
     Nor where its file speaks against it: RAM that is there was paid for by the broker's memory cgroup, not by one that
-    the file names. `note` is told why the broker lends nothing to this user. Raises HostUnfit as `connected`.
+    the file names. `note` is told why the broker lends nothing, or that it does not answer.
     """
     memory = config.memory
     if memory.backing != "secret" or not memory.prefault or config.process.cgroup is not None:
         return None
-    lender = await stack.enter_async_context(connected())
-    if lender is None:
-        return None
     try:
+        lender = await stack.enter_async_context(connected())
+        if lender is None:
+            return None
         return await stack.enter_async_context(lender.borrowed(memory.size, f"guest {config.name}"))
-    except AdmissionRefused as error:
+    except (AdmissionRefused, HostUnfit) as error:
         note(f"the broker lends nothing: {error.message}")
         return None
 
