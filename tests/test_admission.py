@@ -213,6 +213,16 @@ def test_what_another_process_of_a_guest_maps_is_the_guest_s_also_when_its_qemu_
 
 
 @pytest.mark.usefixtures("qemu")
+def test_what_the_broker_has_lent_is_there_whoever_maps_it_until_the_lease_ends() -> None:
+    """A borrower of another user has no record here, and his QEMU has touched next to nothing of it."""
+    mapped = {7: SecretFile(256 * MIB, 0, frozenset({99}))}
+    pool = replace(record(1, 64 * MIB, 16 * MIB), inodes=[8], lent=[7])
+    assert outstanding([pool], mapped) == with_page_tables(48 * MIB)  # what it fills
+    assert admission.settled([pool]) == {7}
+    assert outstanding([replace(pool, lent=[])], mapped) == with_page_tables(48 * MIB) + 257 * MIB
+
+
+@pytest.mark.usefixtures("qemu")
 def test_secret_ram_of_others_counts_as_far_as_it_is_mapped_and_not_present() -> None:
     mapped = {7: SecretFile(256 * MIB, 0, frozenset({50}))}
     assert outstanding([record(1, 16 * MIB, 16 * MIB)], mapped) == 257 * MIB
@@ -235,7 +245,7 @@ def test_a_promise_is_a_file_of_the_guest_s_folder_and_tells_how_much_is_touched
         promise = asyncio.run(admission.admit(folder, 256 * MIB, "secret"))
         first = {"pid": os.getpid(), "size": 256 * MIB, "touched": 0, "overhead": 104 * MIB, "inodes": []}
         first["group"] = cgroups.path_of("self")
-        assert told() == first | {"backing": "secret"}
+        assert told() == first | {"backing": "secret", "lent": []}
         promise.touched(2 * MIB)  # so little is not worth a file
         assert told()["touched"] == 0
         promise.touched(64 * MIB)

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,8 @@ _LEAST_BYTES = 1 << 20
 class Record:
     """What a supervisor was promised for its guest, in bytes; `touched` of `size` are present, as far as it knows.
 
-    `inodes` are the files of the guest's RAM, once its processes run. `group` is the path of the memory cgroup that
+    `inodes` are the files of the guest's RAM, once its processes run; `lent` are those that the broker has lent, all
+    present, whose borrowers need have no record. `group` is the path of the memory cgroup that
     pays for it.
     """
 
@@ -52,6 +53,7 @@ class Record:
     inodes: list[int]
     backing: Backing = "secret"
     group: str = "/"
+    lent: list[int] = field(default_factory=list)
 
 
 class Promise:
@@ -107,10 +109,15 @@ class Promise:
         self._record.touched -= size
         self._before -= size
         self._record.inodes.remove(inode)
+        self._record.lent.append(inode)
         if self._later is None:
             import asyncio  # as in _lock
 
             self._later = asyncio.get_running_loop().call_later(_LATER_S, self._tell)
+
+    def ended(self, inode: int) -> None:
+        """Say that a file is lent no more: who maps it still is a stranger."""
+        self._record.lent.remove(inode)
 
     def touched(self, size: int) -> None:
         """Say that `size` bytes of what was promised last are present."""
@@ -219,8 +226,12 @@ def _related(one: str, other: str) -> bool:
 
 
 def settled(records: Iterable[Record]) -> set[int]:
-    """Return the inodes of the guests that have touched all that they were promised."""
-    return {inode for record in records if record.touched >= record.size for inode in record.inodes}
+    """Return the inodes of the guests that have touched all that they were promised, and of what is lent."""
+    return {
+        inode
+        for record in records
+        for inode in (*record.lent, *(record.inodes if record.touched >= record.size else ()))
+    }
 
 
 def promises() -> dict[str, Record]:
@@ -239,7 +250,7 @@ def outstanding(records: Collection[Record], files: Mapping[int, SecretFile]) ->
     of that: QEMU, or the process that prefaults. What else these map keeps no promise: other RAM blocks, and what a
     prefault sets aside, which is given back.
     """
-    owned = {inode for record in records for inode in record.inodes}
+    owned = {inode for record in records for inode in (*record.inodes, *record.lent)}
     for record in records:
         if not record.inodes or record.touched < record.size:
             family = {record.pid, *procfs.children(record.pid)}

@@ -56,8 +56,9 @@ class Pool:
                 return memory
         return None
 
-    def fill(self) -> None:
-        """Look again what is missing: memory was given back."""
+    def ended(self, inode: int) -> None:
+        """Look again what is missing: the lease of a file has ended, and its memory may be free."""
+        self._promise.ended(inode)
         self._less.set()
 
     @asynccontextmanager

@@ -122,12 +122,13 @@ class Broker:
 
     def end(self, number: int, caller: Caller | None = None) -> bool:
         """End a lease that `caller` may end, whoever for None; tell whether there was one."""
-        if self.ledger.end(number, caller) is None:
+        lease = self.ledger.end(number, caller)
+        if lease is None:
             return False
+        self.pool.ended(lease.inode)
         watched = self._watched.pop(number)
         asyncio.get_running_loop().remove_reader(watched)
         os.close(watched)
-        self.pool.fill()
         return True
 
     def close(self) -> None:
