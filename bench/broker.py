@@ -128,7 +128,10 @@ def _read_until(stream: Any, wanted: re.Pattern[bytes]) -> re.Match[bytes]:
 
 
 def acquire(folder: Path, rounds: int) -> Iterator[Figure]:
-    """Let 20 clients ask at the same moment, again and again, until the pool is used up; it has no rival."""
+    """Let 20 clients ask at the same moment, again and again, until the pool is used up; it has no rival.
+
+    They are connected before.
+    """
     say(f"{_CLIENTS} clients at once")
     waits: list[float] = []
     with broker(folder, _SMALL, _SMALL_READY):
@@ -136,6 +139,8 @@ def acquire(folder: Path, rounds: int) -> Iterator[Figure]:
             wait_until_filled(_SMALL_READY)
             with ExitStack() as stack:
                 clients = [stack.enter_context(client()) for _ in range(_CLIENTS)]
+                for connection in clients:
+                    call(connection, "Stats")  # so that it is accepted
                 for _ in range(_SMALL_READY // _CLIENTS):
                     waits += _all_at_once(clients)
     found = statistics.quantiles((wait * 1000 for wait in waits), n=100)
