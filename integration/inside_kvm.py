@@ -29,9 +29,9 @@ def _probed() -> dict[str, Any]:
     for name in MODULES:
         _load(f"/modules/{name}.ko")
     return {
-        "ordinary": vars(_run(os.memfd_create("ordinary"))),
-        "secret": vars(_run(memfd_secret())),
-        "answer": vars(kvm.can_map_secret_ram(timeout_s=60)),
+        "ordinary": _run(os.memfd_create("ordinary"))._asdict(),
+        "secret": _run(memfd_secret())._asdict(),
+        "answer": kvm.can_map_secret_ram(timeout_s=60)._asdict(),
     }
 
 

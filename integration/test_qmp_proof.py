@@ -123,7 +123,9 @@ def test_ordinary_ram_that_is_said_to_be_secret(
         backing = "secret"
 
         def _create(self) -> int:
-            return os.memfd_create("vmmback-impostor", os.MFD_CLOEXEC)
+            descriptor = os.memfd_create("vmmback-impostor", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, self.size)
+            return descriptor
 
     def allocate(_: Backing, size: int) -> ram.Ram:
         return Impostor(size)

@@ -9,9 +9,8 @@ import os
 import resource
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import arch, namespaces, procfs
@@ -44,7 +43,8 @@ _ROOT_OPTIONS = "size=4m,nr_inodes=256,mode=755"
 _DEV_OPTIONS = "size=4k,nr_inodes=16,mode=755"
 
 
-class Jail(NamedTuple):
+@dataclass(frozen=True)
+class Jail:
     """What one QEMU gets: ids, files (their place in the jail -> their path here), and bytes of locked memory.
 
     `host_network` leaves it this network namespace, `kvm` adds /dev/kvm. `root` is a folder of the guest's that is
