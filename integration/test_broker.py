@@ -26,11 +26,12 @@ from integration import capabilities
 from integration.conftest import MIB, ROOT, TINY_BYTES, eventually, guest_file
 from integration.test_memlock import unprivileged
 from vmmback.admission import promises
+from vmmback.broker import client as broker_client
 from vmmback.broker.config import BrokerConfig
 from vmmback.broker.pool import Pool
 from vmmback.broker.run import run as run_broker
 from vmmback.errors import HostUnfit
-from vmmback.linux import dumpable, procfs
+from vmmback.linux import dumpable, peer, procfs
 from vmmback.linux.direct_map import DirectMap
 from vmmback.ram import LentRam
 
@@ -168,9 +169,11 @@ def test_a_guest_runs_isolated_on_ram_that_was_ready_and_it_is_counted_once(
         assert (lease["size"], lease["uid"], lease["purpose"]) == (TINY_BYTES, 0, f"guest {name}")
         eventually(filled, "the pool is filled again", timeout_s=60)
         assert ready not in promises()[".broker"].inodes
+        assert promises()[".broker"].lent == [ready]
     finally:
         assert run("stop", name, "--kill").returncode == 0
     eventually(lambda: stats()["leases"] == 0, "the lease has ended", timeout_s=60)
+    eventually(lambda: promises()[".broker"].lent == [], "nothing is told as lent", timeout_s=60)
     assert stats()["lent"] == 1
 
 
@@ -374,6 +377,22 @@ def test_a_guest_outlives_the_broker_and_the_next_one_starts_where_it_was(broker
     assert json.loads(audited.stdout)["verdict"] == "isolated", audited.stderr
     assert run("stop", name, "--kill").returncode == 0
     assert filled()
+
+
+@pytest.mark.usefixtures("open_socket")
+def test_another_users_broker_is_not_trusted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is made to say that it is: nobody but root can be whom this test's broker belongs to."""
+    brokers: Brokers = request.getfixturevalue("brokers")
+    brokers.start(pool())
+
+    async def reached() -> bool:
+        async with broker_client.connected() as lender:
+            return lender is not None
+
+    assert asyncio.run(reached())
+    monkeypatch.setattr(peer, "of", lambda _: peer.Peer(1, NOBODY, NOBODY))
+    with pytest.raises(HostUnfit, match=f"is a process of uid {NOBODY}, who could read the guest"):
+        asyncio.run(reached())
 
 
 def test_a_second_broker_of_a_host_is_refused(brokers: Brokers) -> None:

@@ -110,14 +110,12 @@ class Promise:
         self._before -= size
         self._record.inodes.remove(inode)
         self._record.lent.append(inode)
-        if self._later is None:
-            import asyncio  # as in _lock
-
-            self._later = asyncio.get_running_loop().call_later(_LATER_S, self._tell)
+        self._tell_later()
 
     def ended(self, inode: int) -> None:
-        """Say that a file is lent no more: who maps it still is a stranger."""
+        """Say that a file is lent no more: who maps it still is a stranger. It is written as what is handed on."""
         self._record.lent.remove(inode)
+        self._tell_later()
 
     def touched(self, size: int) -> None:
         """Say that `size` bytes of what was promised last are present."""
@@ -152,6 +150,12 @@ class Promise:
         self._record.size -= size
         self._record.touched = min(self._record.touched, self._before)
         self._tell()
+
+    def _tell_later(self) -> None:
+        if self._later is None:
+            import asyncio  # as in _lock
+
+            self._later = asyncio.get_running_loop().call_later(_LATER_S, self._tell)
 
     def _tell(self) -> None:
         """Write what others can do without: that less is promised and untouched than the file says."""
