@@ -243,7 +243,7 @@ def test_daemons_that_stand_still_are_ended_before_the_frames_are_looked_at(
         supervisor.process.send_signal(signum)
     ended = supervisor.ended()
     assert not daemons & processes_of(runtime_dir).keys()  # a zombie is none
-    report = IsolationReport.model_validate_json(ended.stdout)
+    report = IsolationReport.from_json(ended.stdout)
     freed = report.probes[-1]
     assert (freed.name, freed.verdict) == ("freed-frames", Verdict.BLOCKED), freed
     assert int(freed.detail.split()[0]) > 16384, freed  # most of 32768 are zero: they were freed

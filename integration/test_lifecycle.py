@@ -136,7 +136,7 @@ def test_a_guest_is_started_on_a_terminal_and_outlives_it(
     follower.wait_for("READY")
     ended = run("stop", name, "--timeout", "200ms", "--json")
     assert ended.code == 0, ended.stderr
-    report = IsolationReport.model_validate_json(ended.stdout)
+    report = IsolationReport.from_json(ended.stdout)
     assert report.verdict == "isolated"
     assert report.probes[-1].name == "freed-frames"
     assert report.denied_commands == {"pmemsave": 1}
@@ -160,7 +160,7 @@ def test_no_such_guest_names_the_live_ones(tmp_path: Path, runtime_dir: Path, co
 
 def test_the_json_of_a_detached_launch_is_its_report_and_unvalidated_it_is_null(tmp_path: Path) -> None:
     ended = run("launch", guest_file(tmp_path), "--detach", "--json")
-    assert IsolationReport.model_validate_json(ended.stdout).verdict == "isolated"
+    assert IsolationReport.from_json(ended.stdout).verdict == "isolated"
     file = guest_file(tmp_path, ready=NEVER)
     ended = run("launch", file, "--detach", "--json", "--no-validate")
     assert (ended.code, ended.stdout) == (0, "null\n"), ended.stderr
@@ -340,7 +340,7 @@ def test_two_stops_of_a_guest_that_ignores_its_power_button(tmp_path: Path, runt
     both = [hasty, patient.ended(10)]
     assert [ended.code for ended in both] == [0, 0]
     assert both[0].stdout == both[1].stdout
-    assert IsolationReport.model_validate_json(both[0].stdout).probes[-1].name == "freed-frames"
+    assert IsolationReport.from_json(both[0].stdout).probes[-1].name == "freed-frames"
     all_is_gone(runtime_dir)
 
 
@@ -432,7 +432,7 @@ def test_fifty_guests_are_started_at_once_listed_and_stopped(tmp_path: Path, run
     assert min(seconds) < 3, seconds  # ./dev bench has the figure
 
     answers = ask_all([runtime_dir / file.stem for file in files], "Stop", {"timeout_s": 0.1}, 60)
-    reports = [IsolationReport.model_validate(answer["report"]) for answer in answers if isinstance(answer, dict)]
+    reports = [IsolationReport.of(answer["report"]) for answer in answers if isinstance(answer, dict)]
     assert [report.verdict for report in reports] == ["isolated"] * MANY, answers
     all_is_gone(runtime_dir)
     assert listed() == {}

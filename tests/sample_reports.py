@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from vmmback.report import (
     DirectMap,
     Drift,
@@ -99,9 +101,7 @@ def q35_map(ram_mib: int = 256, backing: str = "secretmem") -> tuple[MapRange, .
         rows.append((1 << 32, (1 << 32) + (ram_mib - 2048) * MIB - 1, "ram", ram, True))
     none = {"block": "", "backing": "none"}
     return tuple(
-        MapRange.model_validate(
-            {"first": first, "last": last, "kind": kind, "guest_writable": writable, **none, **fields}
-        )
+        MapRange.of({"first": first, "last": last, "kind": kind, "guest_writable": writable, **none, **fields})
         for first, last, kind, fields, writable in rows
     )
 
@@ -233,7 +233,7 @@ def exposed_report() -> IsolationReport:
 
 def bare_report() -> IsolationReport:
     """Return a report of a guest that was not validated, without any field that may be absent."""
-    host = HOST.model_copy(update={"settings": ()})
+    host = replace(HOST, settings=())
     memory = Memory(size=256 * MIB, secret=256 * MIB, present_pages=0, checked_pages=0, readable_pages=0)
     absent: dict[str, Any] = {
         "probes": (),
@@ -292,7 +292,7 @@ def hostile_setting(text: str) -> HostSetting:
 
 def vector(name: str, verdict: Verdict = Verdict.BLOCKED, **fields: Any) -> VectorResult:
     """Return what a self-test saw of one vector."""
-    return VectorResult.model_validate(
+    return VectorResult.of(
         {
             "name": name,
             "kind": "probe",

@@ -23,10 +23,10 @@ from vmmback.cli.audit import audit
 from vmmback.cli.files import ReportFiles
 from vmmback.cli.output import finish
 from vmmback.errors import AdmissionRefused, HostUnfit, NoSuchGuest, QemuFailed, UsageError, VmmbackError
-from vmmback.report import IsolationReport, SelftestReport, Verdict
+from vmmback.report import GuestVerdict, IsolationReport, SelftestReport, Verdict
 from vmmback.selftest import Progress
 
-INCONCLUSIVE = guest_report(verdict="inconclusive", reasons=("tracer: did not run",))
+INCONCLUSIVE = guest_report(verdict=GuestVerdict.INCONCLUSIVE, reasons=("tracer: did not run",))
 FAILED = selftest_report(vector("file-read", Verdict.READABLE))
 UNSURE = selftest_report(vector("file-read", Verdict.INCONCLUSIVE))
 PASSED = selftest_report()
@@ -115,7 +115,7 @@ def test_the_exit_code_tells_the_verdict_or_the_error(
     if isinstance(answer, VmmbackError):
         assert (out, err) == ("", f"vmmback: error: {answer.message}\n")
     elif options:
-        assert (IsolationReport.model_validate_json(out), err) == (answer, "")
+        assert (IsolationReport.from_json(out), err) == (answer, "")
     else:
         assert "direct-map" in out
         assert err == ""
@@ -231,7 +231,7 @@ def test_the_exit_code_of_a_selftest(
     monkeypatch.setattr(vmmback.selftest, "selftest", selftest)
     exit_code, out, err = run("selftest", "--json", "--html", tmp_path / "page", "--junit", tmp_path / "xml")
     assert (exit_code, err) == (code, "")
-    assert SelftestReport.model_validate_json(out) == report
+    assert SelftestReport.from_json(out) == report
     assert report.verdict in (tmp_path / "page").read_text()
     assert (tmp_path / "xml").exists()
     assert run("selftest")[0] == code
@@ -332,7 +332,7 @@ def test_grow_tells_what_is_there_now_and_the_verdict(
         return
     assert f"guest demo has {answer.memory.size >> 20} MiB of RAM now" in err
     if options:
-        assert IsolationReport.model_validate_json(out) == answer
+        assert IsolationReport.from_json(out) == answer
     else:
         assert answer.verdict.value in out
 

@@ -536,7 +536,7 @@ def test_the_last_word_reaches_who_asked_to_stop_though_the_socket_ends(
                 await made.asked.wait()
                 made.over.set()
             for answer in await asyncio.gather(*stops):
-                assert IsolationReport.model_validate(answer["report"]) == REPORT
+                assert IsolationReport.of(answer["report"]) == REPORT
         assert made.stops == [(parameters.get("timeout_s"), parameters.get("kill", False))] * 2
 
     asyncio.run(staged())

@@ -154,7 +154,7 @@ def test_what_becomes_readable_is_one_drift_and_stays(scene: Scene) -> None:
     assert [readable(report) for report in (second, third, fourth)] == [{"holders"}] * 3
     assert fourth.verdict is GuestVerdict.EXPOSED
     assert scene.watcher.drifts == [drift]
-    assert scene.clients.events == [{"event": DRIFT_EVENT, "data": drift.model_dump()}]
+    assert scene.clients.events == [{"event": DRIFT_EVENT, "data": drift.as_tables()}]
     assert scene.guest.exposed.is_set()
 
 
@@ -212,7 +212,7 @@ def test_that_a_guest_ends_while_it_is_examined_says_nothing_against_it(scene: S
 def test_another_one_who_holds_the_ram_is_another_drift(scene: Scene) -> None:
     first, second = evidence("holders"), evidence("holders")
     other = tuple(
-        replace(seen, detail="process 2") if seen.probe == "holders" else seen for seen in second.observations
+        seen._replace(detail="process 2") if seen.probe == "holders" else seen for seen in second.observations
     )
     *_, last = scene.examine(evidence(), first, first, replace(second, observations=other))
     assert [drift.detail for drift in last.drifts][1:] == ["process 2"]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.sample_reports import (
     DOCS,
@@ -109,13 +110,12 @@ PAGES = {
     "hostile": guest_page(hostile_report(" ".join(HOSTILE)), DOCS),
     "selftest": selftest_page(selftest_report()),
     "empty selftest": selftest_page(
-        selftest_report().model_copy(
-            update={
-                "vectors": (),
-                "settings": (),
-                "verdict": SelftestVerdict.INCONCLUSIVE,
-                "reasons": ("no probe was blocked",),
-            }
+        replace(
+            selftest_report(),
+            vectors=(),
+            settings=(),
+            verdict=SelftestVerdict.INCONCLUSIVE,
+            reasons=("no probe was blocked",),
         )
     ),
 }
@@ -230,7 +230,7 @@ def test_the_page_of_a_guest_that_was_not_validated_claims_nothing() -> None:
 def test_the_hunt_is_told_beside_the_map() -> None:
     assert_has(section(PAGES["exposed"], "map"), "16,128 copies of the hunt's needle in the guest's frames")
     assert_has(section(PAGES["isolated"], "map"), "no copy of the hunt's needle in the guest's frames")
-    nothing = hunt(0).model_copy(update={"hits": 0, "places": ()})
+    nothing = replace(hunt(0), hits=0, places=())
     assert_has(section(guest_page(guest_report(hunt=nothing)), "hunt"), "No copy was found.")
 
 
@@ -255,7 +255,7 @@ def test_what_a_host_chose_adds_no_element_and_no_attribute(hostile: str) -> Non
         report = SelftestReport(
             verdict=SelftestVerdict.FAILED,
             reasons=(text,),
-            vectors=(evil, evil.model_copy(update={"kind": "exposure"}), vector(text, Verdict.READABLE, detail=text)),
+            vectors=(evil, replace(evil, kind="exposure"), vector(text, Verdict.READABLE, detail=text)),
             settings=(hostile_setting(text),),
             host=selftest_report().host,
             seconds=1.0,

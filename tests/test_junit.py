@@ -9,6 +9,7 @@ import junitparser
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.sample_reports import (
     HOSTILE,
@@ -121,7 +122,7 @@ def test_what_two_have_by_one_name_are_two_tests() -> None:
     report = guest_report()
     network = [Exposure(name="network", holders="root", detail=f"nic {number}") for number in (0, 1)]
     drifts = [Drift(at="2026-01-01T00:00:00Z", probe="tracer", detail=text) for text in ("one", "two")]
-    document = guest_xml(report.model_copy(update={"exposures": tuple(network), "drifts": tuple(drifts)}))
+    document = guest_xml(replace(report, exposures=tuple(network), drifts=tuple(drifts)))
     names = [(case.attrib["classname"], case.attrib["name"]) for case in ET.fromstring(document).iter("testcase")]
     assert len(names) == len(set(names))
     assert {name for place, name in names if place.endswith("exposures")} == {"network", "network (2)"}
@@ -129,7 +130,7 @@ def test_what_two_have_by_one_name_are_two_tests() -> None:
 
 
 def test_what_qemu_is_and_should_not_be_is_its_output() -> None:
-    document = guest_xml(guest_report().model_copy(update={"process": process(lacking=("it may dump core",))}))
+    document = guest_xml(replace(guest_report(), process=process(lacking=("it may dump core",))))
     (case,) = [case for case in ET.fromstring(document).iter("testcase") if case.attrib["name"] == "qemu"]
     assert case.attrib["classname"].endswith(".process")
     assert "not as it should be: it may dump core" in (case.findtext("system-out") or "")
@@ -138,9 +139,7 @@ def test_what_qemu_is_and_should_not_be_is_its_output() -> None:
 def test_a_self_test_says_why_it_did_not_pass() -> None:
     failed = ET.fromstring(DOCUMENTS["failed selftest"])
     assert failed.findtext(".//testcase[@name='verdict']/failure") == "verdict: failed\nevil: evil: readable"
-    empty = selftest_report().model_copy(
-        update={"verdict": SelftestVerdict.INCONCLUSIVE, "reasons": ("no probe was blocked",)}
-    )
+    empty = replace(selftest_report(), verdict=SelftestVerdict.INCONCLUSIVE, reasons=("no probe was blocked",))
     assert "no probe was blocked" in (ET.fromstring(selftest_xml(empty)).findtext(".//error") or "")
 
 

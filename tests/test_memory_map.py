@@ -60,9 +60,7 @@ def test_a_larger_range_is_not_drawn_lower_and_every_height_is_in_the_style_shee
 def test_what_is_not_known_to_be_secret_is_drawn_as_ordinary(
     kind: str, backing: str, guest_writable: bool, look: str
 ) -> None:
-    one = MapRange.model_validate(
-        {**ram(0, 1).model_dump(), "kind": kind, "backing": backing, "guest_writable": guest_writable}
-    )
+    one = MapRange.of({**ram(0, 1).as_tables(), "kind": kind, "backing": backing, "guest_writable": guest_writable})
     assert memory_map.look(one) == look
     assert f".{look} {{ background: " in STYLE
 

@@ -148,7 +148,7 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
             raise Failed(message=error.message, hint=error.hint) from error
         except (OSError, MemoryError, RuntimeError) as error:  # out of descriptors, memory or threads, say
             raise Failed(message=f"the guest could not be examined: {error}", hint="") from error
-        return report.model_dump(mode="json")
+        return report.as_tables()
 
     @varlinkmethod(return_parameter="frames")
     async def Frames(self) -> FileDescriptor:  # noqa: N802
@@ -183,7 +183,7 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
             report = await self._life.stop(timeout_s, kill=bool(kill))
         except VmmbackError as error:
             raise Failed(message=error.message, hint=error.hint) from error
-        return report.model_dump(mode="json")
+        return report.as_tables()
 
     @varlinkmethod(return_parameter="console")
     async def Console(self, scrollback: bool) -> FileDescriptor:  # noqa: N802
@@ -228,7 +228,7 @@ class GuestInterface(VarlinkInterface, name="org.vmmback.Guest"):
             raise Refused(message=error.message, hint=error.hint, exit_code=error.exit_code) from error
         except (OSError, MemoryError, RuntimeError) as error:  # out of descriptors, memory or threads, say
             raise Failed(message=f"the guest could not grow, or not be examined: {error}", hint="") from error
-        raise LastResult({"report": report.model_dump(mode="json")})
+        raise LastResult({"report": report.as_tables()})
 
 
 @asynccontextmanager

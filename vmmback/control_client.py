@@ -35,7 +35,7 @@ class Supervisor:
     async def audit(self) -> IsolationReport:
         """Have the guest audited. Raises QemuFailed, also when the guest ends meanwhile."""
         async with _answer_to("Audit", _AUDIT_TIMEOUT_S):
-            return IsolationReport.model_validate((await self._guest.Audit())["report"])
+            return IsolationReport.of((await self._guest.Audit())["report"])
 
     async def frames(self) -> array[int]:
         """Return the pagemap entry of each page of the guest's RAM. Raises QemuFailed as above."""
@@ -66,7 +66,7 @@ class Supervisor:
             async with _answer_to("Grow", _AUDIT_TIMEOUT_S):
                 step = (await anext(steps, no_more))["step"]
                 if "report" in step:
-                    return IsolationReport.model_validate(step["report"])
+                    return IsolationReport.of(step["report"])
                 progress(step["done"], step["total"])
 
 
@@ -107,7 +107,7 @@ async def _answer_to(what: str, timeout_s: float) -> AsyncIterator[None]:
         raise
     except ConnectionError as error:
         raise QemuFailed("the guest ended meanwhile") from error
-    except (ConversionError, LookupError, TypeError, ValueError) as error:  # pydantic's and json's are ValueErrors
+    except (ConversionError, LookupError, TypeError, ValueError) as error:  # msgspec.s and json.s are ValueErrors
         raise QemuFailed(
             "the guest's supervisor answered in a way not known here", "it may be another version of vmmback"
         ) from error

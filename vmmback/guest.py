@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from vmmback import command, console, handoff, monitor, ram, report, shares
 from vmmback.admission import Promise
 from vmmback.config import GuestConfig
@@ -142,7 +144,7 @@ class Guest:
             for drift in drifts:
                 self.watcher.drifted(drift)
                 if self.clients:
-                    self.clients.broadcast({"event": DRIFT_EVENT, "data": drift.model_dump()})
+                    self.clients.broadcast({"event": DRIFT_EVENT, "data": drift.as_tables()})
             if found.verdict is GuestVerdict.EXPOSED:
                 self.exposed.set()
             return found
@@ -197,7 +199,7 @@ class Guest:
             drifts=tuple(self.drifts),
             process=evidence.process if evidence else None,
             direct_map=ram.direct_map(self.ram),
-            host=self.host.model_copy(update={"settings": evidence.settings if evidence else ()}),
+            host=replace(self.host, settings=evidence.settings if evidence else ()),
             denied_commands=dict(self.clients.denials) if self.clients else {},
             timings={name: round(seconds, 6) for name, seconds in self.timings.items()},
         )

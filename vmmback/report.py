@@ -20,11 +20,11 @@ A self-test of the host has `failed` when one of its probes is `readable`. It ha
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict
+import msgspec
+from msgspec.structs import replace
 
 
 class Verdict(StrEnum):
@@ -43,8 +43,7 @@ class GuestVerdict(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(NamedTuple):
     """What one probe saw: the same attempt on the guest's RAM (target) and on ordinary memory (control).
 
     `errno` is the name of the error that refused the target, `missing` what the host lacks for an attempt; "" if none.
@@ -59,11 +58,28 @@ class Observation:
     missing: str = ""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    @classmethod
+    def of(cls, tables: object) -> Self:
+        """Return what `as_tables` was made of. Raises ValueError for anything else."""
+        return msgspec.convert(tables, cls)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Return what `as_json` was made of. Raises ValueError for anything else."""
+        return msgspec.json.decode(text, type=cls)
+
+    def as_tables(self) -> dict[str, Any]:
+        """Return it as JSON's own types."""
+        tables: dict[str, Any] = msgspec.to_builtins(self)
+        return tables
+
+    def as_json(self) -> str:
+        """Return it as indented JSON, with a newline at the end."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode() + "\n"
 
 
-class ProbeResult(_Model):
+class ProbeResult(_Model, frozen=True):
     """One row of the table of probes; `seconds` is what the target and the control took together.
 
     `errno` is the name of the error that refused the target, `missing` what the host lacks for an attempt; "" if none.
@@ -78,7 +94,7 @@ class ProbeResult(_Model):
     missing: str = ""
 
 
-class Memory(_Model):
+class Memory(_Model, frozen=True):
     """The guest's RAM in bytes, and how many of its 4 KiB pages were present, checked and found readable."""
 
     size: int
@@ -88,7 +104,7 @@ class Memory(_Model):
     readable_pages: int
 
 
-class DirectMap(_Model):
+class DirectMap(_Model, frozen=True):
     """What secret RAM did to the direct map, with which the kernel maps all memory, while it was prefaulted.
 
     `regions` of 2 MiB hold its pages, None where only root may know; `ideal` would do. The splits of pages, and the
@@ -103,7 +119,7 @@ class DirectMap(_Model):
     huge_after: int | None
 
 
-class RamBlock(_Model):
+class RamBlock(_Model, frozen=True):
     """One of QEMU's RAM blocks: its size in bytes, what backs it, and whether the guest can write to it."""
 
     name: str
@@ -112,7 +128,7 @@ class RamBlock(_Model):
     guest_writable: bool
 
 
-class MapRange(_Model):
+class MapRange(_Model, frozen=True):
     """A range of the guest's physical addresses in bytes, `last` inclusive, as its processor sees it.
 
     `region` is QEMU's name for what lies there, `block` the RAM block behind it and `backing` the kind of host memory
@@ -128,7 +144,7 @@ class MapRange(_Model):
     guest_writable: bool
 
 
-class Exposure(_Model):
+class Exposure(_Model, frozen=True):
     """A way out of the guest that secret RAM does not close, and who holds the key to it."""
 
     name: str
@@ -136,7 +152,7 @@ class Exposure(_Model):
     detail: str
 
 
-class Drift(_Model):
+class Drift(_Model, frozen=True):
     """A guest became exposed while it ran: when (ISO 8601, UTC), which probe saw it, and what."""
 
     at: str
@@ -144,7 +160,7 @@ class Drift(_Model):
     detail: str
 
 
-class HostSetting(_Model):
+class HostSetting(_Model, frozen=True):
     """A fact of the host that bears on secrets, as it is now; it is not tried, and no verdict comes of it.
 
     `risk` is `note` where it reaches other memory than secret RAM, or protects less than it could; it is `risk` where
@@ -158,7 +174,7 @@ class HostSetting(_Model):
     source: str
 
 
-class Host(_Model):
+class Host(_Model, frozen=True):
     """What the guest ran on."""
 
     kernel: str
@@ -167,7 +183,7 @@ class Host(_Model):
     settings: tuple[HostSetting, ...] = ()
 
 
-class Process(_Model):
+class Process(_Model, frozen=True):
     """QEMU as the kernel shows it: its ids, what it may do, and which namespaces it does not share with its supervisor.
 
     `capabilities` are those in effect or permitted. `dumpable` is None where it cannot be told. `memlock` and `core`
@@ -191,7 +207,7 @@ class Process(_Model):
     lacking: tuple[str, ...] = ()
 
 
-class HuntPlace(_Model):
+class HuntPlace(_Model, frozen=True):
     """Frames in which a hunt's needle begins, by what they are used for and by whom; the first few frame numbers.
 
     `owner` is a guest's name, `PID (name): mapping`, a file, a slab cache, or "" where there is none.
@@ -203,7 +219,7 @@ class HuntPlace(_Model):
     examples: tuple[int, ...]
 
 
-class Hunt(_Model):
+class Hunt(_Model, frozen=True):
     """What a search through all of the host's RAM found; a hit is a frame (a page of RAM) in which the needle begins.
 
     `unreadable_bytes` the direct map lacks: secret RAM. `guest_hits` of the `hits` are in frames of guest RAM.
@@ -219,7 +235,7 @@ class Hunt(_Model):
     places: tuple[HuntPlace, ...]
 
 
-class IsolationReport(_Model):
+class IsolationReport(_Model, frozen=True, kw_only=True):
     """Everything that was measured of one guest, and the verdict that follows.
 
     `validated_after` tells what the probes waited for, "" where they did not run; `memory_map` is in the order of the
@@ -252,7 +268,7 @@ class SelftestVerdict(StrEnum):
     INCONCLUSIVE = "inconclusive"
 
 
-class VectorResult(_Model):
+class VectorResult(_Model, frozen=True):
     """What a self-test saw of one vector, on throwaway memory; `seconds` is what target and control took together.
 
     `vector` says what is tried, `source` what makes the kernel refuse it or not; `live_safe` tells whether it would
@@ -273,7 +289,7 @@ class VectorResult(_Model):
     source: str
 
 
-class SelftestReport(_Model):
+class SelftestReport(_Model, frozen=True):
     """Every vector tried on throwaway memory of this host, its settings, and the verdict that follows."""
 
     verdict: SelftestVerdict
@@ -365,7 +381,7 @@ def with_hunt(report: IsolationReport, hunt: Hunt) -> IsolationReport:
         reason = f"hunt: the canary begins in {hunt.guest_hits} of the guest's frames"
         reasons = report.reasons if report.verdict is GuestVerdict.EXPOSED else ()
         changes |= {"verdict": GuestVerdict.EXPOSED, "reasons": (*reasons, reason)}
-    return report.model_copy(update=changes)
+    return replace(report, **changes)
 
 
 def judge_selftest(

@@ -12,10 +12,11 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from msgspec.structs import asdict
 
 from vmmback import report, tiny_guest
 from vmmback.config import GuestConfig
@@ -149,9 +150,9 @@ def _with_twin(seen: Observation, twin: Observation) -> Observation:
     """Make the same probe's success on the ordinary guest a part of its control."""
     seconds = seen.seconds + twin.seconds
     if seen.missing or twin.target is Verdict.READABLE:
-        return replace(seen, seconds=seconds)
+        return seen._replace(seconds=seconds)
     detail = f"{seen.detail}; on the guest of ordinary memory: {twin.detail}"
-    return replace(seen, control=Verdict.INCONCLUSIVE, detail=detail, seconds=seconds)
+    return seen._replace(control=Verdict.INCONCLUSIVE, detail=detail, seconds=seconds)
 
 
 def _alone(probe: Probe[Any]) -> Observation:
@@ -173,7 +174,7 @@ def _not_tried(name: str, error: VmmbackError | OSError) -> Observation:
 def _result(kind: type[Documented], observation: Observation) -> VectorResult:
     judged = report.judge_probe(observation)
     return VectorResult(
-        **judged.model_dump(),
+        **asdict(judged),
         kind="exposure" if kind.holders else "probe",
         vector=kind.vector,
         live_safe=kind.live_safe,

@@ -87,7 +87,7 @@ def audit(name: str, as_json: bool, files: ReportFiles, source: str | None, from
         report = with_hunt(report, found)
 
     def show_report() -> None:
-        print_result(report.model_dump_json(indent=2) + "\n" if as_json else rendered(*while_it_runs(report)))
+        print_result(report.as_json() if as_json else rendered(*while_it_runs(report)))
 
     finish(exit_code_of(report.verdict), show_report, *files.outputs(report))
 
@@ -123,7 +123,7 @@ def selftest(as_json: bool, files: ReportFiles) -> None:
                 show(sys.stderr, "\r\x1b[K")
 
     def show_report() -> None:
-        print_result(report.model_dump_json(indent=2) + "\n" if as_json else rendered(*selftest_tables(report)))
+        print_result(report.as_json() if as_json else rendered(*selftest_tables(report)))
 
     finish(exit_code_of(report.verdict), show_report, *files.outputs(report))
 

@@ -64,7 +64,7 @@ def detached(guest: GuestConfig, screen: Screen, *, validate: bool, file: Path, 
             screen.finished(report)
             return
         if screen.as_json:
-            print_result(report.model_dump_json(indent=2) + "\n" if report else "null\n")
+            print_result(report.as_json() if report else "null\n")
         how = "" if report else " and was not validated"
         screen.note(f"guest {guest.name} runs in the background{how}: vmmback status {guest.name}")
 
@@ -100,10 +100,10 @@ def _followed(
                 error.exit_code = told["exit_code"]
                 raise error
             if "validated" in told:
-                report = IsolationReport.model_validate(told["validated"])
+                report = IsolationReport.of(told["validated"])
                 screen.validated(report)
             elif "ended" in told:
-                return IsolationReport.model_validate(told["ended"]), False
+                return IsolationReport.of(told["ended"]), False
             elif told.get("state") == State.RUNNING.value and not _stopping(wishes):
                 return report, True
             else:
@@ -130,7 +130,7 @@ def _show(screen: Screen, told: dict[str, Any]) -> None:
     elif "prefaulted" in told:
         screen.prefaulted(told["prefaulted"], told["size"])
     elif "drift" in told:
-        screen.drifted(Drift.model_validate(told["drift"]))
+        screen.drifted(Drift.of(told["drift"]))
 
 
 def _supervise(guest: GuestConfig, channel: socket.socket, *, validate: bool, file: Path) -> NoReturn:
@@ -140,7 +140,7 @@ def _supervise(guest: GuestConfig, channel: socket.socket, *, validate: bool, fi
         teller = Teller(channel)
         try:
             report = lead(guest, teller, validate=validate, file=file, begun=teller.begun)
-            teller.tell(ended=report.model_dump(mode="json"))
+            teller.tell(ended=report.as_tables())
         except (VmmbackError, OSError, MemoryError, RuntimeError) as caught:
             error = as_user_error(caught)
             if error is None:
@@ -218,11 +218,11 @@ class Teller:
 
     def validated(self, report: IsolationReport) -> None:
         """See Watcher."""
-        self.tell(validated=report.model_dump(mode="json"))
+        self.tell(validated=report.as_tables())
 
     def drifted(self, drift: Drift) -> None:
         """See Watcher."""
-        self.tell(drift=drift.model_dump(mode="json"))
+        self.tell(drift=drift.as_tables())
 
     def entered(self, state: State) -> None:
         """See Watcher; from the first moment that it runs, the guest needs the other process no more."""

@@ -50,5 +50,5 @@ def grow(name: str, size: str, as_json: bool) -> None:
     with stopped("before the guest had grown"), ByteProgress("prefault") as progress:
         report = run(grown(progress))
     show(sys.stderr, f"vmmback: guest {name} has {report.memory.size >> 20} MiB of RAM now\n")
-    text = report.model_dump_json(indent=2) + "\n" if as_json else rendered(*while_it_runs(report))
+    text = report.as_json() if as_json else rendered(*while_it_runs(report))
     finish(exit_code_of(report.verdict), partial(print_result, text))

@@ -136,7 +136,7 @@ def stop(name: str, patience: str | None, kill: bool, as_json: bool) -> None:
         if not released(folder, _RELEASE_TIMEOUT_S):
             show(sys.stderr, f"vmmback: guest {name} has ended; its supervisor still cleans up\n")
     if as_json:
-        print_result((found.model_dump_json(indent=2) if found else "null") + "\n")
+        print_result(found.as_json() if found else "null\n")
     elif found:
         from vmmback.cli.tables import at_the_end, rendered
 
@@ -166,7 +166,7 @@ def _report(answer: dict[str, object]) -> IsolationReport:
     from vmmback.report import IsolationReport
 
     try:
-        return IsolationReport.model_validate(answer.get("report"))
+        return IsolationReport.of(answer.get("report"))
     except ValueError as error:
         raise unknown_answer() from error
 

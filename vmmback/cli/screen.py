@@ -66,7 +66,7 @@ class Screen:
             self.note(f"{self._left_out} characters of the console are not shown: the output took them too slowly")
         self._fresh_line()
         if self.as_json:
-            print_result(report.model_dump_json(indent=2) + "\n")
+            print_result(report.as_json())
         else:
             write(sys.stdout, rendered(*at_the_end(report, self._validated_rows)))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from vmmback.linux import capabilities, cgroups, procfs
 from vmmback.report import Process, judge_process
 
@@ -37,7 +39,7 @@ def observe(pid: int) -> Process:
         own_namespaces=tuple(kind for kind in _NAMESPACES if _namespace(pid, kind) != _namespace(os.getpid(), kind)),
         cgroup="" if group == cgroups.path_of("self") else group,
     )
-    return process.model_copy(update={"lacking": judge_process(process, os.geteuid(), _NAMESPACES)})
+    return replace(process, lacking=judge_process(process, os.geteuid(), _NAMESPACES))
 
 
 _SETS = {"effective": "Eff", "permitted": "Prm", "bounding": "Bnd"}

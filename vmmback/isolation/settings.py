@@ -1,6 +1,6 @@
 """Settings of the host that bear on secrets: read, not tried. `risk` of HostSetting (report.py) says how they bear.
 
-`read` is for those who cannot wait for pydantic, which a report needs.
+`read` is for those who cannot wait for msgspec, which a report needs.
 """
 
 from __future__ import annotations

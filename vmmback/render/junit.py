@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from xml.etree import ElementTree as ET
 
+from msgspec.structs import asdict
+
 from vmmback.render.text import count, process_facts, visible
 from vmmback.report import (
     GuestVerdict,
@@ -68,7 +70,7 @@ def guest_xml(report: IsolationReport) -> str:
     properties = {
         **_host(report.host, report.host.settings),
         "validated_after": report.validated_after,
-        **{f"memory.{name}": str(value) for name, value in report.memory.model_dump().items()},
+        **{f"memory.{name}": str(value) for name, value in asdict(report.memory).items()},
         **{f"timing.{name}": f"{seconds:.6f}" for name, seconds in report.timings.items()},
     }
     return _document(f"vmmback.guest.{report.guest}", suites, properties)
