@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -150,7 +149,7 @@ def _look(kind: Literal["secret", "ordinary"]) -> dict[str, Any]:
         (mapping,) = access.VmaFlagsProbe().target(target)[1]
         return {
             "direct-map": _told(probe.observe(target)),
-            "pages": asdict(probe.pages),
+            "pages": probe.pages._asdict(),
             "vma-flags": _told(access.VmaFlagsProbe().observe(target)),
             "flags": sorted(mapping.flags),
             "in the image": len(within),

@@ -25,7 +25,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 from unittest import mock
@@ -190,7 +190,7 @@ def residue_guest(folder: Path, backing: Backing, way: Way, console_log: Path | 
 
         def build_more(*arguments: Any) -> command.QemuCommand:
             built = build(*arguments)
-            return replace(built, argv=(*built.argv, *more), descriptors=(*built.descriptors, *descriptors))
+            return built._replace(argv=(*built.argv, *more), descriptors=(*built.descriptors, *descriptors))
 
         with (
             mock.patch.object(command, "build", build_more),

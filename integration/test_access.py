@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,11 +109,11 @@ def test_without_the_flag_lo_unevictable_frames_are_as_good(guest_running: LiveG
     """As on Debian's 6.1, whose secret mappings lack it: the frames are looked at, in every part of a split mapping."""
     probe = access.VmaFlagsProbe()
     pid, (mapping,) = probe.target(guest_running.guest.target)
-    unlocked = replace(mapping, flags=mapping.flags - {"lo"})
+    unlocked = mapping._replace(flags=mapping.flags - {"lo"})
     seen = probe.attempt((pid, [mapping, unlocked]))
     assert seen.verdict is Verdict.BLOCKED, seen
     assert seen.detail.startswith("unevictable, ")
-    seen = probe.attempt((pid, [mapping, replace(unlocked, flags=unlocked.flags - {"dd"})]))
+    seen = probe.attempt((pid, [mapping, unlocked._replace(flags=unlocked.flags - {"dd"})]))
     assert (seen.verdict, seen.detail) == (Verdict.READABLE, "flags missing: dd")
 
 
@@ -123,7 +122,7 @@ def test_without_the_flag_lo_ordinary_frames_can_be_swapped_out(ordinary_guest_r
     """The twin: with `dd`, only its frames tell it from secret memory without `lo`."""
     probe = access.VmaFlagsProbe()
     pid, (mapping,) = probe.target(ordinary_guest_running.guest.target)
-    seen = probe.attempt((pid, [replace(mapping, flags=mapping.flags | {"dd"})]))
+    seen = probe.attempt((pid, [mapping._replace(flags=mapping.flags | {"dd"})]))
     assert seen.verdict is Verdict.READABLE
     assert re.fullmatch(r"not locked \(lo\), and [1-9]\d* of \d+ frames can be swapped out", seen.detail)
 

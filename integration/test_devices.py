@@ -12,7 +12,6 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -71,7 +70,7 @@ def with_balloon() -> Iterator[None]:
 
     def build_more(*arguments: Any) -> command.QemuCommand:
         built = build(*arguments)
-        return replace(built, argv=(*built.argv, "-device", "virtio-balloon-pci"))
+        return built._replace(argv=(*built.argv, "-device", "virtio-balloon-pci"))
 
     with mock.patch.object(command, "build", build_more):
         yield
@@ -140,11 +139,11 @@ def check_daemons(live: LiveGuest) -> None:
     for worker in workers:
         assert procfs.memory_mappings(procfs.maps(worker), *target.ram)  # it maps the RAM, so this says something:
         for probe in ACCESS_PROBES:
-            seen = probe().observe(replace(target, pid=worker))
+            seen = probe().observe(target._replace(pid=worker))
             if probe.name in ("proc-mem", "process-vm-readv"):
                 assert seen.target is (Verdict.BLOCKED if secret else Verdict.READABLE), (probe.name, seen.detail)
 
-    unknown = HoldersProbe().observe(replace(target, partners=frozenset()))  # were they not known, they would be found
+    unknown = HoldersProbe().observe(target._replace(partners=frozenset()))  # were they not known, they would be found
     assert unknown.target is Verdict.READABLE
     assert all(f"process {worker} (virtiofsd) maps it" in unknown.detail for worker in workers), unknown.detail
     with ExitStack() as stack:

@@ -6,7 +6,6 @@ import os
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +50,7 @@ def frame_of(page: Specimen) -> int:
 def claim(monkeypatch: pytest.MonkeyPatch, image: ImageRange, page: Specimen) -> None:
     """Make the probe take the frame of `page`, and no other, for one of the image's."""
     start = frame_of(page) * PAGE_SIZE
-    monkeypatch.setattr(kernel_image, "image_range", lambda: replace(image, start=start, end=start + PAGE_SIZE))
+    monkeypatch.setattr(kernel_image, "image_range", lambda: image._replace(start=start, end=start + PAGE_SIZE))
 
 
 def observe(page: Specimen) -> tuple[Observation, PageCount]:
@@ -75,7 +74,7 @@ def test_the_image_is_found_and_read_where_the_kernel_says_it_is(image: ImageRan
 def test_a_frame_outside_the_range_is_not_looked_for_there(
     image: ImageRange, secret_page: Specimen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_image, "image_range", lambda: replace(image, start=0, end=PAGE_SIZE))
+    monkeypatch.setattr(kernel_image, "image_range", lambda: image._replace(start=0, end=PAGE_SIZE))
     seen, pages = observe(secret_page)
     assert (seen.target, seen.detail) == (Verdict.BLOCKED, "0 of 1 present pages readable (EFAULT)")
     assert pages == PageCount(1, 1, 0)
@@ -115,7 +114,7 @@ def test_an_ordinary_page_counts_once(image: ImageRange, monkeypatch: pytest.Mon
 def test_where_the_mapping_is_not_found_the_frame_is_inconclusive(
     image: ImageRange, secret_page: Specimen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim(monkeypatch, replace(image, rodata=image.rodata + PAGE_SIZE, code=image.code - PAGE_SIZE), secret_page)
+    claim(monkeypatch, image._replace(rodata=image.rodata + PAGE_SIZE, code=image.code - PAGE_SIZE), secret_page)
     seen, pages = observe(secret_page)
     assert (seen.target, seen.control) == (Verdict.INCONCLUSIVE, Verdict.READABLE)
     assert "but only 0 could be tried; the mapping of the kernel's image was not found" in seen.detail

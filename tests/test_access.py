@@ -10,17 +10,17 @@ from vmmback.isolation.access import VmaFlagsProbe
 from vmmback.isolation.probe import Reading
 from vmmback.linux import kpage, procfs
 from vmmback.linux.kpage import Lists
-from vmmback.linux.procfs import PAGE_SIZE, DetailedMapping
+from vmmback.linux.procfs import PAGE_SIZE, Mapping
 from vmmback.report import Verdict
 
 PRESENT = 1 << 63
 
 
-def mapping(*flags: str) -> DetailedMapping:
-    return DetailedMapping(0, 4 * PAGE_SIZE, "rw-s", 0, "00:0f", 7, procfs.SECRETMEM, {}, frozenset(flags))
+def mapping(*flags: str) -> Mapping:
+    return Mapping(0, 4 * PAGE_SIZE, "rw-s", 0, "00:0f", 7, procfs.SECRETMEM, {}, frozenset(flags))
 
 
-def attempt(monkeypatch: pytest.MonkeyPatch, lists: Lists | OSError, *mappings: DetailedMapping) -> Reading:
+def attempt(monkeypatch: pytest.MonkeyPatch, lists: Lists | OSError, *mappings: Mapping) -> Reading:
     """Attempt it where each mapping has three pages, and the kernel says `lists` of their frames."""
     asked = []
 

@@ -65,7 +65,7 @@ class Host:
         return self.zones[0].free - self.taken
 
     def read(self, promised: int, group_room: int | None) -> HostMemory:
-        zones = (replace(self.zones[0], free=self.free), *self.zones[1:])
+        zones = (self.zones[0]._replace(free=self.free), *self.zones[1:])
         return HostMemory((Node(0, zones),), promised, group_room)
 
     def room(self, path: str | None) -> int | None:

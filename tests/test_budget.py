@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,8 +29,8 @@ MOVABLE = Zone("Movable", managed=GIB, free=GIB)
 
 def test_all_terms_of_a_node_s_sum_are_counted_once() -> None:
     zones = (
-        replace(DMA32, free=300 * MIB, high=10 * MIB, protection=(0, 0, 20 * MIB), file=8 * MIB, low=6 * MIB),
-        replace(normal(500 * MIB, 2 * GIB, 7 * MIB), boost=100 * MIB, free_cma=50 * MIB, file=4 * MIB, low=9 * MIB),
+        DMA32._replace(free=300 * MIB, high=10 * MIB, protection=(0, 0, 20 * MIB), file=8 * MIB, low=6 * MIB),
+        normal(500 * MIB, 2 * GIB, 7 * MIB)._replace(boost=100 * MIB, free_cma=50 * MIB, file=4 * MIB, low=9 * MIB),
         Zone("Movable", managed=GIB, free=700 * MIB, high=30 * MIB),
     )
     node = Node(0, zones, page_tables=2 * MIB, slab_reclaimable=20 * MIB, slab_unreclaimable=3 * MIB, protected_for=2)
@@ -47,18 +45,18 @@ def test_all_terms_of_a_node_s_sum_are_counted_once() -> None:
 
 
 def test_what_is_reclaimed_fills_a_zone_to_its_watermark_before_it_is_room() -> None:
-    cached = replace(normal(GIB, high=30 * MIB), free=10 * MIB, file=100 * MIB, low=25 * MIB)
+    cached = normal(GIB, high=30 * MIB)._replace(free=10 * MIB, file=100 * MIB, low=25 * MIB)
     node = NodeBudget.of(Node(0, (cached,)))
     assert node.free + node.reclaimable - node.held == (10 + 75 - 30) * MIB
-    few = NodeBudget.of(Node(0, (replace(cached, file=20 * MIB),)))
+    few = NodeBudget.of(Node(0, (cached._replace(file=20 * MIB),)))
     assert few.free + few.reclaimable - few.held == 0
 
 
 def test_page_cache_that_must_lie_in_cma_is_none_that_secret_ram_can_replace() -> None:
-    cached = replace(normal(GIB), cma=300 * MIB, free_cma=100 * MIB, file=240 * MIB)
+    cached = normal(GIB)._replace(cma=300 * MIB, free_cma=100 * MIB, file=240 * MIB)
     assert NodeBudget.of(Node(0, (cached,))).reclaimable == 40 * MIB
-    assert NodeBudget.of(Node(0, (replace(cached, file=150 * MIB),))).reclaimable == 0
-    assert NodeBudget.of(Node(0, (replace(cached, anon=150 * MIB),))).reclaimable == 190 * MIB
+    assert NodeBudget.of(Node(0, (cached._replace(file=150 * MIB),))).reclaimable == 0
+    assert NodeBudget.of(Node(0, (cached._replace(anon=150 * MIB),))).reclaimable == 190 * MIB
 
 
 @pytest.mark.parametrize(
@@ -82,9 +80,9 @@ def test_memory_that_only_movable_pages_can_use_gives_no_secret_ram_but_ordinary
 
 
 def test_a_guest_s_processes_take_kernel_memory_only_where_no_other_has_room_for_them() -> None:
-    kernel, movable = normal(64 * MIB + KERNEL_SIDE + PROCESSES_BYTES, 512 * MIB), replace(MOVABLE, managed=GIB // 2)
+    kernel, movable = normal(64 * MIB + KERNEL_SIDE + PROCESSES_BYTES, 512 * MIB), MOVABLE._replace(managed=GIB // 2)
     assert Budget.of(host(kernel)).largest_guest() == 0
-    assert Budget.of(host(kernel, replace(movable, free=PROCESSES_BYTES))).largest_guest() == 95 * MIB
+    assert Budget.of(host(kernel, movable._replace(free=PROCESSES_BYTES))).largest_guest() == 95 * MIB
 
 
 def test_what_is_promised_and_not_touched_is_not_promised_again() -> None:
@@ -94,9 +92,9 @@ def test_what_is_promised_and_not_touched_is_not_promised_again() -> None:
 
 
 def test_page_tables_of_a_direct_map_that_is_not_split_yet_are_kept_for_kernel_zones_alone() -> None:
-    whole = Budget.of(replace(host(normal(4 * GIB), MOVABLE), huge_direct_map=5 * GIB))
+    whole = Budget.of(host(normal(4 * GIB), MOVABLE)._replace(huge_direct_map=5 * GIB))
     assert whole.direct_map == 4 * GIB // 512
-    split = Budget.of(replace(host(normal(4 * GIB), MOVABLE), huge_direct_map=0))
+    split = Budget.of(host(normal(4 * GIB), MOVABLE)._replace(huge_direct_map=0))
     assert split.available() - whole.available() == 8 * MIB
 
 
@@ -125,7 +123,7 @@ def test_nodes_are_added_up_and_one_that_is_short_takes_of_the_others() -> None:
 def test_a_guest_is_admitted_only_if_watermarks_and_reserve_stay(
     free: int, used: int, high: int, size: int, movable: int
 ) -> None:
-    memory = host(normal(free, free + used, high=high), replace(MOVABLE, managed=movable, free=movable))
+    memory = host(normal(free, free + used, high=high), MOVABLE._replace(managed=movable, free=movable))
     budget = Budget.of(memory)
     stays = free - with_page_tables(size) - KERNEL_SIDE - max(0, PROCESSES_BYTES - movable)
     wanted = min(free, high) + budget.nodes[0].reserve

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -174,7 +174,7 @@ def test_whoever_comes_and_goes_fills_no_memory(scene: Scene) -> None:
 
 def test_what_the_host_is_like_is_in_the_report(scene: Scene) -> None:
     swap = HostSetting(name="swap", value="off", risk="ok", detail="nothing is swapped", source="swapon(8)")
-    (report,) = scene.examine(replace(evidence(), settings=(swap,)))
+    (report,) = scene.examine(evidence()._replace(settings=(swap,)))
     assert report.host.settings == (swap,)
 
 
@@ -214,7 +214,7 @@ def test_another_one_who_holds_the_ram_is_another_drift(scene: Scene) -> None:
     other = tuple(
         seen._replace(detail="process 2") if seen.probe == "holders" else seen for seen in second.observations
     )
-    *_, last = scene.examine(evidence(), first, first, replace(second, observations=other))
+    *_, last = scene.examine(evidence(), first, first, second._replace(observations=other))
     assert [drift.detail for drift in last.drifts][1:] == ["process 2"]
     assert len(last.drifts) == 2
 

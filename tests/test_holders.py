@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,8 +145,8 @@ def test_a_child_of_the_supervisor_is_no_stranger_and_that_of_another_is(memory:
     with child("cat", descriptors=(memory,)):
         place = memory_of(memory)
         assert HoldersProbe().attempt(place).verdict is Verdict.READABLE
-        assert HoldersProbe().attempt(replace(place, parent=os.getpid())).verdict is Verdict.BLOCKED
-        assert HoldersProbe().attempt(replace(place, parent=os.getppid())).verdict is Verdict.READABLE
+        assert HoldersProbe().attempt(place._replace(parent=os.getpid())).verdict is Verdict.BLOCKED
+        assert HoldersProbe().attempt(place._replace(parent=os.getppid())).verdict is Verdict.READABLE
 
 
 def test_nobody_else_has_it(memory: int) -> None:
@@ -238,7 +237,7 @@ def test_a_tracer_of_a_daemon_is_found_and_a_daemon_that_is_gone_hides_none() ->
         assert f"traced by process {os.getpid()} " in seen.detail
         with child("cat") as ended:
             pass
-        gone = TracerProbe().observe(replace(target, partners=frozenset({ended})))
+        gone = TracerProbe().observe(target._replace(partners=frozenset({ended})))
         assert gone.detail == "none of 1 threads is traced"
 
 

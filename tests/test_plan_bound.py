@@ -69,8 +69,8 @@ def lowered(node: Node, part: float) -> Node:
     zones = []
     for zone in node.zones:
         high, low, least = (int(mark * part) for mark in (zone.high, zone.low, zone.min))
-        zones.append(replace(zone, free=zone.managed, high=high, low=low, min=least))
-    return replace(node, zones=tuple(zones))
+        zones.append(zone._replace(free=zone.managed, high=high, low=low, min=least))
+    return node._replace(zones=tuple(zones))
 
 
 @dataclass
@@ -103,15 +103,15 @@ class Host:
                 part = min(size, room)
                 size -= part
                 if page_tables:
-                    self.nodes[n] = replace(self.nodes[n], page_tables=self.nodes[n].page_tables + part)
+                    self.nodes[n] = self.nodes[n]._replace(page_tables=self.nodes[n].page_tables + part)
                 of_free = min(part, zone.free - zone.free_cma)
-                self.put(n, z, replace(zone, free=zone.free - of_free, file=zone.file - part + of_free))
+                self.put(n, z, zone._replace(free=zone.free - of_free, file=zone.file - part + of_free))
         return size
 
     def put(self, n: int, z: int, zone: Zone) -> None:
         zones = list(self.nodes[n].zones)
         zones[z] = zone
-        self.nodes[n] = replace(self.nodes[n], zones=tuple(zones))
+        self.nodes[n] = self.nodes[n]._replace(zones=tuple(zones))
 
     def reserve_cma(self, size: int) -> None:
         places = [(n, z) for n, node in enumerate(self.nodes) for z, zone in enumerate(node.zones)]
@@ -122,14 +122,14 @@ class Host:
             if self.worst and not zone.for_kernel:
                 part = 0
             size -= part
-            self.put(n, z, replace(zone, cma=part, free_cma=part))
+            self.put(n, z, zone._replace(cma=part, free_cma=part))
 
     def read_files(self) -> None:
         for n, node in enumerate(self.nodes):
             for z, zone in enumerate(node.zones):
                 some = int(zone.free * self.chance.choice([0.0, self.chance.random(), 0.99]))
                 file = min(zone.free, 2 * zone.low) if self.worst else some
-                self.put(n, z, replace(zone, free=zone.free - file, file=file))
+                self.put(n, z, zone._replace(free=zone.free - file, file=file))
 
     def run_processes(self, size: int) -> None:
         """Take memory of processes: of CMA and movable zones as far as a budget counts it there, else of any."""
@@ -138,15 +138,15 @@ class Host:
             for z, zone in enumerate(node.zones):
                 if not zone.for_kernel:
                     part = min(left, zone.file - min(zone.file // 2, zone.low))
-                    self.put(n, z, replace(zone, file=zone.file - part))
+                    self.put(n, z, zone._replace(file=zone.file - part))
                     left -= part
                     zone = self.nodes[n].zones[z]
                     part = min(left, max(0, zone.free - zone.high))
-                    self.put(n, z, replace(zone, free=zone.free - part))
+                    self.put(n, z, zone._replace(free=zone.free - part))
                 else:
                     part = min(left, zone.free_cma)
                     self.put(
-                        n, z, replace(zone, free=zone.free - part, free_cma=zone.free_cma - part, anon=zone.anon + part)
+                        n, z, zone._replace(free=zone.free - part, free_cma=zone.free_cma - part, anon=zone.anon + part)
                     )
                 left -= part
         assert not self.use(left, only=lambda _, zone: zone.for_kernel)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmmback.linux import procfs
-from vmmback.linux.procfs import DetailedMapping, Mapping
+from vmmback.linux.procfs import Mapping
 
 MAPS = """\
 55a5a8219000-55a5a8620000 r--p 00000000 fe:00 2170887                    /usr/bin/qemu-system-x86_64
@@ -200,7 +200,7 @@ def test_a_file_of_another_name_with_the_same_inode_is_not_ours(path: str) -> No
 
 def test_smaps_adds_sizes_in_bytes_and_flags(tmp_path: Path) -> None:
     secret, stack, vsyscall = procfs.smaps(7, proc(tmp_path, "7/smaps", SMAPS))
-    assert secret == DetailedMapping(
+    assert secret == Mapping(
         start=0x7FB3B583A000,
         end=0x7FB3B587A000,
         permissions="rw-s",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmmback.config import GuestConfig
 from vmmback.report import Exposure
@@ -15,16 +15,14 @@ from vmmback.report import Exposure
 RAM_ID = "ram0"
 
 
-@dataclass(frozen=True)
-class QemuCommand:
+class QemuCommand(NamedTuple):
     """What to execute, and the descriptors that it inherits."""
 
     argv: tuple[str, ...]
     descriptors: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What a device of a guest adds to QEMU's command line, the descriptors that it needs, and what gets out by it."""
 
     argv: tuple[str, ...]

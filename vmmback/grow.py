@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 from vmmback import command, process, ram
@@ -121,7 +120,7 @@ async def _plug(guest: Guest, memory: ram.Ram) -> None:
         try:
             guest.proof = await qmp_proof.observe(guest.target, guest.monitor.hmp)
             if guest.evidence:
-                guest.evidence = replace(guest.evidence, proof=guest.proof)
+                guest.evidence = guest.evidence._replace(proof=guest.proof)
             confirm(guest.ram, guest.proof)
         except BaseException as error:
             await _fail_closed(guest, error)

@@ -9,8 +9,9 @@ import os
 import resource
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
+from typing import NamedTuple
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import arch, namespaces, procfs
@@ -43,8 +44,7 @@ _ROOT_OPTIONS = "size=4m,nr_inodes=256,mode=755"
 _DEV_OPTIONS = "size=4k,nr_inodes=16,mode=755"
 
 
-@dataclass(frozen=True)
-class Jail:
+class Jail(NamedTuple):
     """What one QEMU gets: ids, files (their place in the jail -> their path here), and bytes of locked memory.
 
     `host_network` leaves it this network namespace, `kvm` adds /dev/kvm. `root` is a folder of the guest's that is

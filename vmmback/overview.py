@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from vmmback import admission
@@ -82,7 +81,7 @@ class Overview(NamedTuple):
                 "overhead": budget.overhead,
                 "direct_map": budget.direct_map,
                 "group_room": budget.group_room,
-                "nodes": [{**asdict(node), "available": node.available} for node in budget.nodes],
+                "nodes": [{**node._asdict(), "available": node.available} for node in budget.nodes],
                 "present": self.secret_present,
                 "files": [
                     {
@@ -105,9 +104,9 @@ class Overview(NamedTuple):
         }
 
     def _node(self, node: Node) -> dict[str, Any]:
-        counters = asdict(node)
+        counters = node._asdict()
         del counters["zones"], counters["protected_for"]
-        return counters | {"zones": [self._zone(node.number, asdict(zone)) for zone in node.zones]}
+        return counters | {"zones": [self._zone(node.number, zone._asdict()) for zone in node.zones]}
 
     def _zone(self, number: int, zone: dict[str, Any]) -> dict[str, Any]:
         place = number, zone["name"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmmback import jail, uids
 from vmmback.config import GuestConfig
@@ -16,8 +16,7 @@ from vmmback.linux import cgroups
 _BOOT_FILES = ("kernel", "initrd", "firmware")
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The ids of one QEMU, the guest's configuration as QEMU is to see it, and its files: place in the jail, path here.
 
     Without `ids` QEMU runs as this process does, and there is no jail.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmmback.qmp_commands import DEFAULT, NEGOTIATION, NEVER_ALLOWED, ON_REQUEST, UNSTABLE, UNSTABLE_PREFIX, Rule
 
@@ -19,8 +19,7 @@ MAX_NAME_CHARS = 80
 ALLOW_PATTERN = r"([A-Za-z][A-Za-z0-9_-]{0,79}\*?|\*)"
 
 
-@dataclass(frozen=True)
-class Denial:
+class Denial(NamedTuple):
     """Why a command must not pass, as a QMP error: its class, and a description that is one line of text."""
 
     error_class: str

@@ -139,5 +139,5 @@ def as_text(plan: Plan) -> str:
     """Return the plan as JSON, with what is computed of it."""
     document = asdict(plan) | {"boot": plan.boot}
     for node, each in zip(document["nodes"], plan.nodes, strict=True):
-        node["budget"]["available"] = each.budget.available
+        node["budget"] = {**each.budget._asdict(), "available": each.budget.available}
     return json.dumps(document, indent=2) + "\n"

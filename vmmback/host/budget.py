@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vmmback.errors import AdmissionRefused
 from vmmback.host.memory import HostMemory
@@ -35,8 +35,7 @@ PROCESSES_BYTES = 96 << 20
 """User memory of a guest's processes. It is movable, so kernel zones give it only where no movable memory is left."""
 
 
-@dataclass(frozen=True)
-class NodeBudget:
+class NodeBudget(NamedTuple):
     """What one node can give, in bytes: free + reclaimable - held - reserve.
 
     `free` is that of the kernel zones, without CMA; `reclaimable` their page cache and half of the slab that the kernel

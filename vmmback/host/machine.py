@@ -8,7 +8,7 @@ high as docs/PLAN.md says, and from the zones that secret pages need.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import isqrt
@@ -122,8 +122,8 @@ def take(memory: HostMemory, size: int) -> HostMemory:
     def room(zone: Zone, node: Node) -> int:
         return zone.free - zone.free_cma - held(zone, node.protected_for) if zone.for_kernel else 0
 
-    taken, rest = _take(memory, size, room, lambda zone, part: replace(zone, free=zone.free - part))
-    return replace(taken, promised=taken.promised + rest)
+    taken, rest = _take(memory, size, room, lambda zone, part: zone._replace(free=zone.free - part))
+    return taken._replace(promised=taken.promised + rest)
 
 
 def take_movable(memory: HostMemory, size: int) -> HostMemory:
@@ -133,7 +133,7 @@ def take_movable(memory: HostMemory, size: int) -> HostMemory:
         return zone.free_cma if zone.for_kernel else max(0, zone.free - zone.high)
 
     def less(zone: Zone, part: int) -> Zone:
-        return replace(zone, free=zone.free - part, free_cma=zone.free_cma - part if zone.for_kernel else 0)
+        return zone._replace(free=zone.free - part, free_cma=zone.free_cma - part if zone.for_kernel else 0)
 
     return _take(memory, size, room, less)[0]
 
@@ -148,8 +148,8 @@ def _take(
             part = min(size, room(zone, node))
             size -= part
             zones.append(less(zone, part) if part else zone)
-        nodes.append(replace(node, zones=tuple(reversed(zones))))
-    return replace(memory, nodes=tuple(nodes)), size
+        nodes.append(node._replace(zones=tuple(reversed(zones))))
+    return memory._replace(nodes=tuple(nodes)), size
 
 
 def _idle(machine: Machine, usable: int, low: int) -> Idle:
@@ -227,7 +227,7 @@ def _with_watermarks(nodes: list[tuple[Zone, ...]]) -> tuple[Node, ...]:
         # Page cache is left up to the low watermark, wherever files were read: it is no free memory.
         free = max(0, zone.free - low)
         protection = (0,) * _NORMAL + (above // _RESERVE_RATIO,) if zone.name in {"DMA", "DMA32"} else ()
-        return replace(zone, min=least, low=low, high=high, free=free, protection=protection)
+        return zone._replace(min=least, low=low, high=high, free=free, protection=protection)
 
     def node(number: int, zones: tuple[Zone, ...]) -> Node:
         sizes = [zone.managed if zone.for_kernel else 0 for zone in zones]
@@ -256,20 +256,20 @@ def _without_memmap(nodes: tuple[Node, ...], sizes: list[int]) -> HostMemory:
 def _off_movable(node: Node, size: int) -> tuple[HostMemory, int]:
     *others, last = node.zones
     part = 0 if last.for_kernel else min(size, last.free)
-    return HostMemory((replace(node, zones=(*others, replace(last, free=last.free - part))),)), size - part
+    return HostMemory((node._replace(zones=(*others, last._replace(free=last.free - part))),)), size - part
 
 
 def _with_cma(memory: HostMemory, size: int) -> HostMemory:
     """Give CMA its part of the kernel zones; in ZONE_MOVABLE it would cost secret RAM nothing."""
 
     def reserved(zone: Zone, part: int) -> Zone:
-        return replace(zone, cma=part, free_cma=part)
+        return zone._replace(cma=part, free_cma=part)
 
     def room(zone: Zone, node: Node) -> int:
         return zone.free - held(zone, node.protected_for) if zone.for_kernel else 0
 
     taken, rest = _take(memory, size, room, reserved)
-    return replace(taken, promised=taken.promised + rest)
+    return taken._replace(promised=taken.promised + rest)
 
 
 def kernel_sizes(memory: HostMemory) -> tuple[int, ...]:

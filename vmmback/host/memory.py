@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmmback.linux import direct_map_use, procfs, zones
 from vmmback.linux.zones import Node
 
 
-@dataclass(frozen=True)
-class HostMemory:
+class HostMemory(NamedTuple):
     """The nodes that this process may take memory from, and what is spoken for, in bytes.
 
     `promised` was promised to guests that have not touched it yet. `group_room` is what the guest's memory cgroup, and

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vmmback.isolation.probe import Probe, Reading, Target
 from vmmback.linux import kpage, process_vm, procfs
-from vmmback.linux.procfs import AnyMapping
+from vmmback.linux.procfs import Mapping
 from vmmback.report import Verdict
 
 _READ_BYTES = 8
@@ -122,11 +122,11 @@ class MapFilesProbe(_ReopenProbe):
         return [self._link(target.pid, m) for m in procfs.maps(target.pid) if m.path == program][:1]
 
     @staticmethod
-    def _link(pid: int, mapping: procfs.Mapping) -> Path:
+    def _link(pid: int, mapping: Mapping) -> Path:
         return Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
 
 
-class VmaFlagsProbe(Probe[tuple[int, Sequence[procfs.DetailedMapping]]]):
+class VmaFlagsProbe(Probe[tuple[int, Sequence[Mapping]]]):
     """VmFlags in /proc/PID/smaps: `lo`, never swapped out, and `dd`, left out of core dumps (fs/proc/task_mmu.c).
 
     Memory without one of them is `readable`: in swap, or in a dump. Not every kernel sets `lo` on secret memory (Linux
@@ -139,13 +139,13 @@ class VmaFlagsProbe(Probe[tuple[int, Sequence[procfs.DetailedMapping]]]):
     control_is = "QEMU's heap and stack"
     source = "fs/proc/task_mmu.c, show_smap_vma_flags; mm/secretmem.c, mapping_set_unevictable"
 
-    def target(self, target: Target) -> tuple[int, Sequence[procfs.DetailedMapping]]:
+    def target(self, target: Target) -> tuple[int, Sequence[Mapping]]:
         return target.pid, _guest_ram(procfs.smaps(target.pid), target)
 
-    def control(self, target: Target) -> tuple[int, Sequence[procfs.DetailedMapping]]:
+    def control(self, target: Target) -> tuple[int, Sequence[Mapping]]:
         return target.pid, _ordinary(procfs.smaps(target.pid))
 
-    def attempt(self, place: tuple[int, Sequence[procfs.DetailedMapping]]) -> Reading:
+    def attempt(self, place: tuple[int, Sequence[Mapping]]) -> Reading:
         pid, mappings = place
         dumped = any("dd" not in mapping.flags for mapping in mappings)
         unlocked = [mapping for mapping in mappings if "lo" not in mapping.flags]
@@ -183,7 +183,7 @@ def descriptors_of(target: Target) -> list[int]:
     )
 
 
-def _guest_ram(mappings: Sequence[AnyMapping], target: Target) -> list[AnyMapping]:
+def _guest_ram(mappings: Sequence[Mapping], target: Target) -> list[Mapping]:
     """Return the mappings of the guest's RAM. Raises OSError when QEMU does not map each of its descriptors."""
     found = [procfs.memory_mappings(mappings, inode) for inode in target.ram]
     if not found or not all(found):
@@ -191,7 +191,7 @@ def _guest_ram(mappings: Sequence[AnyMapping], target: Target) -> list[AnyMappin
     return [mapping for mappings_of_one in found for mapping in mappings_of_one]
 
 
-def _frames(pid: int, mappings: Sequence[procfs.Mapping]) -> list[int]:
+def _frames(pid: int, mappings: Sequence[Mapping]) -> list[int]:
     """Return the frames of the present pages of mappings. Raises PermissionError where the kernel hides them."""
     entries = [entry for mapping in mappings for entry in procfs.pagemap(pid, mapping.start, mapping.size)]
     frames = [entry & procfs.PFN_MASK for entry in entries if entry & procfs.PRESENT]
@@ -200,12 +200,12 @@ def _frames(pid: int, mappings: Sequence[procfs.Mapping]) -> list[int]:
     return frames
 
 
-def _ordinary(mappings: Sequence[AnyMapping]) -> list[AnyMapping]:
+def _ordinary(mappings: Sequence[Mapping]) -> list[Mapping]:
     """Return QEMU's heap and stack: memory of the same process that is surely present and ordinary."""
     return [mapping for mapping in mappings if mapping.path in {"[heap]", "[stack]"}]
 
 
-def _sample(mappings: Sequence[procfs.Mapping]) -> list[int]:
+def _sample(mappings: Sequence[Mapping]) -> list[int]:
     """Return the addresses of the first, the middle and the last page of each mapping."""
     page = procfs.PAGE_SIZE
     return sorted(

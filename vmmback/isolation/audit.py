@@ -8,8 +8,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from vmmback.isolation import exposures, owner, qmp_proof, settings
 from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES
@@ -27,8 +26,7 @@ REQUIRED = frozenset(probe.name for probe in _REQUIRED)
 _NICE = 19  # setpriority(2): it is a thread's own in Linux, and what the thread starts inherits it
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """What was seen of one guest."""
 
     proof: qmp_proof.Proof
@@ -46,7 +44,7 @@ class Evidence:
             seen if seen.target is Verdict.READABLE else readable.get(seen.probe, seen) for seen in self.observations
         )
         pages = self.pages if self.pages.readable >= earlier.pages.readable else earlier.pages
-        return replace(self, observations=observations, pages=pages)
+        return self._replace(observations=observations, pages=pages)
 
 
 async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: Mapping[int, array[int]]) -> Evidence:

@@ -9,7 +9,8 @@ import time
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmmback.errors import HostUnfit, VmmbackError
 from vmmback.isolation.probe import Place, Probe, Reading, Target
@@ -22,13 +23,15 @@ _CONTROL_PAGES = 64
 _ALIKE = 512  # pages whose entries are looked at together
 
 
-@dataclass(frozen=True)
-class PageCount:
+class PageCount(NamedTuple):
     """How many pages are present, how many could be tried, how many of these the kernel could read."""
 
     present: int
     checked: int
     readable: int
+
+
+_NONE = PageCount(0, 0, 0)
 
 
 @dataclass
@@ -40,14 +43,13 @@ class Pages:
 
     entries: array[int]
     auxiliary: array[int] = field(default_factory=lambda: array("Q"))
-    count: PageCount = PageCount(0, 0, 0)
+    count: PageCount = _NONE
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """What was counted, how much of it through the kernel image's mapping alone, and what could not be tried."""
 
-    count: PageCount
+    pages: PageCount
     through_image: int = 0
     problems: tuple[str, ...] = ()
 
@@ -118,12 +120,12 @@ class DirectMapProbe(FrameProbe[Pages]):
     def attempt(self, place: Pages) -> Reading:
         """Try to read each present page, and those in frames of the kernel's image through that one's mapping too."""
         found = self._check(place.entries)
-        count = place.count = found.count
+        count = place.count = found.pages
         if not count.present:
             return Reading(Verdict.INCONCLUSIVE, f"none of {len(place.entries)} pages is present")
         detail = f"{count.readable} of {count.present} present pages readable"
         auxiliary = self._check(place.auxiliary)
-        others = auxiliary.count
+        others = auxiliary.pages
         if others.present:
             detail += f", and {others.readable} of {others.present} of QEMU's other secret RAM blocks"
         if through_image := found.through_image + auxiliary.through_image:
@@ -146,8 +148,8 @@ class DirectMapProbe(FrameProbe[Pages]):
         try:
             through_image = kernel_image.mapping(self._direct_map, image).check(hidden).readable
         except HostUnfit as error:
-            return _Found(replace(count, checked=count.checked - len(hidden)), problems=(error.message,))
-        return _Found(replace(count, readable=count.readable + through_image), through_image)
+            return _Found(count._replace(checked=count.checked - len(hidden)), problems=(error.message,))
+        return _Found(count._replace(readable=count.readable + through_image), through_image)
 
 
 def guest_frames(target: Target, prefaulted: Mapping[int, array[int]]) -> array[int]:

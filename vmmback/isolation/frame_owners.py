@@ -6,10 +6,9 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeAlias
+from typing import Literal, NamedTuple, Self, TypeAlias
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import kpage, procfs
@@ -25,8 +24,7 @@ _MOUNT = re.compile(r"^\d+ \d+ (\d+:\d+) (\S+) (\S+) ", re.MULTILINE)
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(NamedTuple):
     """What a frame is used for, and by whom in words."""
 
     place: PlaceName

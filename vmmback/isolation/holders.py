@@ -12,7 +12,7 @@ import os
 import subprocess
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmmback.isolation.direct_map import ordinary_memory
 from vmmback.isolation.probe import Probe, Reading, Target
@@ -23,8 +23,7 @@ from vmmback.report import Verdict
 _CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Memory files, each by its device and inode, and the processes that may have them.
 
     Inodes alone do not tell files apart: memfd_secret and memfd number theirs by counters of their own (get_next_ino()

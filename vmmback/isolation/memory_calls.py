@@ -21,7 +21,7 @@ from vmmback.ram import allocate
 from vmmback.report import Verdict
 
 
-def mappings(place: Specimen) -> list[procfs.DetailedMapping]:
+def mappings(place: Specimen) -> list[procfs.Mapping]:
     """Return the VMAs through which this process maps a specimen. Raises OSError when there are none."""
     found = procfs.memory_mappings(procfs.smaps("self"), place.ram.inode)
     if not found:

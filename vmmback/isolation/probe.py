@@ -11,16 +11,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from vmmback.report import Observation, Verdict
 
 Place = TypeVar("Place")
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A guest's RAM as the host sees it: QEMU's pid, and the RAM's descriptors: the size in bytes of each, by inode.
 
     `supervisor` is the pid of the process that holds the descriptors besides QEMU, 0 if none does.
@@ -40,8 +38,7 @@ class Target:
         return sum(self.ram.values())
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What one attempt came to, in words, and the name of the errno that refused it ("" if none did)."""
 
     verdict: Verdict

@@ -12,8 +12,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vmmback.errors import QemuFailed
 from vmmback.isolation.probe import Documented, Target
@@ -57,8 +56,7 @@ _BLOCK = re.compile(
 _HVA = re.compile(r"Host virtual address for 0x[0-9a-f]+ \((?P<name>.*)\) is 0x(?P<hva>[0-9a-f]+)\s*")
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """One range of a flat view: guest physical addresses in bytes, the last one inclusive, and what lies there."""
 
     first: int
@@ -83,8 +81,7 @@ class Range:
         return "ram" if self.guest_writable else "rom" if self.is_memory else "device"
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a RAM block lies: QEMU's virtual addresses [start, end) in bytes, `start` None when QEMU does not tell."""
 
     name: str
@@ -98,8 +95,7 @@ class Placement:
         return (self.start or 0) + self.size
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """What was found: all RAM blocks, and what the guest's processor sees at which address.
 
     `secret` is how many bytes of blocks lie in the secret RAM of the guest. `ours` are, for each of its descriptors (by
@@ -320,7 +316,7 @@ def _memory_map(
         if block:
             whole = blocks[block]
             start = None if whole.start is None else whole.start + memory.offset
-            backing = _backing(replace(whole, start=start, size=memory.last - memory.first + 1), secret)
+            backing = _backing(whole._replace(start=start, size=memory.last - memory.first + 1), secret)
         described.append(
             MapRange(
                 first=memory.first,

@@ -12,9 +12,8 @@ import mmap
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vmmback.isolation.direct_map import FrameProbe, ordinary_memory, pagemap_entries
 from vmmback.isolation.probe import Reading, Target
@@ -31,8 +30,7 @@ _SAMPLES = 10
 _ZERO_FRAME = bytes(PAGE_SIZE)
 
 
-@dataclass(frozen=True)
-class Frames:
+class Frames(NamedTuple):
     """Former frames by their raw pagemap entries, the SHA-256 (hex) of the canary they may hold, what backed them."""
 
     entries: array[int]

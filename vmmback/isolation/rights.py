@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmmback.isolation import access
 from vmmback.isolation.probe import Missing, Probe, Reading, Target
@@ -25,8 +25,7 @@ _ONLY_ADMINS = 2
 _ANSWERS_S = 10.0
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(NamedTuple):
     """Who tried, and what came of each of the ways: `done`, or the name of the error that refused it."""
 
     who: str

@@ -7,8 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from vmmback.isolation.probe import Missing, Probe, Reading, Target, errorcode
 from vmmback.linux.memory import address_of
@@ -19,8 +18,7 @@ SPECIMEN_BYTES = 1 << 20
 _CANARY_BYTES = 64
 
 
-@dataclass(frozen=True)
-class Specimen:
+class Specimen(NamedTuple):
     """RAM of one kind that this process maps: `memory` at the virtual address `address`, filled with `canary`.
 
     The canary is 64 random bytes, repeated, so that each page begins with it.

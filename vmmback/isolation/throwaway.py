@@ -9,9 +9,8 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vmmback.errors import HostUnfit
 from vmmback.isolation import throwaway_worker
@@ -23,8 +22,7 @@ from vmmback.linux import procfs
 _DEADLINE_S = 10.0
 
 
-@dataclass(frozen=True)
-class Throwaway:
+class Throwaway(NamedTuple):
     """A child that maps `specimen`, full of its canary, at the virtual address `address`, and waits in read(2).
 
     `folder`, if any, is its working directory.

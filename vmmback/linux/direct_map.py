@@ -18,11 +18,10 @@ import mmap
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
 from typing import NamedTuple, Self, TypeAlias
 
 from vmmback.errors import HostUnfit
@@ -148,32 +147,32 @@ class DirectMap:
 
         def survey(number: int) -> tuple[_Counts, int, list[int]]:
             lane = self._lanes[number]
-            total, found, first = _Counts(0, 0, 0), 0, list[int]()
+            counted, found, first = list[_Counts](), 0, list[int]()
             for start, batch in batches[number * share : (number + 1) * share]:
                 counts = lane.run(batch, size)
-                total += counts
+                counted.append(counts)
                 indexes = find(lane, len(batch) // 8, counts)
                 found += len(indexes)
                 first += [start + index for index in indexes[: _FIRST - len(first)]]
-            return total, found, first
+            return _Counts.total(counted), found, first
 
         with ThreadPoolExecutor(len(self._lanes)) as pool:
             parts = list(pool.map(survey, range(len(self._lanes))))
         return (
-            sum((counts for counts, _, _ in parts), _Counts(0, 0, 0)),
+            _Counts.total(counts for counts, _, _ in parts),
             sum(found for _, found, _ in parts),
             [index for _, _, first in parts for index in first][:_FIRST],
         )
 
 
-@dataclass(frozen=True)
-class _Counts:
+class _Counts(NamedTuple):
     present: int
     checked: int
     readable: int
 
-    def __add__(self, other: _Counts) -> _Counts:
-        return _Counts(self.present + other.present, self.checked + other.checked, self.readable + other.readable)
+    @classmethod
+    def total(cls, counts: Iterable[_Counts]) -> _Counts:
+        return cls(*map(sum, zip((0, 0, 0), *counts, strict=True)))
 
 
 class _Lane:

@@ -21,8 +21,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Protocol, Self, TypeAlias
+from typing import NamedTuple, Protocol, Self, TypeAlias
 
 from vmmback.linux import bpf, procfs
 from vmmback.linux.bpf import R0, R1, R2, R3, R6, R7, R8, Helper, Instruction, Label, Program, SharedValue
@@ -79,8 +78,7 @@ class Pattern(Protocol):
         """Tell whether it is at this offset of `memory`, where its anchor is."""
 
 
-@dataclass(frozen=True)
-class Scan:
+class Scan(NamedTuple):
     """Bytes that were searched, bytes that faulted, and the frames in which the pattern begins, in their order."""
 
     scanned: int

@@ -8,7 +8,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmmback.linux import arch
 from vmmback.linux.syscall import syscall
@@ -24,8 +24,7 @@ _SQE = struct.Struct("=BBHiQQIIQHHiQQ")
 _CQE = struct.Struct("=QiI")
 
 
-@dataclass(frozen=True)
-class _Offsets:
+class _Offsets(NamedTuple):
     """Where the fields of a ring are, in bytes from its start."""
 
     head: int

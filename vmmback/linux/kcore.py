@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # The first 64 bytes of a 64-bit ELF file: what it is; the place, size and number of its program headers.
 _MAGIC = b"\x7fELF\x02"  # ELFCLASS64
@@ -18,8 +18,7 @@ _LOAD = 1
 _NOT_RAM = (1 << 64) - 1  # the physical address of vmalloc and its like (fs/proc/kcore.c, read_kcore_iter)
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A range of memory: its offset in the file, its physical address and its size, all in bytes."""
 
     offset: int

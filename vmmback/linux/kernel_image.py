@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import procfs
@@ -30,8 +29,7 @@ _ADDRESSES = 1 << 64
 _TOGETHER = 512  # pagemap entries that are looked at together
 
 
-@dataclass(frozen=True)
-class ImageRange:
+class ImageRange(NamedTuple):
     """Physical addresses in bytes: [start, end) is all that the image's mapping may show; code, rodata start parts."""
 
     start: int

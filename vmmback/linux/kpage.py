@@ -13,11 +13,10 @@ import struct
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from vmmback.linux import procfs
 from vmmback.linux.procfs import PAGE_SIZE, Mapping
@@ -86,8 +85,7 @@ class KernelPages:
 _KNOWN = sum(Flag)
 
 
-@dataclass(frozen=True)
-class Lists:
+class Lists(NamedTuple):
     """Of some frames: how many are on the lists of what can be reclaimed and swapped out, how many are unevictable.
 
     A new frame is on no list for a moment, and the kernel reclaims from lists alone: it counts as neither.
@@ -126,8 +124,7 @@ def _runs(frames: Iterable[int]) -> list[tuple[int, int]]:
     return runs
 
 
-@dataclass(frozen=True)
-class User:
+class User(NamedTuple):
     """A process that maps a frame: its pid, its name, and the path that /proc/PID/maps shows, "" for anonymous."""
 
     pid: int

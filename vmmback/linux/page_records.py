@@ -12,8 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import procfs
@@ -39,8 +38,7 @@ class Reader(Protocol):
         """Return bytes at an address of the kernel's, None where it faults."""
 
 
-@dataclass(frozen=True)
-class CachedFile:
+class CachedFile(NamedTuple):
     """A file with pages in memory: its file system as `major:minor`, its inode, its path in that file system or ""."""
 
     device: str
@@ -48,8 +46,7 @@ class CachedFile:
     path: str
 
 
-@dataclass(frozen=True)
-class PageRecord:
+class PageRecord(NamedTuple):
     """How many hold the frame (0: it is free), which file's page it is, which slab cache's."""
 
     references: int

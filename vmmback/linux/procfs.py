@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import re
 from array import array
+from collections import abc
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import NamedTuple
 
 PROC = Path("/proc")
 PAGE_SIZE = os.sysconf("SC_PAGESIZE")
@@ -38,8 +39,7 @@ _SYSTEM_RAM = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : System RAM(?: \(kmem\))?
 _KERNEL_PART = re.compile(r"^ *([0-9a-f]+)-([0-9a-f]+) : Kernel (code|rodata|data|bss)$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Mapping:
+class Mapping(NamedTuple):
     """One VMA: [start, end) in bytes, its offset in the file, and the file's inode (0 where it maps none)."""
 
     start: int
@@ -49,6 +49,10 @@ class Mapping:
     device: str
     inode: int
     path: str
+    sizes: abc.Mapping[str, int] = MappingProxyType({})
+    """In bytes, by the names that smaps has for them; without smaps, there are none."""
+    flags: frozenset[str] = frozenset()
+    """Of two letters, as smaps has them."""
 
     @property
     def size(self) -> int:
@@ -56,28 +60,17 @@ class Mapping:
         return self.end - self.start
 
 
-@dataclass(frozen=True)
-class DetailedMapping(Mapping):
-    """One VMA with the sizes (bytes) and the two-letter flags that smaps adds."""
-
-    sizes: dict[str, int] = field(default_factory=dict)
-    flags: frozenset[str] = frozenset()
-
-
-AnyMapping = TypeVar("AnyMapping", bound=Mapping)
-
-
 def maps(pid: int | str, root: Path = PROC) -> list[Mapping]:
     """Return the VMAs of a process in the order of their addresses. Raises OSError when it is gone or out of reach."""
     return [mapping for line in _lines(root / str(pid) / "maps") if (mapping := _mapping(line))]
 
 
-def smaps(pid: int | str, root: Path = PROC) -> list[DetailedMapping]:
+def smaps(pid: int | str, root: Path = PROC) -> list[Mapping]:
     """Return the VMAs of a process with their sizes in bytes and their VmFlags."""
     return list(_detailed(_lines(root / str(pid) / "smaps")))
 
 
-def secret_mappings(mappings: Iterable[AnyMapping], inode: int) -> list[AnyMapping]:
+def secret_mappings(mappings: Iterable[Mapping], inode: int) -> list[Mapping]:
     """Return those VMAs that map the memfd_secret file `inode`; madvise(2) may have split one mapping into several."""
     return [mapping for mapping in mappings if mapping.inode == inode and mapping.path == SECRETMEM]
 
@@ -87,7 +80,7 @@ def is_memory_file(path: str) -> bool:
     return path == SECRETMEM or path.startswith("/memfd:")
 
 
-def memory_mappings(mappings: Iterable[AnyMapping], inode: int) -> list[AnyMapping]:
+def memory_mappings(mappings: Iterable[Mapping], inode: int) -> list[Mapping]:
     """Return those VMAs that map `inode`, be it a memfd_secret file or the plain memfd of a control."""
     return [mapping for mapping in mappings if mapping.inode == inode and is_memory_file(mapping.path)]
 
@@ -262,14 +255,14 @@ def _mapping(line: str) -> Mapping | None:
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
-def _detailed(lines: Iterable[str]) -> Iterator[DetailedMapping]:
+def _detailed(lines: Iterable[str]) -> Iterator[Mapping]:
     head: Mapping | None = None
     sizes: dict[str, int] = {}
     for line in lines:
         if line[:1] in _HEX_DIGITS and (mapping := _mapping(line)):  # else a name, with a capital letter
             head, sizes = mapping, {}
         elif head is not None and line.startswith("VmFlags:"):  # the last line of each VMA
-            yield DetailedMapping(**vars(head), sizes=sizes, flags=frozenset(line.split()[1:]))
+            yield head._replace(sizes=sizes, flags=frozenset(line.split()[1:]))
         else:
             name, _, rest = line.partition(":")
             if rest.endswith(" kB"):

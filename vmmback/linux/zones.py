@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmmback.linux.procfs import PAGE_SIZE, PROC
 
@@ -20,8 +20,7 @@ _COUNTER = re.compile(r"^ +(?:pages )?(\w+)(?::| ) *(\d+)$", re.MULTILINE)
 _PROTECTION = re.compile(r"^ +protection: \(([\d, ]*)\)$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Zone:
+class Zone(NamedTuple):
     """One zone of a node, in bytes.
 
     `high` is the watermark at which the kernel stops to reclaim, without `boost`: that one is taken back as soon as
@@ -52,8 +51,7 @@ class Zone:
         return self.name in _KERNEL_ZONES
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A NUMA node with its zones, those that are empty left out, and what the kernel itself uses of it, in bytes."""
 
     number: int
