@@ -22,7 +22,7 @@ from vmmback.linux import procfs
 
 # `vmmback` with little patience with a guest that ignores its power button, and with what a test changes.
 LAUNCHES = """
-import dataclasses, json, os, socket, sys
+import json, os, socket, sys
 from vmmback import cli, command, guest, handoff, launch
 launch._POWERDOWN_TIMEOUT_S = 0.1
 
@@ -31,7 +31,7 @@ def change_command(change, descriptors=()):
     def changed(*arguments):
         built = build(*arguments)
         argv = tuple(change(list(built.argv)))
-        return dataclasses.replace(built, argv=argv, descriptors=(*built.descriptors, *descriptors))
+        return built._replace(argv=argv, descriptors=(*built.descriptors, *descriptors))
     command.build = changed
 
 {change}

@@ -39,9 +39,9 @@ from vmmback import command, handoff, ram
 from vmmback.command import QemuCommand
 from vmmback.errors import HandoffFailed, HostUnfit
 from vmmback.handoff import Qemu
-from vmmback.isolation.audit import in_thread
 from vmmback.linux import procfs, seccomp
 from vmmback.runtime import last_words
+from vmmback.threads import in_thread
 
 pytestmark = pytest.mark.usefixtures("needs_secretmem", "needs_seccomp")
 

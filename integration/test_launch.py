@@ -68,7 +68,8 @@ def assert_frames_came_back_zeroed(report: Any) -> None:
 # and it says what it asks of QEMU, which nothing else shows.
 IMPATIENT = """
 import sys
-from vmmback import cli, guest, launch
+from vmmback import cli, launch
+from vmmback.isolation import audit
 from vmmback.monitor import Monitor
 
 def say(what):
@@ -86,7 +87,7 @@ def spy(owner, name):
 
 for name in ("powerdown", "quit"):
     spy(Monitor, name)
-spy(guest, "audit")
+spy(audit, "audit")
 launch._POWERDOWN_TIMEOUT_S = float(sys.argv.pop(1))
 cli.main()
 """

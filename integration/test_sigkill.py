@@ -53,7 +53,7 @@ from integration.leftovers import (
 )
 from vmmback import admission, command, config, console, control, handoff, launch, monitor, qmp_socket, ram, runtime
 from vmmback import guest as guest_module
-from vmmback.isolation import qmp_proof
+from vmmback.isolation import audit, qmp_proof
 from vmmback.lifecycle import Stop
 from vmmback.linux import procfs
 
@@ -576,7 +576,7 @@ STEPS = (
     Step(launch, "_booted"),
     Step(control, "serve"),
     Step(qmp_socket, "serve"),
-    Step(guest_module, "audit"),
+    Step(audit, "audit"),
     Step(guest_module.Guest, "report"),
     Step(launch, "_supervise"),
     Step(launch, "_shut_down"),

@@ -12,10 +12,10 @@ from typing import Any, cast
 
 import pytest
 
-from vmmback import guest as guest_module
 from vmmback.config import GuestConfig
 from vmmback.errors import QemuFailed
 from vmmback.guest import DRIFT_EVENT, Guest
+from vmmback.isolation import audit
 from vmmback.isolation.audit import REQUIRED, Evidence
 from vmmback.isolation.direct_map import PageCount
 from vmmback.isolation.qmp_proof import Proof
@@ -98,7 +98,7 @@ class Scene:
             clients=cast("Any", self.clients),
             **made,
         )
-        monkeypatch.setattr(guest_module, "audit", self._audit)
+        monkeypatch.setattr(audit, "audit", self._audit)
 
     async def _audit(self, *_: object) -> Evidence:
         self.running += 1

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec.structs import replace
 
@@ -19,23 +19,21 @@ from vmmback import command, console, handoff, monitor, ram, report, shares
 from vmmback.admission import Promise
 from vmmback.config import GuestConfig
 from vmmback.errors import HandoffFailed, VmmbackError
-from vmmback.isolation import exposures, qmp_proof
-from vmmback.isolation.audit import REQUIRED, Evidence, audit, in_thread
-from vmmback.isolation.catalogue import HOLDER_PROBES
-from vmmback.isolation.direct_map import guest_frames
+from vmmback.isolation import qmp_proof
 from vmmback.isolation.probe import Target
-from vmmback.isolation.residue import FreedFramesProbe
 from vmmback.lifecycle import State
 from vmmback.qmp_policy import Policy
 from vmmback.qmp_socket import QmpSocket
 from vmmback.report import Drift, GuestVerdict, IsolationReport, Observation, Verdict
+from vmmback.threads import in_thread
+
+if TYPE_CHECKING:
+    from vmmback.isolation.audit import Evidence
 
 # A name of our own among QEMU's events: docs/interop/qmp-spec.rst asks vendors for "__" and their domain.
 DRIFT_EVENT = "__org.vmmback_DRIFT"
 
-# The probes whose detail names who was found, and how many drifts are kept: whoever comes and goes makes new ones.
-_WHO = frozenset(probe.name for probe in HOLDER_PROBES)
-_MOST_DRIFTS = 100
+_MOST_DRIFTS = 100  # whoever comes and goes makes new ones
 
 
 class Watcher(console.Watcher, Protocol):
@@ -74,6 +72,11 @@ class SilentWatcher:
 
     def entered(self, state: State) -> None:
         """Drop it."""
+
+
+def import_probes() -> None:
+    """Import what examines a guest: while it boots there is time for that, and before its start there is none."""
+    from vmmback.isolation import audit, residue  # noqa: F401
 
 
 @dataclass
@@ -126,7 +129,9 @@ class Guest:
             self.validated_after = self.validated_after or "a request while it ran"
             started = time.perf_counter()
             try:
-                evidence = await audit(self.target, self.monitor.hmp, self.prefaulted)
+                from vmmback.isolation import audit
+
+                evidence = await audit.audit(self.target, self.monitor.hmp, self.prefaulted)
             except (VmmbackError, OSError, MemoryError, RuntimeError) as error:
                 with suppress(TimeoutError):
                     await self.qemu.ended(timeout_s=1.0)
@@ -155,6 +160,8 @@ class Guest:
 
     async def frames(self) -> array[int]:
         """Return the pagemap entry of each page of the RAM (procfs.pagemap). Raises OSError when QEMU is gone."""
+        from vmmback.isolation.direct_map import guest_frames
+
         return await in_thread(lambda: guest_frames(self.target, self.prefaulted))
 
     def observe_freed_frames(self) -> Observation | None:
@@ -164,10 +171,16 @@ class Guest:
         """
         if self.evidence is None:
             return None
+        from vmmback.isolation.residue import FreedFramesProbe
+
         return FreedFramesProbe(self.ram, self.evidence.frames, self.console.canary_fingerprint).observe(self.target)
 
     def report(self, freed: Observation | None = None) -> IsolationReport:
         """Judge what was seen so far. `freed` is what became of the guest's frames, None while it runs."""
+        from vmmback.isolation import exposures
+        from vmmback.isolation.audit import REQUIRED
+        from vmmback.isolation.residue import FreedFramesProbe
+
         evidence = self.evidence
         proof = evidence.proof if evidence else self.proof
         memory = report.Memory(
@@ -234,9 +247,12 @@ def confirm(guest_ram: Sequence[ram.Ram], proof: qmp_proof.Proof) -> None:
 
 def _newly_readable(earlier: Evidence, evidence: Evidence) -> list[Observation]:
     """Return what is readable now and was not; of holders and tracers, also others than were found before."""
+    from vmmback.isolation.catalogue import HOLDER_PROBES
+
+    who = {probe.name for probe in HOLDER_PROBES}  # whose detail names those who were found
 
     def told(seen: Observation) -> tuple[str, str]:
-        return seen.probe, seen.detail if seen.probe in _WHO else ""
+        return seen.probe, seen.detail if seen.probe in who else ""
 
     known = {told(seen) for seen in earlier.observations if seen.target is Verdict.READABLE}
     return [seen for seen in evidence.observations if seen.target is Verdict.READABLE and told(seen) not in known]

@@ -9,8 +9,8 @@ import os
 import resource
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from vmmback.errors import HostUnfit
@@ -56,7 +56,7 @@ class Jail(NamedTuple):
     root: Path
     program: Path
     locked: int
-    files: Mapping[Path, Path] = field(default_factory=dict)
+    files: Mapping[Path, Path] = MappingProxyType({})
     host_network: bool = False
     kvm: bool = False
 

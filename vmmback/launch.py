@@ -28,16 +28,16 @@ from vmmback import (
 from vmmback.broker import client as broker
 from vmmback.config import GuestConfig
 from vmmback.errors import HandoffFailed, Interrupted, QemuFailed, VmmbackError
-from vmmback.guest import Guest, Watcher, confirm, target_of
+from vmmback.guest import Guest, Watcher, confirm, import_probes, target_of
 from vmmback.host.qemu import can_share_aux_ram, choose_accel, find_qemu, kernel_release
 from vmmback.isolation import qmp_proof
-from vmmback.isolation.audit import in_thread
 from vmmback.lifecycle import State, Stop
 from vmmback.linux import memlock
 from vmmback.qmp_policy import Policy
 from vmmback.report import IsolationReport
 from vmmback.runtime import QEMU_LOG, QMP_SOCKET, SERIAL_LOG, guest_folder
 from vmmback.supervisor import Life
+from vmmback.threads import in_thread
 
 T = TypeVar("T")
 
@@ -190,7 +190,8 @@ async def _run(guest: Guest, life: Life, stop: Stop, *, validate: bool) -> None:
         guest.policy.permit("cont")
         if guest.config.isolation.every and not validate:
             life.note("no probe is tried, nor repeated every so often (--no-validate)")
-        found = await _examined(guest) if validate and await _booted(guest, stop) else None
+        async with _meanwhile(in_thread(import_probes)):
+            found = await _examined(guest) if validate and await _booted(guest, stop) else None
         if found:
             life.validated(found)
         if guest.qemu.status is None and not stop.times:

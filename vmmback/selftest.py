@@ -24,7 +24,7 @@ from vmmback.errors import AdmissionRefused, HostUnfit, QemuFailed, VmmbackError
 from vmmback.guest import Guest, SilentWatcher
 from vmmback.host.qemu import kernel_release
 from vmmback.isolation import settings
-from vmmback.isolation.audit import REQUIRED, in_thread
+from vmmback.isolation.audit import REQUIRED
 from vmmback.isolation.catalogue import ACCESS_PROBES, DISTURBING_PROBES, HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES
 from vmmback.isolation.direct_map import DirectMapProbe
 from vmmback.isolation.probe import Documented, Probe, Target
@@ -32,6 +32,7 @@ from vmmback.isolation.qmp_proof import QmpProof
 from vmmback.isolation.residue import FreedFramesProbe
 from vmmback.launch import prepare
 from vmmback.report import Observation, SelftestReport, VectorResult, Verdict
+from vmmback.threads import in_thread
 
 Progress = Callable[[str, int, int], None]
 """Told the name of the vector that is tried, how many were tried before, and how many there are."""

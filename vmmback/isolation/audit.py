@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from array import array
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
@@ -15,6 +14,7 @@ from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBE
 from vmmback.isolation.direct_map import DirectMapProbe, PageCount
 from vmmback.isolation.probe import Documented, Target
 from vmmback.report import Exposure, HostSetting, Observation, Process, Verdict
+from vmmback.threads import in_thread
 
 T = TypeVar("T")
 
@@ -97,16 +97,3 @@ async def _behind_others(function: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1, "audit", lambda: os.setpriority(os.PRIO_PROCESS, 0, _NICE)) as executor:
         return await in_thread(function, executor)
-
-
-async def in_thread(function: Callable[[], T], executor: Executor | None = None) -> T:
-    """Run `function` in a thread. Unlike asyncio.to_thread, cancelling it waits for the thread's end.
-
-    So no probe ever looks at a process that has ended, or at another one under its pid.
-    """
-    future = asyncio.get_running_loop().run_in_executor(executor, function)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait({future})
-        raise
