@@ -129,9 +129,9 @@ def result(output: str, errors: str) -> Any:
 
 
 def _environment() -> dict[str, str]:
-    import pydantic
+    import msgspec
 
-    return {"PYTHONHOME": sys.base_prefix, "PYTHONPATH": f"{ROOT}:{Path(pydantic.__file__).parents[1]}"}
+    return {"PYTHONHOME": sys.base_prefix, "PYTHONPATH": f"{ROOT}:{Path(msgspec.__file__).parents[1]}"}
 
 
 def _loader(program: Path) -> Path:

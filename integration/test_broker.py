@@ -576,7 +576,7 @@ def test_a_broker_ends_with_its_tasks(runtime_dir: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Pool, "_add", add)
     monkeypatch.setattr(dumpable, "forbid", lambda: None)
     with pytest.raises(KeyError, match="a mistake of ours"):
-        asyncio.run(run_broker(BrokerConfig.model_validate({"pool": [{"size": "1MiB"}]}), print))
+        asyncio.run(run_broker(BrokerConfig.of({"pool": [{"size": "1MiB"}]}), print))
 
 
 def test_it_takes_no_socket_at_which_somebody_listens_and_whatever_the_umask_all_may_reach_its_own(

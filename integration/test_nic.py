@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+from msgspec.structs import replace
 
 from integration import capabilities
 from integration.conftest import (
@@ -391,7 +392,7 @@ def test_a_tap_whose_name_is_taken_is_not_shared() -> None:
 
 
 def nics(*tables: str) -> config.GuestConfig:
-    return config.GuestConfig.model_validate(
+    return config.GuestConfig.of(
         {
             "name": f"g-{secrets.token_hex(4)}",
             "memory": {"size": "16MiB"},
@@ -438,7 +439,7 @@ def test_guests_come_and_go_at_once_and_the_bridge_goes_with_the_last() -> None:
 def test_an_mtu_too_small_for_ipv6_and_one_too_large_for_a_tap(bridge: int, nic: int | None, card: int) -> None:
     guest = nics("br0")
     if nic:
-        guest = guest.model_copy(update={"nic": (guest.nic[0].model_copy(update={"mtu": nic}),)})
+        guest = replace(guest, nic=(replace(guest.nic[0], mtu=nic),))
 
     async def attach() -> None:
         async with AsyncExitStack() as stack:

@@ -166,9 +166,10 @@ def test_a_vector_that_reads_its_target_makes_it_fail(start: Start, tmp_path: Pa
 
 # The guest that should be on secret RAM is like its twin.
 BOTH_ORDINARY = """
+from msgspec.structs import replace
 from vmmback import cli, selftest
 config = selftest._config
-selftest._config = lambda folder, backing: config(folder, "ordinary").model_copy(update={"name": "a-" + backing})
+selftest._config = lambda folder, backing: replace(config(folder, "ordinary"), name="a-" + backing)
 selftest.DISTURBING_PROBES = ()
 cli.main()
 """

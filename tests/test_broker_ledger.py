@@ -8,7 +8,7 @@ from vmmback.broker.config import MIB, Allow, BrokerConfig
 from vmmback.broker.ledger import Caller, Lease, Ledger, NotAllowed
 
 ROOT, ALICE, BOB = Caller(1, 0, 0), Caller(2, 1000, 100), Caller(3, 1001, 200)
-RULE = Allow.model_validate({"user": 1000, "total": "512MiB", "count": 3, "per-minute": 4})
+RULE = Allow.of({"user": 1000, "total": "512MiB", "count": 3, "per-minute": 4})
 
 
 def ledger(*rules: Allow) -> Ledger:
@@ -61,16 +61,16 @@ def test_a_rule_bounds_the_rate() -> None:
 
 
 def test_the_first_rule_that_fits_counts_by_user_and_by_group() -> None:
-    of_group = Allow.model_validate({"group": 200, "total": "64MiB"})
-    both = Allow.model_validate({"user": 1001, "group": 100, "total": "1GiB"})
-    book = ledger(both, of_group, Allow.model_validate({"user": 1001, "total": "1GiB"}))
+    of_group = Allow.of({"group": 200, "total": "64MiB"})
+    both = Allow.of({"user": 1001, "group": 100, "total": "1GiB"})
+    book = ledger(both, of_group, Allow.of({"user": 1001, "total": "1GiB"}))
     lend(book, BOB)
     with pytest.raises(NotAllowed, match="64 of at most 64 MiB"):
         lend(book, BOB, MIB)
 
 
 def test_nobody_sees_or_ends_the_lease_of_another_user() -> None:
-    book = ledger(RULE, Allow.model_validate({"user": 1001, "total": "1GiB"}))
+    book = ledger(RULE, Allow.of({"user": 1001, "total": "1GiB"}))
     hers, his = lend(book, ALICE), lend(book, BOB)
     assert [lease.number for lease in book.of(ALICE)] == [hers]
     assert {lease.number for lease in book.of(ROOT)} == {hers, his}

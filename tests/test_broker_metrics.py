@@ -24,7 +24,7 @@ DASHBOARD = Path(__file__).parents[1] / "configs/broker/grafana.json"
 @pytest.fixture
 def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Broker:
     monkeypatch.setenv("VMMBACK_RUNTIME_DIR", str(tmp_path))
-    config = BrokerConfig.model_validate({"pool": [{"size": "64MiB", "count": 3}]})
+    config = BrokerConfig.of({"pool": [{"size": "64MiB", "count": 3}]})
     made = Broker(config, Promise(tmp_path, "secret"), lambda _: None)
     made.ledger.add(Lease(7, 64 * MIB, 1, 2, 1000, 100, "a guest", "2026-01-01 00:00:00+00:00"), 0.0)
     made.denials, made.not_ready = 2, 5

@@ -20,12 +20,12 @@ PLAIN: dict[str, Any] = {"path": "/g/a.raw", "format": "raw", "plaintext": "allo
 
 def arguments(disk: dict[str, Any], key: int | None = None, **more: Any) -> list[Any]:
     """QEMU's arguments, with what is JSON as what it says."""
-    made = argv("disk1", Disk.model_validate(disk), 7, key, **more)
+    made = argv("disk1", Disk.of(disk), 7, key, **more)
     return [json.loads(word) if word.startswith("{") else word for word in made]
 
 
 def test_the_arguments_of_an_encrypted_disk() -> None:
-    words = argv("disk0", Disk.model_validate({**LUKS, "serial": "root", "boot-order": 1}), 7, 8)
+    words = argv("disk0", Disk.of({**LUKS, "serial": "root", "boot-order": 1}), 7, 8)
     assert (
         "\n".join(words)
         == """\
@@ -114,7 +114,7 @@ def test_a_key_that_changed_since_it_was_checked_is_looked_at_again(tmp_path: Pa
 
 # --- Errors while a guest runs ----------------------------------------------------------------------------------------
 
-GUEST = GuestConfig.model_validate({"name": "demo", "memory": {"size": "64MiB"}, "disk": [LUKS, PLAIN]})
+GUEST = GuestConfig.of({"name": "demo", "memory": {"size": "64MiB"}, "disk": [LUKS, PLAIN]})
 
 
 def error(node: str, *, nospace: bool = False, action: str = "report", operation: str = "write") -> dict[str, object]:

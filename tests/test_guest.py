@@ -76,9 +76,7 @@ class Scene:
         self.watcher, self.clients = Watcher(), Clients()
         self.running = 0
         self.most_at_once = 0
-        config = GuestConfig.model_validate(
-            {"name": "demo", "memory": {"size": "16MiB"}, "boot": {"kernel": Path("vmlinuz")}}
-        )
+        config = GuestConfig.of({"name": "demo", "memory": {"size": "16MiB"}, "boot": {"kernel": "vmlinuz"}})
         made: dict[str, Any] = {
             "ram": [SimpleNamespace(size=SIZE, inode=7, frames=array("Q"), backing="secret", direct_map=None)],
             "qemu": SimpleNamespace(pid=1, status=None, auxiliary_inodes=frozenset(), ended=never),

@@ -66,3 +66,11 @@ def test_help_does_not_wait_for_what_it_does_not_need() -> None:
     program = f"import sys, vmmback.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_launch_does_not_wait_for_what_its_guest_file_does_not_need() -> None:
+    heavy = ["pydantic", "difflib", "hashlib", "vmmback.config.schema"]
+    imports = "sys, vmmback.config, vmmback.broker.config"
+    program = f"import {imports}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

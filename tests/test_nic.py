@@ -20,7 +20,7 @@ BRIDGE = 'bridge = "br0"\n'
 
 
 def guest(*nics: dict[str, object], cpus: int = 1) -> GuestConfig:
-    return GuestConfig.model_validate({**GUEST, "cpu": {"count": cpus}, "nic": list(nics)})
+    return GuestConfig.of({**GUEST, "cpu": {"count": cpus}, "nic": list(nics)})
 
 
 def message_of(folder: Path, nics: str) -> str:
@@ -36,8 +36,8 @@ def message_of(folder: Path, nics: str) -> str:
 
 
 def test_a_guest_has_no_nic_unless_it_asks() -> None:
-    assert GuestConfig.model_validate(GUEST).nic == ()
-    assert not GuestConfig.model_validate(GUEST).needs_host_network
+    assert GuestConfig.of(GUEST).nic == ()
+    assert not GuestConfig.of(GUEST).needs_host_network
 
 
 def test_a_bridge_alone_is_enough(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_whole_command(hard: int, memlock: list[str], kept: str, monkeypatch
 
 def test_it_may_lock_what_it_maps_and_no_more() -> None:
     def locked(*, secret_aux: bool, **memory: str) -> int:
-        config = GuestConfig.model_validate({**TABLES, "memory": {"size": "256MiB", **memory}})
+        config = GuestConfig.of({**TABLES, "memory": {"size": "256MiB", **memory}})
         made = Plan((7, 9), config, {}).jail(Path("/g"), Path("/q"), "tcg", secret_aux=secret_aux)
         assert made is not None
         return made.locked
@@ -65,12 +65,12 @@ def test_it_may_lock_what_it_maps_and_no_more() -> None:
 
 
 def test_kvm_is_there_for_who_uses_it_and_the_hosts_network_for_who_asks() -> None:
-    plan = Plan((7, 9), GuestConfig.model_validate(TABLES), {})
+    plan = Plan((7, 9), GuestConfig.of(TABLES), {})
     made = plan.jail(Path("/g"), Path("/q"), "kvm", secret_aux=False)
     assert made is not None
     assert (made.uid, made.gid, made.kvm, made.host_network) == (7, 9, True, False)
     nic = {"mode": "user", "plaintext": "allowed"}
-    plan = Plan((7, 9), GuestConfig.model_validate({**TABLES, "nic": [nic]}), {})
+    plan = Plan((7, 9), GuestConfig.of({**TABLES, "nic": [nic]}), {})
     made = plan.jail(Path("/g"), Path("/q"), "tcg", secret_aux=False)
     assert made is not None
     assert (made.kvm, made.host_network) == (False, True)
@@ -98,11 +98,11 @@ def test_an_unreadable_file_is_named_with_its_key(tmp_path: Path) -> None:
 
 def test_without_the_rights_for_it_there_is_no_jail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jail, "missing_rights", lambda: ["CAP_SETUID"])
-    config = GuestConfig.model_validate(TABLES)
+    config = GuestConfig.of(TABLES)
     with planned(config) as plan:
         assert plan.config == config
         assert plan.jail(Path("/g"), Path("/q"), "tcg", secret_aux=False) is None
-    wants = GuestConfig.model_validate({**TABLES, "process": {"user": "vmm-demo"}})
+    wants = GuestConfig.of({**TABLES, "process": {"user": "vmm-demo"}})
     with pytest.raises(HostUnfit, match=r"^process.user: .*CAP_SETUID"), planned(wants):
         pass
 
@@ -111,8 +111,8 @@ def test_qemu_sees_the_boot_files_at_places_of_the_jail(tmp_path: Path, monkeypa
     monkeypatch.setattr(jail, "missing_rights", list)
     monkeypatch.setattr(uids, "LOCKS", tmp_path / "locks")
     (tmp_path / "k").touch(0o644)
-    tables = {**TABLES, "boot": {"kernel": tmp_path / "k", "cmdline": "quiet"}}
-    with planned(GuestConfig.model_validate(tables)) as plan:
+    tables = {**TABLES, "boot": {"kernel": str(tmp_path / "k"), "cmdline": "quiet"}}
+    with planned(GuestConfig.of(tables)) as plan:
         assert plan.files == {Path("/boot/kernel"): tmp_path / "k"}
         assert (plan.config.boot.kernel, plan.config.boot.cmdline) == (Path("/boot/kernel"), "quiet")
         assert plan.config.boot.initrd is None
@@ -122,12 +122,12 @@ def test_qemu_sees_the_boot_files_at_places_of_the_jail(tmp_path: Path, monkeypa
     "path", ["/demo", "/machine.slice/demo.scope", "/a/.b/..c/d..", r"/system.slice/x\x2dy@1.service"]
 )
 def test_a_cgroup_is_named_by_its_path(path: str) -> None:
-    config = GuestConfig.model_validate({**TABLES, "process": {"cgroup": path}})
+    config = GuestConfig.of({**TABLES, "process": {"cgroup": path}})
     assert config.process.cgroup == path
 
 
 def test_without_a_cgroup_our_own_pays() -> None:
-    assert memory_group(GuestConfig.model_validate(TABLES)) is None
+    assert memory_group(GuestConfig.of(TABLES)) is None
 
 
 def test_every_uid_of_the_range_comes_once() -> None:

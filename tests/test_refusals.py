@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from vmmback.config import guest, load
+from vmmback.config import GuestConfig, load
 from vmmback.errors import ConfigError
+from vmmback.toml_tables import keys_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "vmmback/config"
@@ -340,10 +341,10 @@ def test_there_is_no_refusal_in_the_code_that_the_table_lacks(folder: Path) -> N
 
 def test_each_key_with_bounds_has_a_row() -> None:
     bounded = {
-        (name, field.alias or key)
-        for name, table in guest._TABLES.items()
-        for key, field in table.model_fields.items()
-        if any(hasattr(limit, "ge") or hasattr(limit, "le") for limit in field.metadata)
+        (table.name, key.name)
+        for table in keys_of(GuestConfig).values()
+        for key in (keys_of(table.table).values() if table.table else [table])
+        if key.meta.ge is not None or key.meta.le is not None
     }
     told = {(row.table.strip("`[]"), key.strip("` ")) for row in ROWS for key in row.key.split(",")}
     assert len(bounded) > 3

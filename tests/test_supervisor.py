@@ -16,7 +16,7 @@ from vmmback.guest import SilentWatcher
 from vmmback.lifecycle import State, Stop
 from vmmback.supervisor import Life
 
-CONFIG = GuestConfig.model_validate(
+CONFIG = GuestConfig.of(
     {"name": "demo", "memory": {"size": "16MiB"}, "boot": {"kernel": "vmlinuz"}, "console": {"log": "demo.log"}}
 )
 REPORT = guest_report()

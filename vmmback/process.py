@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from vmmback import jail, uids
 from vmmback.config import GuestConfig
 from vmmback.errors import HostUnfit
@@ -63,7 +65,7 @@ def planned(config: GuestConfig) -> Iterator[Plan]:
         files = {key: file for key in _BOOT_FILES if (file := getattr(config.boot, key))}
         jail.check_readable({f"boot.{key}": file for key, file in files.items()}, *ids)
         places = {key: Path("/boot", key) for key in files}
-        seen = config.model_copy(update={"boot": config.boot.model_copy(update=places)})
+        seen = replace(config, boot=replace(config.boot, **places))
         yield Plan(ids, seen, {places[key]: file for key, file in files.items()})
 
 

@@ -107,12 +107,12 @@ async def _two_guests() -> AsyncIterator[tuple[Guest, Guest]]:
 def _config(folder: Path, backing: Literal["secret", "ordinary"]) -> GuestConfig:
     rom = folder / f"{backing}.rom"
     rom.write_bytes(tiny_guest.rom_with_canary())
-    return GuestConfig.model_validate(
+    return GuestConfig.of(
         {
             "name": f"{folder.name.replace('_', '-').lower()}-{backing}",
             "memory": {"size": _GUEST_SIZE, "backing": backing},
             "machine": {"accel": "tcg"},
-            "boot": {"firmware": rom},
+            "boot": {"firmware": str(rom)},
             "isolation": {"ready": tiny_guest.READY.decode().strip()},
         }
     )

@@ -6,21 +6,15 @@ quoted and cut, so that no file can write control characters to a terminal.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import stat
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from datetime import date, time
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from vmmback.errors import ConfigError
 
@@ -31,19 +25,8 @@ MAX_STATEMENT_LINES = 200  # parsing a statement again for each of its lines tak
 MAX_DEPTH = 3
 
 KeyPath = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """What a file may say: the fields of each table ("" is the top of the file).
-
-    `arrays` names those of the tables that may be there several times, as [[table]].
-    """
-
-    tables: Mapping[str, Mapping[str, FieldInfo]]
-    refused: Mapping[KeyPath, str] = field(default_factory=dict)
-    """What users may look for and cannot have, and why."""
-    arrays: Collection[str] = ()
+Problem = tuple[tuple[str | int, ...], str]
+"""What is wrong with a file: the keys down to the place, a number for one of several tables, and what of it."""
 
 
 def quote(text: str, max_chars: int = MAX_SHOWN_CHARS) -> str:
@@ -57,13 +40,13 @@ def ascii_path(path: Path) -> str:
     return quote(str(path), MAX_PATH_CHARS)[1:-1]
 
 
-def key_text(path: KeyPath) -> str:
+def key_text(path: Sequence[str | int]) -> str:
     """Return a key path as TOML writes it, `memory.size`, with quotes where a part needs them.
 
     A number stands for one of several tables, from 0 on: `disk[1].path`.
     """
-    shown = [part if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", part) else quote(part) for part in path]
-    return re.sub(r"\.([0-9]+)(?=\.|$)", r"[\1]", ".".join(shown))
+    parts = [part if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", part) else quote(part) for part in map(str, path)]
+    return re.sub(r"\.([0-9]+)(?=\.|$)", r"[\1]", ".".join(parts))
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -188,23 +171,30 @@ def _paths(value: object, above: KeyPath) -> Iterator[KeyPath]:
             yield from _paths(inner, (*above, key))
 
 
-def explain(path: Path, text: str, error: ValidationError, grammar: Grammar) -> str:
-    """Return every error of a file, one a line, in the file's order; those without a line come last."""
+def explain(path: Path, text: str, problems: Sequence[Problem]) -> str:
+    """Return every problem of a file, one a line, in the file's order; those without a line come last."""
     lines = key_lines(text)
     rows: list[tuple[int | None, str]] = []
-    for detail in error.errors(include_url=False):
-        keys = tuple(str(part) for part in detail["loc"])
+    for where, said in problems:
+        keys = tuple(map(str, where))
         line = lines.get(keys) or lines.get(keys[:-1])  # a key that is not there is missed in its table
         place = f"{ascii_path(path)}:{line}" if line else ascii_path(path)
-        rows.append((line, f"{place}: {key_text(keys)}: {_say(keys, detail, grammar)}"))
+        rows.append((line, f"{place}: {key_text(where)}: {said}"))
     rows.sort(key=lambda row: (row[0] is None, row[0] or 0))
     return "\n".join(row for _, row in rows)
 
 
+def a_string(value: object, wanted: str) -> str:
+    """Return a value that must be a string. Raises ValueError, which says that `wanted` is to be written."""
+    if not isinstance(value, str):
+        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (of what a file says every problem is a ValueError)
+    return value
+
+
 def wrong_type(value: object, wanted: str) -> str:
     """Return what a value of the wrong type is, and what to write instead."""
-    shown = f"{_shown(value)} is" if isinstance(value, str | int | float) else "is"
-    return f"{shown} {_type_name(value)}; write {wanted}"
+    what = f"{shown(value)} is" if isinstance(value, str | int | float) else "is"
+    return f"{what} {_type_name(value)}; write {wanted}"
 
 
 def _type_name(value: object) -> str:
@@ -220,7 +210,8 @@ def _type_name(value: object) -> str:
     return next((name for kind, name in names if isinstance(value, kind)), "something else")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a value as an error shows it."""
     if isinstance(value, str):
         return quote(value)
     if isinstance(value, bool):
@@ -230,105 +221,8 @@ def _shown(value: object) -> str:
     return str(value) if isinstance(value, int | float) else _type_name(value)
 
 
-def _written(value: object) -> str:
-    """Return an example of a value as it is written in TOML; that of a table is its first keys."""
+def written_as(value: object) -> str:
+    """Return a value as it is written in TOML; a table as the keys under its header."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} = {_written(inner)}" for key, inner in value.items())
-    return _shown(value)
-
-
-def _table(keys: KeyPath) -> str:
-    """Return the name of the table that a key is in."""
-    return ".".join(part for part in keys[:-1] if not part.isdecimal())
-
-
-def _field(keys: KeyPath, grammar: Grammar) -> FieldInfo:
-    return grammar.tables[_table(keys)][keys[-1]]
-
-
-def _example(keys: KeyPath, grammar: Grammar) -> str:
-    field = _field(keys, grammar)
-    example = field.examples[0] if field.examples else field.get_default(call_default_factory=False)
-    return _written(example)
-
-
-def _missing(keys: KeyPath, _: ErrorDetails, grammar: Grammar) -> str:
-    example = _example(keys, grammar)
-    if keys[-1] in grammar.tables:
-        return f"the table is missing; write {_header(keys[-1], grammar)} and under it {example}"
-    return f"missing; write {keys[-1]} = {example}"
-
-
-def _unknown(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
-    if keys in grammar.refused:
-        return grammar.refused[keys]
-    key, table = keys[-1], _table(keys)
-    known = grammar.tables[table]
-    is_table = isinstance(detail["input"], dict | list)
-    what = f"unknown table [{key_text(keys)}]" if is_table and not table else f"unknown key {quote(key)}"
-    near = difflib.get_close_matches(key.lower(), known, n=1)
-    elsewhere = [name for name, fields in grammar.tables.items() if key in fields and name != table]
-    if elsewhere:
-        where = (
-            f"under {_header(elsewhere[0], grammar)}"
-            if elsewhere[0]
-            else "at the top of the file, before the first table"
-        )
-        return f"{what} here; {quote(key)} belongs {where}"
-    if near:
-        return f"{what}; did you mean {_named(near[0], table, grammar)}?"
-    return f"{what}; known here are {', '.join(_named(name, table, grammar) for name in known)}"
-
-
-def _named(key: str, table: str, grammar: Grammar) -> str:
-    return _header(key, grammar) if not table and key in grammar.tables else quote(key)
-
-
-def _header(table: str, grammar: Grammar) -> str:
-    return f"[[{table}]]" if table in grammar.arrays else f"[{table}]"
-
-
-def _want_table(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
-    name = keys[-1] if not keys[-1].isdecimal() else keys[-2]
-    return wrong_type(detail["input"], f"a table: {_header(name, grammar)} and its keys under it")
-
-
-def _want_tables(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
-    header = _header(keys[-1], grammar)
-    return wrong_type(detail["input"], f"{header} with two brackets, for there may be several, and its keys under it")
-
-
-def _want(wanted: str) -> Callable[[KeyPath, ErrorDetails, Grammar], str]:
-    def say(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
-        return wrong_type(detail["input"], wanted.format(key=key_text(keys), example=_example(keys, grammar)))
-
-    return say
-
-
-def _choice(_: KeyPath, detail: ErrorDetails, __: Grammar) -> str:
-    expected = str(detail["ctx"]["expected"]).replace("'", '"')
-    return f"is {_shown(detail['input'])}; write {expected}"
-
-
-_SAYINGS: Mapping[str, Callable[[KeyPath, ErrorDetails, Grammar], str]] = {
-    "missing": _missing,
-    "extra_forbidden": _unknown,
-    "model_type": _want_table,
-    "tuple_type": _want_tables,
-    "string_type": _want("a string in quotes, like {example}"),
-    "int_type": _want("an integer without quotes, like {example}"),
-    "bool_type": _want("a boolean without quotes: true or false"),
-    "literal_error": _choice,
-    "greater_than_equal": lambda _, detail, __: (
-        f"{_shown(detail['input'])} is too small; write {detail['ctx']['ge']} or more"
-    ),
-    "less_than_equal": lambda _, detail, __: (
-        f"{_shown(detail['input'])} is too large; write {detail['ctx']['le']} or less"
-    ),
-    "value_error": lambda _, detail, __: str(detail["ctx"]["error"]),
-}
-
-
-def _say(keys: KeyPath, detail: ErrorDetails, grammar: Grammar) -> str:
-    say = _SAYINGS.get(detail["type"])
-    return say(keys, detail, grammar) if say else f"{_shown(detail['input'])} cannot stand here"
+        return ", ".join(f"{key} = {written_as(inner)}" for key, inner in value.items())
+    return shown(value)

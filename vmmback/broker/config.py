@@ -1,38 +1,35 @@
 """What a broker file may say: who may borrow how much secret RAM, and what is kept ready."""
 
-from __future__ import annotations
-
 import grp
 import pwd
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from msgspec import Meta
 
-from vmmback.config.tables import Table
-from vmmback.config.values import Size, Tables
+from vmmback.config.values import Size
 from vmmback.errors import ConfigError
-from vmmback.toml_errors import Grammar, explain, read, wrong_type
+from vmmback.toml_errors import Problem, a_string, explain, read
+from vmmback.toml_tables import Checked, Parsed, Table, WrongTables
 
 MIB = 1 << 20
 _MOST_READY = 1024
 _MOST_ID = (1 << 32) - 2  # the number after it is no id (chown(2))
 
 
-def _id_of(kind: str, number: Callable[[str], int]) -> Callable[[object], int]:
-    def parse(value: object) -> int:
+def _id_of(kind: str, number: Callable[[str], int]) -> Callable[[object, Path | None], int]:
+    def parse(value: object, _: Path | None) -> int:
         if isinstance(value, int) and not isinstance(value, bool):
             if not 0 <= value <= _MOST_ID:
                 raise ValueError(f"{value} is no number of a {kind}; write one from 0 to {_MOST_ID}, or a name")
             return value
-        if not isinstance(value, str):
-            raise ValueError(wrong_type(value, f"the name or the number of a {kind}"))  # noqa: TRY004 (pydantic's)
+        name = a_string(value, f"the name or the number of a {kind}")
         try:
-            return number(value)
+            return number(name)
         except (KeyError, ValueError) as error:
-            raise ValueError(f"there is no {kind} {value!a} on this host") from error
+            raise ValueError(f"there is no {kind} {name!a} on this host") from error
 
     return parse
 
@@ -43,13 +40,12 @@ def _whole_mib(size: int) -> int:
     return size
 
 
-def _address(value: object) -> object:
+def _address(written: object, _: Path | None) -> Path | tuple[str, int]:
     wanted = 'a port of this host, like "127.0.0.1:9464", or the absolute path of a socket'
-    if not isinstance(value, str):
-        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (pydantic's)
+    value = a_string(written, wanted)
     if value.startswith("/"):
         return Path(value)
-    host, _, port = value.rpartition(":")
+    host, _colon, port = value.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     try:
         own, number = ip_address(host).is_loopback, int(port)
@@ -61,82 +57,73 @@ def _address(value: object) -> object:
 
 
 Address = Path | tuple[str, int]
-User = Annotated[int, BeforeValidator(_id_of("user", lambda name: pwd.getpwnam(name).pw_uid))]
-Group = Annotated[int, BeforeValidator(_id_of("group", lambda name: grp.getgrnam(name).gr_gid))]
-WholeSize = Annotated[Size, AfterValidator(_whole_mib)]
+User = Annotated[int, Parsed(_id_of("user", lambda name: pwd.getpwnam(name).pw_uid))]
+Group = Annotated[int, Parsed(_id_of("group", lambda name: grp.getgrnam(name).gr_gid))]
+WholeSize = Annotated[Size, Checked(_whole_mib)]
 
 
-class Ready(Table):
+class Ready(Table, frozen=True):
     """Guest RAM of one size that is kept prefaulted."""
 
-    size: WholeSize = Field(description="Its size, as in [memory] of the guests that are to get it.", examples=["1GiB"])
-    count: Annotated[int, Field(ge=1, le=_MOST_READY)] = Field(
-        default=1, description="So many of them are kept ready.", examples=[2]
-    )
+    size: Annotated[
+        WholeSize, Meta(description="Its size, as in [memory] of the guests that are to get it.", examples=["1GiB"])
+    ]
+    count: Annotated[int, Meta(ge=1, le=_MOST_READY, description="So many of them are kept ready.", examples=[2])] = 1
 
 
-class Allow(Table):
+class Allow(Table, frozen=True, kw_only=True):
     """What a user, or a process of a group, may borrow; of several rules that fit the first one counts."""
 
-    user: User | None = Field(default=None, description="A user, by name or number.", examples=["alice"])
-    group: Group | None = Field(
-        default=None, description="A group, by name or number: that of the calling process.", examples=["vmm"]
-    )
-    total: WholeSize = Field(description="At most so much at a time, all leases of a user together.", examples=["4GiB"])
-    count: Annotated[int, Field(ge=1)] = Field(
-        default=16, description="At most so many leases of a user at a time.", examples=[4]
-    )
-    per_minute: Annotated[int, Field(ge=1)] = Field(
-        default=60, alias="per-minute", description="At most so many new leases of a user in a minute.", examples=[10]
-    )
+    user: Annotated[User | None, Meta(description="A user, by name or number.", examples=["alice"])] = None
+    group: Annotated[
+        Group | None, Meta(description="A group, by name or number: that of the calling process.", examples=["vmm"])
+    ] = None
+    total: Annotated[
+        WholeSize, Meta(description="At most so much at a time, all leases of a user together.", examples=["4GiB"])
+    ]
+    count: Annotated[int, Meta(ge=1, description="At most so many leases of a user at a time.", examples=[4])] = 16
+    per_minute: Annotated[
+        int, Meta(ge=1, description="At most so many new leases of a user in a minute.", examples=[10])
+    ] = 60
 
-    @model_validator(mode="after")
-    def _names_somebody(self) -> Self:
-        if self.user is None and self.group is None:
-            raise ValueError("names nobody; write user or group")
-        return self
+    @classmethod
+    def conflicts(cls, written: Mapping[str, object], good: Mapping[str, Any]) -> Iterator[Problem]:
+        """Tell whether the rule is for nobody."""
+        if not written.keys() & {"user", "group"}:
+            yield (), "names nobody; write user or group"
 
 
-class BrokerConfig(Table):
+class BrokerConfig(Table, frozen=True):
     """A broker file. Root may always borrow; others where a rule says so."""
 
-    pool: Annotated[tuple[Ready, ...], Tables] = Field(default=(), description="What is kept ready, one for each size.")
-    allow: Annotated[tuple[Allow, ...], Tables] = Field(default=(), description="Who may borrow, one for each rule.")
-    metrics: Annotated[Address | None, BeforeValidator(_address)] = Field(
-        default=None,
-        description="Where figures are served as OpenMetrics, at /metrics: a port of this host, or a socket's path.",
-        examples=["127.0.0.1:9464"],
-    )
-    fill_rate: WholeSize = Field(
-        default=512 * MIB, alias="fill-rate", description="The pool is filled by at most so much a second.",
-        examples=["512MiB"],
-    )  # fmt: skip
+    pool: Annotated[tuple[Ready, ...], Meta(description="What is kept ready, one for each size.")] = ()
+    allow: Annotated[tuple[Allow, ...], Meta(description="Who may borrow, one for each rule.")] = ()
+    metrics: Annotated[
+        Address | None,
+        Parsed(_address),
+        Meta(
+            description="Where figures are served as OpenMetrics, at /metrics: a port of this host, or a socket's "
+            "path.",
+            examples=["127.0.0.1:9464"],
+        ),
+    ] = None
+    fill_rate: Annotated[
+        WholeSize, Meta(description="The pool is filled by at most so much a second.", examples=["512MiB"])
+    ] = 512 * MIB
 
-    @model_validator(mode="after")
-    def _each_size_once(self) -> Self:
+    def problems(self, folder: Path | None) -> Iterator[Problem]:
+        """Tell which size is kept ready twice."""
         sizes = [ready.size for ready in self.pool]
         if twice := [size for size in sizes if sizes.count(size) > 1]:
-            raise ValueError(f"there are two [[pool]] of {twice[0] // MIB}MiB; write one, with their counts added up")
-        return self
-
-
-_TABLES: dict[str, type[Table]] = {"": BrokerConfig, "pool": Ready, "allow": Allow}
-_GRAMMAR = Grammar(
-    tables={
-        name: {field.alias or key: field for key, field in table.model_fields.items()}
-        for name, table in _TABLES.items()
-    },
-    arrays={"pool", "allow"},
-)
-
-
-_HINT = "docs/BROKER.md describes every table and key"
+            problem = f"there are two [[pool]] of {twice[0] // MIB}MiB; write one, with their counts added up"
+            yield ("pool",), problem
 
 
 def load(path: Path) -> BrokerConfig:
     """Return what a broker file says. Raises ConfigError with every error of the file, one a line."""
     text, tables = read(path)
     try:
-        return BrokerConfig.model_validate(tables)
-    except ValidationError as error:
-        raise ConfigError(explain(path, text, error, _GRAMMAR), _HINT) from error
+        return BrokerConfig.of(tables)
+    except WrongTables as error:
+        hint = "docs/BROKER.md describes every table and key"
+        raise ConfigError(explain(path, text, error.problems), hint) from error

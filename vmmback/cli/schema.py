@@ -15,6 +15,6 @@ def schema() -> None:
     """
     import json
 
-    from vmmback import config
+    from vmmback.config.schema import json_schema
 
-    click.echo(json.dumps(config.json_schema(), indent=2))
+    click.echo(json.dumps(json_schema(), indent=2))

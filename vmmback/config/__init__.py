@@ -1,5 +1,5 @@
 """What a guest file may say: `load` reads one, `guest.py` has its top, `tables.py` and the other modules its tables."""
 
-from vmmback.config.guest import GuestConfig, json_schema, load
+from vmmback.config.guest import GuestConfig, load
 
-__all__ = ["GuestConfig", "json_schema", "load"]
+__all__ = ["GuestConfig", "load"]

@@ -3,27 +3,17 @@
 docs/REFUSALS.md lists what is refused, with the reasons; integration/test_disks.py measures them.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationInfo,
-    WithJsonSchema,
-    model_validator,
-)
+from msgspec import Meta
 
-from vmmback.config.tables import Conflict, Table, with_conflicts
 from vmmback.config.values import given_path, matching
-from vmmback.toml_errors import ascii_path, open_regular, why
+from vmmback.toml_errors import Problem, ascii_path, open_regular, why
+from vmmback.toml_tables import Checked, Parsed, Table
 
 MAX_DISKS = 16  # each takes one of the 30 slots of q35's PCI bus that are free, and others want some, too
 MAX_KEY_BYTES = 4096  # far above any key; it is passed through a pipe, which holds 64 KiB (pipe(7))
@@ -36,10 +26,10 @@ _QCOW2_DATA_FILE = 1 << 2  # a bit of the incompatible features
 _BOUNCED = "which the kernel refuses on secret RAM (EFAULT): without encryption QEMU reads right into the guest's RAM"
 
 
-def _image(value: object, info: ValidationInfo) -> Path:
+def _image(value: object, folder: Path | None) -> Path:
     """Return the path of a disk image, or of a block device, that is there."""
-    path = given_path(value, info)
-    if info.context is None:
+    path = given_path(value, folder)
+    if folder is None:
         return path
     try:
         mode = path.stat().st_mode
@@ -52,10 +42,10 @@ def _image(value: object, info: ValidationInfo) -> Path:
     return path
 
 
-def _key_file(value: object, info: ValidationInfo) -> Path:
+def _key_file(value: object, folder: Path | None) -> Path:
     """Return the path of a key: looked at, but not read, as its contents must not get into our memory."""
-    path = given_path(value, info)
-    if info.context is None:
+    path = given_path(value, folder)
+    if folder is None:
         return path
     try:
         with open_regular(path) as file:
@@ -79,65 +69,78 @@ def key_problem(status: os.stat_result) -> str:
     return ""
 
 
-Image = Annotated[Path, BeforeValidator(_image), WithJsonSchema({"type": "string", "minLength": 1})]
-KeyFile = Annotated[Path | None, BeforeValidator(_key_file), WithJsonSchema({"type": "string", "minLength": 1})]
+Image = Annotated[Path, Parsed(_image, type="string", minLength=1)]
+KeyFile = Annotated[Path, Parsed(_key_file, type="string", minLength=1)]
 Serial = Annotated[
     str,
-    AfterValidator(
-        matching(_SERIAL_PATTERN, 'a serial number; write 1 to 20 of a-z, A-Z, 0-9, "_", "." and "-", no sign first')
+    Checked(
+        matching(_SERIAL_PATTERN, 'a serial number; write 1 to 20 of a-z, A-Z, 0-9, "_", "." and "-", no sign first'),
+        pattern=f"^{_SERIAL_PATTERN}$",
     ),
-    WithJsonSchema({"type": "string", "pattern": f"^{_SERIAL_PATTERN}$"}),
 ]
 
 
-class Disk(Table):
+class Disk(Table, frozen=True):
     """A virtio-blk disk. With a key-file it is encrypted by QEMU; without, the host holds what the guest writes."""
 
-    path: Image = Field(
-        description="The image or block device: absolute, or relative to the guest file's folder.",
-        examples=["root.luks"],
-    )
-    format: Literal["raw", "qcow2", "luks"] = Field(
-        description="What the image is: luks is encrypted, raw is not, qcow2 is LUKS inside if it has a key-file.",
-        examples=["luks"],
-    )
-    key_file: KeyFile = Field(
-        default=None,
-        alias="key-file",
-        description="The file with the key of an encrypted image: 1 to 4096 bytes of text, used as they are, "
-        "that nobody but its owner may use (mode 0600).",
-        examples=["root.key"],
-    )
-    cache: Literal["none", "directsync", "writeback", "writethrough"] | None = Field(
-        default=None,
-        description="Whether the host's page cache is used (writeback, writethrough), and whether each write is "
-        "flushed (directsync, writethrough). Without it, none for an encrypted disk and writeback for another.",
-        examples=["none"],
-    )
-    plaintext: Literal["refused", "allowed"] = Field(
-        default="refused",
-        description="allowed lets a disk be unencrypted: what the guest writes is then in the host's page cache, and "
-        "on the host's disk.",
-    )
-    read_only: bool = Field(default=False, alias="read-only", description="Whether the guest may not write to it.")
-    serial: Serial | None = Field(
-        default=None,
-        description="The disk's serial number in the guest, at most 20 characters.",
-        examples=["root"],
-    )
-    boot_order: int | None = Field(
-        default=None,
-        ge=1,
-        le=1000,
-        alias="boot-order",
-        description="The disk's place among those that a firmware tries to boot, from 1 on.",
-        examples=[1],
-    )
-    discard: bool = Field(
-        default=False,
-        description="Whether blocks that the guest discards are freed on the host, which then knows which ones are "
-        "free. QEMU's LUKS passes none on: only raw and qcow2 images can.",
-    )
+    path: Annotated[
+        Image,
+        Meta(
+            description="The image or block device: absolute, or relative to the guest file's folder.",
+            examples=["root.luks"],
+        ),
+    ]
+    format: Annotated[
+        Literal["raw", "qcow2", "luks"],
+        Meta(
+            description="What the image is: luks is encrypted, raw is not, qcow2 is LUKS inside if it has a key-file.",
+            examples=["luks"],
+        ),
+    ]
+    key_file: Annotated[
+        KeyFile | None,
+        Meta(
+            description="The file with the key of an encrypted image: 1 to 4096 bytes of text, used as they are, "
+            "that nobody but its owner may use (mode 0600).",
+            examples=["root.key"],
+        ),
+    ] = None
+    cache: Annotated[
+        Literal["none", "directsync", "writeback", "writethrough"] | None,
+        Meta(
+            description="Whether the host's page cache is used (writeback, writethrough), and whether each write is "
+            "flushed (directsync, writethrough). Without it, none for an encrypted disk and writeback for another.",
+            examples=["none"],
+        ),
+    ] = None
+    plaintext: Annotated[
+        Literal["refused", "allowed"],
+        Meta(
+            description="allowed lets a disk be unencrypted: what the guest writes is then in the host's page cache, "
+            "and on the host's disk."
+        ),
+    ] = "refused"
+    read_only: Annotated[bool, Meta(description="Whether the guest may not write to it.")] = False
+    serial: Annotated[
+        Serial | None,
+        Meta(description="The disk's serial number in the guest, at most 20 characters.", examples=["root"]),
+    ] = None
+    boot_order: Annotated[
+        int | None,
+        Meta(
+            ge=1,
+            le=1000,
+            description="The disk's place among those that a firmware tries to boot, from 1 on.",
+            examples=[1],
+        ),
+    ] = None
+    discard: Annotated[
+        bool,
+        Meta(
+            description="Whether blocks that the guest discards are freed on the host, which then knows which ones "
+            "are free. QEMU's LUKS passes none on: only raw and qcow2 images can."
+        ),
+    ] = False
 
     @property
     def encrypted(self) -> bool:
@@ -154,47 +157,44 @@ class Disk(Table):
         """Tell whether each write is flushed before it is done."""
         return self.cache in ("directsync", "writethrough")
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _what_can_work(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
-        """Check the keys against each other, and against what the image's header says."""
-        disk = with_conflicts(cls, value, handler, _conflicts(value) if isinstance(value, dict) else ())
-        if info.context is None:
-            return disk
+    def conflicts(cls, written: Mapping[str, object], good: Mapping[str, Any]) -> Iterator[Problem]:
+        """Tell which keys do not go together, or would leave the guest's data on the host."""
+        kind, cache, encrypted = written.get("format"), written.get("cache"), "key-file" in written
+        if kind == "luks" and not encrypted:
+            yield ("key-file",), 'is missing, and LUKS needs a key; write key-file = "root.key"'
+        elif kind == "raw" and encrypted:
+            yield ("key-file",), 'does not go with format = "raw", which is not encrypted; write format = "luks"'
+        elif encrypted and "plaintext" in written:
+            yield ("plaintext",), "does not go with key-file: the disk is encrypted; remove one of the two"
+        if kind in ("raw", "qcow2") and not encrypted:
+            if cache in ("none", "directsync"):
+                yield (
+                    ("cache",),
+                    f"{cache} opens the image with O_DIRECT, {_BOUNCED}; "
+                    'write cache = "writeback", or encrypt the disk',
+                )
+            if written.get("plaintext", "refused") == "refused":
+                yield (
+                    ("plaintext",),
+                    "the disk is not encrypted, so that the host's page cache and disk would hold what the guest "
+                    'writes; encrypt it (format = "luks", key-file), or write plaintext = "allowed"',
+                )
+        if written.get("discard") is True and kind == "luks":
+            yield ("discard",), 'does not go with format = "luks": QEMU\'s LUKS passes no discards on; remove it'
+        elif written.get("discard") is True and written.get("read-only") is True:
+            yield ("discard",), "does not go with read-only; remove one of the two"
+
+    def problems(self, folder: Path | None) -> Iterator[Problem]:
+        """Tell in what the image's header contradicts the keys."""
+        if folder is None:
+            return
         try:
-            header = read_header(disk.path)
+            problem = header_problem(read_header(self.path), self.format, encrypted=self.encrypted)
         except OSError as error:
-            problem = f"{ascii_path(disk.path)}: {why(error)}; write the path of an image that you may read"
-        else:
-            found = header_problem(header, disk.format, encrypted=disk.encrypted)
-            problem = f"{ascii_path(disk.path)}: {found}" if found else ""
-        return with_conflicts(cls, disk, lambda _: disk, [(("path",), problem)] if problem else ())
-
-
-def _conflicts(keys: Mapping[str, object]) -> Iterator[Conflict]:
-    kind, cache, encrypted = keys.get("format"), keys.get("cache"), "key-file" in keys
-    if kind == "luks" and not encrypted:
-        yield ("key-file",), 'is missing, and LUKS needs a key; write key-file = "root.key"'
-    elif kind == "raw" and encrypted:
-        yield ("key-file",), 'does not go with format = "raw", which is not encrypted; write format = "luks"'
-    elif encrypted and "plaintext" in keys:
-        yield ("plaintext",), "does not go with key-file: the disk is encrypted; remove one of the two"
-    if kind in ("raw", "qcow2") and not encrypted:
-        if cache in ("none", "directsync"):
-            yield (
-                ("cache",),
-                f'{cache} opens the image with O_DIRECT, {_BOUNCED}; write cache = "writeback", or encrypt the disk',
-            )
-        if keys.get("plaintext", "refused") == "refused":
-            yield (
-                ("plaintext",),
-                "the disk is not encrypted, so that the host's page cache and disk would hold what the guest writes; "
-                'encrypt it (format = "luks", key-file), or write plaintext = "allowed"',
-            )
-    if keys.get("discard") is True and kind == "luks":
-        yield ("discard",), 'does not go with format = "luks": QEMU\'s LUKS passes no discards on; remove it'
-    elif keys.get("discard") is True and keys.get("read-only") is True:
-        yield ("discard",), "does not go with read-only; remove one of the two"
+            problem = f"{why(error)}; write the path of an image that you may read"
+        if problem:
+            yield ("path",), f"{ascii_path(self.path)}: {problem}"
 
 
 def read_header(image: Path | int) -> bytes:
@@ -249,7 +249,7 @@ def identity(path: Path) -> tuple[int, ...]:
 
 def disk_conflicts(
     disks: Sequence[Disk], others: Mapping[str, Path | None], *, kernel: bool, look: bool
-) -> Iterator[Conflict]:
+) -> Iterator[Problem]:
     """Compare a guest's disks with each other and with its other files, by key; `look` says whether at files, too."""
     if len(disks) > MAX_DISKS:
         yield ("disk",), f"there are {len(disks)} disks; {MAX_DISKS} is the most that a guest can have"
@@ -266,7 +266,7 @@ def disk_conflicts(
         yield from _shared_files(disks, others)
 
 
-def _shared_files(disks: Sequence[Disk], others: Mapping[str, Path | None]) -> Iterator[Conflict]:
+def _shared_files(disks: Sequence[Disk], others: Mapping[str, Path | None]) -> Iterator[Problem]:
     taken = {identity(path): key for key, path in others.items() if path and path.exists()}
     images: dict[tuple[int, ...], int] = {}
     for number, disk in enumerate(disks):

@@ -1,17 +1,14 @@
 """[[nic]]: a network card of the guest."""
 
-from __future__ import annotations
-
-import hashlib
 import ipaddress
 import re
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+from msgspec import Meta
 
-from vmmback.config.tables import Conflict, Table
-from vmmback.toml_errors import quote
+from vmmback.toml_errors import Problem, quote
+from vmmback.toml_tables import Checked, Table, keys_of
 
 MAX_NICS = 16
 """Each is a PCI device, and a guest has others (guest.py has the most of all)."""
@@ -36,6 +33,8 @@ def generated_mac(guest: str, index: int) -> str:
 
     52:54:00, then the first three bytes of SHA-256 of "NAME/INDEX".
     """
+    import hashlib  # for guests with a nic alone: it takes 2 ms
+
     digest = hashlib.sha256(f"{guest}/{index}".encode()).digest()
     return f"{_QEMU_PREFIX}:{digest[:3].hex(':')}"
 
@@ -79,127 +78,113 @@ def _address(text: str) -> str:
     return str(interface)
 
 
-class Nic(Table):
+class Nic(Table, frozen=True):
     """A network card of the guest (virtio-net), on a bridge of the host."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "dependentRequired": {"address": ["create"]},
-            "if": {"required": ["mode"], "properties": {"mode": {"const": "user"}}},
-            "then": {
-                "required": ["plaintext"],
-                "not": {"anyOf": [{"required": [key]} for key in _OF_BRIDGES_ALONE]},
-            },
-            "else": {"required": ["bridge"], "not": {"required": ["plaintext"]}},
-        }
-    )
+    more_schema: ClassVar[Mapping[str, object]] = {
+        "dependentRequired": {"address": ["create"]},
+        "if": {"required": ["mode"], "properties": {"mode": {"const": "user"}}},
+        "then": {"required": ["plaintext"], "not": {"anyOf": [{"required": [key]} for key in _OF_BRIDGES_ALONE]}},
+        "else": {"required": ["bridge"], "not": {"required": ["plaintext"]}},
+    }
 
-    plaintext: Literal["allowed"] | None = Field(
-        default=None,
-        description="Allows what leaves the guest's data on the host in the clear: user-mode networking.",
-    )
-    mode: Literal["bridge", "user"] = Field(
-        default="bridge",
-        description="bridge puts the nic on a bridge of the host. user is QEMU's own network stack, which leaves "
-        'copies of packets in QEMU\'s own memory, and needs plaintext = "allowed".',
-    )
+    plaintext: Annotated[
+        Literal["allowed"] | None,
+        Meta(description="Allows what leaves the guest's data on the host in the clear: user-mode networking."),
+    ] = None
+    mode: Annotated[
+        Literal["bridge", "user"],
+        Meta(
+            description="bridge puts the nic on a bridge of the host. user is QEMU's own network stack, which leaves "
+            'copies of packets in QEMU\'s own memory, and needs plaintext = "allowed".'
+        ),
+    ] = "bridge"
     bridge: Annotated[
         str | None,
-        AfterValidator(lambda name: name if name is None else _bridge(name)),
-        WithJsonSchema({"type": "string", "pattern": f"^{_BRIDGE_PATTERN}$"}),
-    ] = Field(
-        default=None,
-        validate_default=True,
-        description="The bridge that the nic is on. It must exist and be up, unless create is true.",
-        examples=["br0"],
-    )
+        Checked(_bridge, pattern=f"^{_BRIDGE_PATTERN}$"),
+        Meta(
+            description="The bridge that the nic is on. It must exist and be up, unless create is true.",
+            examples=["br0"],
+        ),
+    ] = None
     address: Annotated[
         str | None,
-        AfterValidator(lambda text: text if text is None else _address(text)),
-        WithJsonSchema({"type": "string"}),
-    ] = Field(
-        default=None,
-        description="The address of the bridge itself, IPv4 or IPv6, with its prefix; only with create.",
-        examples=["10.77.0.1/24"],
-    )
-    create: bool = Field(
-        default=False,
-        validate_default=True,
-        description="Make the bridge, with this address, if there is none of its name; it goes with its last port.",
-    )
+        Checked(_address),
+        Meta(
+            description="The address of the bridge itself, IPv4 or IPv6, with its prefix; only with create.",
+            examples=["10.77.0.1/24"],
+        ),
+    ] = None
+    create: Annotated[
+        bool,
+        Meta(
+            description="Make the bridge, with this address, if there is none of its name; it goes with its last port."
+        ),
+    ] = False
     mac: Annotated[
         str | None,
-        AfterValidator(lambda text: text if text is None else _mac(text)),
-        WithJsonSchema({"type": "string", "pattern": f"^{_MAC_PATTERN}$"}),
-    ] = Field(
-        default=None,
-        description="The guest's MAC address. Without it: 52:54:00 and three bytes made from the guest's name and the "
-        "nic's number, always the same.",
-        examples=["52:54:00:12:34:56"],
-    )
-    mtu: int | None = Field(
-        default=None,
-        ge=MIN_MTU,
-        le=MAX_MTU,
-        description="The largest packet in bytes, 68 to 65521, for the tap and the guest. Without it, the bridge's.",
-        examples=[1500],
-    )
-    queues: int = Field(
-        default=1,
-        ge=1,
-        le=255,
-        description="Pairs of queues (multiqueue), of which a guest uses one for each of its processors at most.",
-    )
+        Checked(_mac, pattern=f"^{_MAC_PATTERN}$"),
+        Meta(
+            description="The guest's MAC address. Without it: 52:54:00 and three bytes made from the guest's name and "
+            "the nic's number, always the same.",
+            examples=["52:54:00:12:34:56"],
+        ),
+    ] = None
+    mtu: Annotated[
+        int | None,
+        Meta(
+            ge=MIN_MTU,
+            le=MAX_MTU,
+            description="The largest packet in bytes, 68 to 65521, for the tap and the guest. Without it, the "
+            "bridge's.",
+            examples=[1500],
+        ),
+    ] = None
+    queues: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=255,
+            description="Pairs of queues (multiqueue), of which a guest uses one for each of its processors at most.",
+        ),
+    ] = 1
 
-    @field_validator("mode")
     @classmethod
-    def _what_user_mode_leaves(cls, mode: str, info: ValidationInfo) -> str:
-        plaintext = info.data.get("plaintext", "allowed")  # a key before this one in the class; else it is wrong itself
-        if mode == "user" and plaintext is None:
-            raise ValueError(
+    def conflicts(cls, written: Mapping[str, object], good: Mapping[str, Any]) -> Iterator[Problem]:
+        """Tell what does not go with the mode, or with a bridge that is there, or that is made."""
+        mode, mtu, address = good.get("mode"), good.get("mtu"), good.get("address") or ""
+        if mode == "user" and good.get("plaintext", "allowed") is None:  # not there if it is wrong itself
+            yield (
+                ("mode",),
                 "is \"user\", which leaves copies of the guest's packets in QEMU's own memory; "
-                'write a bridge instead, or plaintext = "allowed" to accept that'
+                'write a bridge instead, or plaintext = "allowed" to accept that',
             )
-        return mode
-
-    @field_validator("bridge", "create", "address", "mtu", "queues")
-    @classmethod
-    def _goes_with_a_bridge(cls, value: object, info: ValidationInfo) -> object:
-        default = cls.model_fields[info.field_name or ""].default
-        mode = info.data.get("mode")
-        if mode == "user" and value != default:
-            raise ValueError('does not go with mode = "user"; remove it')
-        if mode == "bridge" and info.field_name == "bridge" and value is None:
-            raise ValueError('missing; write bridge = "br0", the name of a bridge of this host')
-        return value
-
-    @field_validator("bridge")
-    @classmethod
-    def _nothing_to_allow(cls, bridge: str | None, info: ValidationInfo) -> str | None:
-        if info.data.get("mode") == "bridge" and info.data.get("plaintext"):
-            raise ValueError('a bridge needs no plaintext = "allowed"; remove that')
-        return bridge
-
-    @field_validator("mtu")
-    @classmethod
-    def _room_for_ipv6(cls, mtu: int | None, info: ValidationInfo) -> int | None:
-        if mtu and mtu < IPV6_MIN_MTU and ":" in (info.data.get("address") or ""):
-            raise ValueError(f"{mtu} is less than IPv6 needs, and address is one of it; write {IPV6_MIN_MTU} or more")
-        return mtu
-
-    @field_validator("create")
-    @classmethod
-    def _made_with_an_address(cls, create: bool, info: ValidationInfo) -> bool:
-        if "address" not in info.data or info.data.get("mode") != "bridge":  # wrong themselves, or of no use
-            return create
-        if create and not info.data["address"]:
-            raise ValueError('needs the bridge\'s address; write address = "10.77.0.1/24"')
-        if info.data["address"] and not create:
-            raise ValueError("the address is for a bridge that is made; write create = true, or remove address")
-        return create
+        elif mode == "user":
+            for key in _OF_BRIDGES_ALONE:
+                if key in good and good[key] != keys_of(cls)[key].default:
+                    yield (key,), 'does not go with mode = "user"; remove it'
+            return
+        elif mode == "bridge":
+            yield from _bridge_conflicts(good)
+        if mtu and mtu < IPV6_MIN_MTU and ":" in address:
+            problem = f"{mtu} is less than IPv6 needs, and address is one of it; write {IPV6_MIN_MTU} or more"
+            yield ("mtu",), problem
 
 
-def nic_conflicts(nics: Sequence[Nic], guest: str, cpus: int) -> Iterator[Conflict]:
+def _bridge_conflicts(good: Mapping[str, Any]) -> Iterator[Problem]:
+    if "bridge" in good and good["bridge"] is None:
+        yield ("bridge",), 'missing; write bridge = "br0", the name of a bridge of this host'
+    elif "bridge" in good and good.get("plaintext"):
+        yield ("bridge",), 'a bridge needs no plaintext = "allowed"; remove that'
+    if "address" not in good or "create" not in good:  # wrong themselves
+        return
+    if good["create"] and not good["address"]:
+        yield ("create",), 'needs the bridge\'s address; write address = "10.77.0.1/24"'
+    elif good["address"] and not good["create"]:
+        yield ("create",), "the address is for a bridge that is made; write create = true, or remove address"
+
+
+def nic_conflicts(nics: Sequence[Nic], guest: str, cpus: int) -> Iterator[Problem]:
     """Compare the nics of a guest of this name with each other, and with the number of its processors."""
     if len(nics) > MAX_NICS:
         yield ("nic",), f"there are {len(nics)} nics; {MAX_NICS} is the most that a guest can have"

@@ -1,16 +1,16 @@
 """[process]: as whom QEMU runs, and which memory cgroup pays."""
 
-from __future__ import annotations
-
 import pwd
 import re
-from typing import Annotated, Self
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
+from msgspec import Meta
 
-from vmmback.config.tables import Table
 from vmmback.ids import DEFAULT_UIDS
-from vmmback.toml_errors import quote, wrong_type
+from vmmback.toml_errors import Problem, a_string, quote
+from vmmback.toml_tables import Checked, Parsed, Table
 
 _HIGHEST_UID = (1 << 32) - 2  # -1 means "leave as it is" to setresuid(2)
 _NOBODY = (65534, 65535)  # the overflow uid, and -1 in 16 bits
@@ -19,11 +19,8 @@ _CGROUP_PATTERN = r"(/(?!\.\.?(/|$))[!-.0-~]+)+"  # names of printable ASCII wit
 _USER_PATTERN = "[a-z_][a-z0-9_-]{0,31}"  # useradd(8)
 
 
-def _uids(value: object) -> tuple[int, int]:
-    if isinstance(value, tuple):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(wrong_type(value, 'a range in quotes, like "1900000000-1900065535"'))  # noqa: TRY004
+def _uids(written: object, _: Path | None) -> tuple[int, int]:
+    value = a_string(written, 'a range in quotes, like "1900000000-1900065535"')
     found = re.fullmatch(_UIDS_PATTERN, value)
     if not found:
         raise ValueError(f'{quote(value)} is not a range of uids; write it like "1900000000-1900065535"')
@@ -39,14 +36,11 @@ def _uids(value: object) -> tuple[int, int]:
     return first, last
 
 
-def _user(value: object, info: ValidationInfo) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise ValueError(wrong_type(value, 'an account in quotes, like "vmm-demo"'))  # noqa: TRY004
+def _user(written: object, folder: Path | None) -> str:
+    value = a_string(written, 'an account in quotes, like "vmm-demo"')
     if not re.fullmatch(_USER_PATTERN, value):
         raise ValueError(f"{quote(value)} is not the name of an account")
-    if info.context is None:
+    if folder is None:
         return value
     try:
         account = pwd.getpwnam(value)
@@ -59,49 +53,47 @@ def _user(value: object, info: ValidationInfo) -> str | None:
     return value
 
 
-def _cgroup(path: str | None) -> str | None:
-    if path is not None and not re.fullmatch(_CGROUP_PATTERN, path):
+def _cgroup(path: str) -> str:
+    if not re.fullmatch(_CGROUP_PATTERN, path):
         wanted = 'write the path of a memory cgroup as /proc/PID/cgroup shows it, like "/machine/demo"'
         raise ValueError(f"{quote(path)} is not absolute, or no plain path; {wanted}")
     return path
 
 
-class Process(Table):
+class Process(Table, frozen=True):
     """As whom QEMU runs, when root launches a guest (a uid is never shared by two live guests), and who pays for it."""
 
-    model_config = ConfigDict(json_schema_extra={"not": {"required": ["user", "uids"]}})
+    more_schema: ClassVar[Mapping[str, object]] = {"not": {"required": ["user", "uids"]}}
 
     user: Annotated[
-        str | None, BeforeValidator(_user), WithJsonSchema({"type": "string", "pattern": f"^{_USER_PATTERN}$"})
-    ] = Field(
-        default=None,
-        description="The account that QEMU runs as: not root, and no other process's meanwhile.",
-        examples=["vmm-demo"],
-    )
+        Annotated[str, Parsed(_user, type="string", pattern=f"^{_USER_PATTERN}$")] | None,
+        Meta(
+            description="The account that QEMU runs as: not root, and no other process's meanwhile.",
+            examples=["vmm-demo"],
+        ),
+    ] = None
     uids: Annotated[
         tuple[int, int],
-        BeforeValidator(_uids),
-        WithJsonSchema({"type": "string", "pattern": f"^{_UIDS_PATTERN}$"}),
-    ] = Field(
-        default=DEFAULT_UIDS,
-        description="The range of uids of which QEMU gets one, with the gid of the same number. No accounts needed.",
-        examples=["1900000000-1900065535"],
-        json_schema_extra={"default": f"{DEFAULT_UIDS[0]}-{DEFAULT_UIDS[1]}"},
-    )
-
+        Parsed(_uids, type="string", pattern=f"^{_UIDS_PATTERN}$"),
+        Meta(
+            description="The range of uids of which QEMU gets one, with the gid of the same number. No accounts "
+            "needed.",
+            examples=["1900000000-1900065535"],
+            extra_json_schema={"default": f"{DEFAULT_UIDS[0]}-{DEFAULT_UIDS[1]}"},
+        ),
+    ] = DEFAULT_UIDS
     cgroup: Annotated[
         str | None,
-        AfterValidator(_cgroup),
-        WithJsonSchema({"type": "string", "pattern": f"^{_CGROUP_PATTERN}$"}),
-    ] = Field(
-        default=None,
-        description="The memory cgroup that pays for the guest's RAM and for QEMU: the path of one that there is, as "
-        "/proc/PID/cgroup shows it. Without it, vmmback's own pays.",
-        examples=["/machine/demo"],
-    )
+        Checked(_cgroup, pattern=f"^{_CGROUP_PATTERN}$"),
+        Meta(
+            description="The memory cgroup that pays for the guest's RAM and for QEMU: the path of one that there is, "
+            "as /proc/PID/cgroup shows it. Without it, vmmback's own pays.",
+            examples=["/machine/demo"],
+        ),
+    ] = None
 
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if self.user is not None and "uids" in self.model_fields_set:
-            raise ValueError("has both user and uids; keep one of the two")
-        return self
+    @classmethod
+    def conflicts(cls, written: Mapping[str, object], good: Mapping[str, Any]) -> Iterator[Problem]:
+        """Tell whether there are two ways to a uid."""
+        if {"user", "uids"} <= written.keys() and {"user", "uids"} <= good.keys():
+            yield (), "has both user and uids; keep one of the two"

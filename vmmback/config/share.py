@@ -1,43 +1,48 @@
 """The tables [[share]]."""
 
-from __future__ import annotations
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from msgspec import Meta
 
-from pydantic import Field, ValidationInfo, field_validator
-
-from vmmback.config.tables import Conflict, Table
 from vmmback.config.values import InputFolder, ShareTag
+from vmmback.toml_errors import Problem
+from vmmback.toml_tables import Table
 
 
-class Share(Table):
+class Share(Table, frozen=True):
     """A folder of the host that the guest can mount (virtiofs)."""
 
-    path: InputFolder = Field(
-        description="The folder: absolute, or relative to the guest file's folder; without what is mounted below it.",
-        examples=["shared"],
-    )
-    tag: ShareTag = Field(description="The name by which the guest mounts it: mount -t virtiofs TAG /mnt.")
-    plaintext: Literal["allowed"] | None = Field(
-        default=None, description="That what the guest writes may lie on the host in the clear; needed for writing."
-    )
-    read_only: bool = Field(
-        default=True, alias="read-only", description="Whether the guest can only read it; false needs plaintext."
-    )
+    path: Annotated[
+        InputFolder,
+        Meta(
+            description="The folder: absolute, or relative to the guest file's folder; without what is mounted below "
+            "it.",
+            examples=["shared"],
+        ),
+    ]
+    tag: Annotated[
+        ShareTag,
+        Meta(description="The name by which the guest mounts it: mount -t virtiofs TAG /mnt."),
+    ]
+    plaintext: Annotated[
+        Literal["allowed"] | None,
+        Meta(description="That what the guest writes may lie on the host in the clear; needed for writing."),
+    ] = None
+    read_only: Annotated[bool, Meta(description="Whether the guest can only read it; false needs plaintext.")] = True
 
-    @field_validator("read_only")
     @classmethod
-    def _knows_what_is_written(cls, read_only: bool, info: ValidationInfo) -> bool:
-        if not read_only and not info.data.get("plaintext"):
-            raise ValueError(
+    def conflicts(cls, written: Mapping[str, object], good: Mapping[str, Any]) -> Iterator[Problem]:
+        """Tell whether the guest may write without saying that it knows where."""
+        if good.get("read_only") is False and not good.get("plaintext"):
+            yield (
+                ("read-only",),
                 "is false, and what the guest writes there lies in the host's page cache and file system in the clear; "
-                'write plaintext = "allowed" if it may, or remove read-only'
+                'write plaintext = "allowed" if it may, or remove read-only',
             )
-        return read_only
 
 
-def share_conflicts(shares: Sequence[Share]) -> Iterator[Conflict]:
+def share_conflicts(shares: Sequence[Share]) -> Iterator[Problem]:
     """Compare a guest's shares with each other."""
     tags: dict[str, int] = {}
     for number, share in enumerate(shares):

@@ -1,17 +1,14 @@
 """What the values of a guest file may be: sizes, durations, paths, names, commands; each with what to write instead."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo, WithJsonSchema
-
 from vmmback.errors import UsageError
 from vmmback.qmp_policy import ALLOW_PATTERN, check_entry
-from vmmback.toml_errors import ascii_path, open_regular, quote, why, wrong_type
+from vmmback.toml_errors import a_string, ascii_path, open_regular, quote, why, wrong_type
+from vmmback.toml_tables import Checked, Parsed
 
 GRAIN_BYTES = 8192  # QEMU rounds -m up to it (softmmu/vl.c, later system/vl.c: set_memory_options)
 # Linux on x86 plugs RAM in whole blocks of at least so much (arch/x86/mm/init_64.c, probe_memory_block_size).
@@ -68,34 +65,26 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def _string(value: object, wanted: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (pydantic collects ValueError only)
-    return value
+def _size(value: object, _: Path | None) -> int:
+    return parse_size(a_string(value, 'a size in quotes, like "256MiB"'))
 
 
-def _size(value: object) -> int:
-    return parse_size(_string(value, 'a size in quotes, like "256MiB"'))
+def _duration(value: object, _: Path | None) -> float:
+    return parse_duration(a_string(value, 'a duration in quotes, like "60s"'))
 
 
-def _duration(value: object) -> float:
-    return parse_duration(_string(value, 'a duration in quotes, like "60s"'))
-
-
-def given_path(value: object, info: ValidationInfo) -> Path:
-    """Return a path, resolved from the guest file's folder, which is the context. Raises ValueError."""
-    if isinstance(value, Path):
-        return value
-    text = _string(value, 'a path in quotes, like "vmlinuz"')
+def given_path(value: object, folder: Path | None) -> Path:
+    """Return a path, resolved from the guest file's folder. Raises ValueError."""
+    text = a_string(value, 'a path in quotes, like "vmlinuz"')
     if not text or "\0" in text:
         raise ValueError(f"{quote(text)} is not a path; write the path of a file")
-    return Path(text) if info.context is None else info.context / text
+    return Path(text) if folder is None else folder / text
 
 
-def _input_file(value: object, info: ValidationInfo) -> Path:
+def _input_file(value: object, folder: Path | None) -> Path:
     """Return the path of a file that the guest needs; it must be regular and readable."""
-    path = given_path(value, info)
-    if info.context is None:
+    path = given_path(value, folder)
+    if folder is None:
         return path
     try:
         open_regular(path).close()
@@ -105,10 +94,10 @@ def _input_file(value: object, info: ValidationInfo) -> Path:
     return path
 
 
-def _input_folder(value: object, info: ValidationInfo) -> Path:
+def _input_folder(value: object, folder: Path | None) -> Path:
     """Return the path of a folder that is there, absolute."""
-    path = given_path(value, info)
-    if info.context is None:
+    path = given_path(value, folder)
+    if folder is None:
         return path
     try:
         if path.is_dir():
@@ -120,10 +109,10 @@ def _input_folder(value: object, info: ValidationInfo) -> Path:
     raise ValueError(f"{ascii_path(path)}: {problem}; write the path of a folder, absolute or from the guest file's")
 
 
-def _output_file(value: object, info: ValidationInfo) -> Path:
+def _output_file(value: object, folder: Path | None) -> Path:
     """Return the path of a file that is going to be written; its folder must be there."""
-    path = given_path(value, info)
-    if info.context is None:
+    path = given_path(value, folder)
+    if folder is None:
         return path
     try:
         if path.is_dir():
@@ -195,14 +184,12 @@ def check_size(text: str) -> int:
         raise UsageError(str(error)) from error
 
 
-def _allowed_commands(value: object) -> tuple[str, ...]:
-    wanted = 'a list of commands in quotes, like ["device_del", "job-*"]'
-    if isinstance(value, tuple):
-        return value
+def _allowed_commands(value: object, _: Path | None) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (pydantic collects ValueError only)
+        wanted = 'a list of commands in quotes, like ["device_del", "job-*"]'
+        raise ValueError(wrong_type(value, wanted))  # noqa: TRY004 (of what a file says every problem is a ValueError)
     for entry in value:
-        text = _string(entry, "its entries as commands in quotes")
+        text = a_string(entry, "its entries as commands in quotes")
         try:
             check_entry(text)
         except ValueError as error:
@@ -210,43 +197,29 @@ def _allowed_commands(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Tables = BeforeValidator(_as_tuple)
-"""For `Annotated[tuple[SomeTable, ...], Tables]`: what TOML writes as [[table]] is an array, a strict tuple is not."""
-
-GuestName = Annotated[
-    str,
-    AfterValidator(_guest_name),
-    WithJsonSchema({"type": "string", "pattern": f"^{_NAME_PATTERN}$"}),
-]
+GuestName = Annotated[str, Checked(_guest_name, pattern=f"^{_NAME_PATTERN}$")]
 ShareTag = Annotated[
     str,
-    AfterValidator(matching(_TAG_PATTERN, 'a tag; write 1 to 36 of A-Z, a-z, 0-9, "_", "." and "-", like "shared"')),
-    WithJsonSchema({"type": "string", "pattern": f"^{_TAG_PATTERN}$"}),
+    Checked(
+        matching(_TAG_PATTERN, 'a tag; write 1 to 36 of A-Z, a-z, 0-9, "_", "." and "-", like "shared"'),
+        pattern=f"^{_TAG_PATTERN}$",
+    ),
 ]
 CpuModel = Annotated[
     str,
-    AfterValidator(matching(_CPU_MODEL_PATTERN, 'a CPU model; write it like "max", with features like "max,-avx"')),
-    WithJsonSchema({"type": "string", "pattern": f"^{_CPU_MODEL_PATTERN}$"}),
+    Checked(
+        matching(_CPU_MODEL_PATTERN, 'a CPU model; write it like "max", with features like "max,-avx"'),
+        pattern=f"^{_CPU_MODEL_PATTERN}$",
+    ),
 ]
-Size = Annotated[int, BeforeValidator(_size), WithJsonSchema({"type": "string", "pattern": f"^{_SIZE_PATTERN}$"})]
-Seconds = Annotated[
-    float, BeforeValidator(_duration), WithJsonSchema({"type": "string", "pattern": f"^{_DURATION_PATTERN}$"})
-]
-_PATH_SCHEMA = WithJsonSchema({"type": "string", "minLength": 1})
-InputFolder = Annotated[Path, BeforeValidator(_input_folder), _PATH_SCHEMA]
-InputFile = Annotated[Path | None, BeforeValidator(_input_file), _PATH_SCHEMA]
-OutputFile = Annotated[Path | None, BeforeValidator(_output_file), _PATH_SCHEMA]
-
-
+Size = Annotated[int, Parsed(_size, type="string", pattern=f"^{_SIZE_PATTERN}$")]
+Seconds = Annotated[float, Parsed(_duration, type="string", pattern=f"^{_DURATION_PATTERN}$")]
+InputFolder = Annotated[Path, Parsed(_input_folder, type="string", minLength=1)]
+InputFile = Annotated[Path, Parsed(_input_file, type="string", minLength=1)]
+OutputFile = Annotated[Path, Parsed(_output_file, type="string", minLength=1)]
 AllowedCommands = Annotated[
-    tuple[str, ...],
-    BeforeValidator(_allowed_commands),
-    WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": f"^{ALLOW_PATTERN}$"}}),
+    tuple[str, ...], Parsed(_allowed_commands, type="array", items={"type": "string", "pattern": f"^{ALLOW_PATTERN}$"})
 ]
-CommandLine = Annotated[str, AfterValidator(_cmdline)]
-ReadyText = Annotated[str, AfterValidator(_ready_text)]
-WatchPeriod = Annotated[Seconds, AfterValidator(_not_too_often)]
+CommandLine = Annotated[str, Checked(_cmdline)]
+ReadyText = Annotated[str, Checked(_ready_text)]
+WatchPeriod = Annotated[Seconds, Checked(_not_too_often)]

@@ -1,12 +1,10 @@
 """The table [vsock]."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from msgspec import Meta
 
-from vmmback.config.tables import Table
+from vmmback.toml_tables import Checked, Table
 
 _LAST_CID = 0xFFFFFFFE  # the one above is VMADDR_CID_ANY: vsock(7)
 
@@ -17,13 +15,17 @@ def _cid(cid: int) -> int:
     return cid
 
 
-class Vsock(Table):
+class Vsock(Table, frozen=True):
     """Sockets between the guest and the host, without a network."""
 
-    cid: Annotated[int, AfterValidator(_cid)] = Field(
-        ge=0,
-        le=_LAST_CID,
-        description="The guest's address (context identifier), 3 or more; no two live guests of a host have the same.",
-        examples=[3],
-        json_schema_extra={"minimum": 3},
-    )
+    cid: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=_LAST_CID,
+            description="The guest's address (context identifier), 3 or more; no two live guests of a host have the "
+            "same.",
+            examples=[3],
+        ),
+        Checked(_cid, minimum=3),
+    ]
