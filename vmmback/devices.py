@@ -41,7 +41,7 @@ async def _serve_shares(
 
 
 def import_network() -> None:
-    """Import what only guests with a nic need: pyroute2 takes 110 ms, more than QMP, pydantic and asyncio together."""
+    """Import what only guests with a nic need: pyroute2 takes 110 ms, more than QMP, msgspec and asyncio together."""
     from vmmback import network  # noqa: F401
 
 

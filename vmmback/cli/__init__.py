@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from importlib import import_module
@@ -37,8 +36,6 @@ _MODULES = {
 
 def main() -> None:
     """Run the command line, and turn an error into one message and its exit code."""
-    # Pydantic would look through all that is installed for plugins of its own, before it is imported by a command.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         commands.main(prog_name="vmmback")
     except (VmmbackError, OSError, MemoryError, RuntimeError) as caught:

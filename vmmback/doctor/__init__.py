@@ -1,6 +1,6 @@
 """Can this host run guests on secret RAM, what is missing, and how to get it. docs/DOCTOR.md has every check.
 
-Nothing here imports pydantic: neither an operator nor a monitoring system should have to wait for it.
+Nothing here imports msgspec or asyncio: neither an operator nor a monitoring system should have to wait for it.
 """
 
 from __future__ import annotations
