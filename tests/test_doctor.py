@@ -86,7 +86,7 @@ import json, os, signal, sys
 from vmmback import doctor
 from vmmback.errors import HostUnfit
 if sys.argv[1:]:
-    doctor.examine = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    doctor._waiting = lambda: os.kill(os.getpid(), signal.SIGKILL)
 try:
     with doctor.examination() as checks:
         print(json.dumps([check.name for check in checks()]))
@@ -120,7 +120,7 @@ def test_checks_whose_process_was_killed_are_an_error() -> None:
 
 def test_leaving_early_ends_the_process_that_makes_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "listdir", lambda _: ["1"])
-    monkeypatch.setattr(doctor, "examine", lambda: time.sleep(600))
+    monkeypatch.setattr(doctor, "_waiting", lambda: time.sleep(600))
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), doctor.examination():
         raise KeyboardInterrupt

@@ -20,11 +20,11 @@ __all__ = ["Check", "examination", "examine", "would_fail"]
 
 @contextmanager
 def examination() -> Iterator[Callable[[], tuple[Check, ...]]]:
-    """Make every check (see `examine`) while the block runs, and yield what waits for them.
+    """Make every check (see `examine`) while the block runs, and yield what makes the last of them and returns all.
 
-    A process of its own makes them, so that two processors have work: the threads of one Python take turns. Where this
-    one has threads already, which a fork would stop in the midst of anything, it makes them itself when they are
-    awaited. Raises HostUnfit when the process was killed; it is gone after the block.
+    A process of its own makes those that wait for others, so that two processors have work: the threads of one Python
+    take turns. Where this one has threads already, which a fork would stop in the midst of anything, it makes them all
+    itself when they are awaited. Raises HostUnfit when the process was killed; it is gone after the block.
     """
     if len(os.listdir("/proc/self/task")) > 1:  # noqa: PTH208 (pathlib has no use here but for this)
         yield examine
@@ -32,18 +32,19 @@ def examination() -> Iterator[Callable[[], tuple[Check, ...]]]:
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
-        _examine_in_child(writing)
+        _wait_in_child(writing)
     os.close(writing)
     done = False
 
     def result() -> tuple[Check, ...]:
         nonlocal done
+        here, host = _alone()
         with open(reading, "rb", closefd=False) as pipe:
             text = pipe.read()
         if not text:
             raise HostUnfit("the process that makes the checks was ended", "try again: memory may be short")
         done = True
-        return tuple(Check(**fields) for fields in json.loads(text))
+        return (*here, *(Check(**fields) for fields in json.loads(text)), *host)
 
     try:
         yield result
@@ -54,12 +55,13 @@ def examination() -> Iterator[Callable[[], tuple[Check, ...]]]:
         os.waitpid(child, 0)
 
 
-def _examine_in_child(pipe: int) -> None:
-    """Write the checks into a pipe, and end this process; its parent tells the user all that there is to tell."""
+def _wait_in_child(pipe: int) -> None:
+    """Write the checks that wait into a pipe, and end this process; its parent tells the user all that there is."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        checks = [result()._asdict() for result in _waiting()]
         with open(pipe, "wb") as file:
-            file.write(json.dumps([check._asdict() for check in examine()]).encode())
+            file.write(json.dumps(checks).encode())
     finally:
         os._exit(0)
 
@@ -67,8 +69,17 @@ def _examine_in_child(pipe: int) -> None:
 def examine() -> tuple[Check, ...]:
     """Make every check; blocks for some 0.1 s, and for 7 s where KVM hangs.
 
-    It never raises, changes nothing, and leaves no process, thread or descriptor. What waits for processes or for the
-    kernel is done at the same time, and begins before what else is needed is even imported.
+    It never raises, changes nothing, and leaves no process, thread or descriptor.
+    """
+    waiting = _waiting()
+    here, host = _alone()
+    return (*here, *(result() for result in waiting), *host)
+
+
+def _waiting() -> list[Callable[[], Check]]:
+    """Begin the checks that wait for processes or for the kernel; return what waits for the end of each.
+
+    They are made at the same time, and begin before what others need is even imported.
     """
 
     def later(name: str, find: Callable[[], Finding]) -> Callable[[], Check]:
@@ -76,17 +87,23 @@ def examine() -> tuple[Check, ...]:
 
     from vmmback.doctor import kvm
 
-    waiting = [later("kvm", kvm.experiment)]
+    begun = [later("kvm", kvm.experiment)]
     from vmmback.doctor import places
 
-    waiting += [later("taps", places.taps), later("jail", places.walls)]
+    begun += [later("taps", places.taps), later("jail", places.walls)]
     from vmmback.doctor import programs
 
-    waiting += [later("qemu", programs.emulator), later("qemu-secret-blocks", programs.secret_blocks)]
-    from vmmback.doctor import kernel, settings
+    begun += [later("qemu", programs.emulator), later("qemu-secret-blocks", programs.secret_blocks)]
+    from vmmback.doctor import kernel
 
-    waiting.append(later("direct-map", kernel.direct_map))
-    done = [checked(name, find) for name, find in {
+    return [*begun, later("direct-map", kernel.direct_map)]
+
+
+def _alone() -> tuple[list[Check], tuple[Check, ...]]:
+    """Make the checks that wait for nobody; the second ones are those of settings, which are told last."""
+    from vmmback.doctor import kernel, places, programs, settings
+
+    return [checked(name, find) for name, find in {
         "secret-memory": kernel.secret_memory,
         "locked-memory": kernel.locked_memory,
         "seccomp-notification": kernel.seccomp_notification,
@@ -98,9 +115,7 @@ def examine() -> tuple[Check, ...]:
         "bridges": places.bridges,
         "vsock": places.vsock,
         "overcommit": kernel.overcommit,
-    }.items()]  # fmt: skip
-    host = settings.checks()
-    return (*done, *(result() for result in waiting), *host)
+    }.items()], settings.checks()  # fmt: skip
 
 
 def would_fail(checks: Iterable[Check]) -> bool:
