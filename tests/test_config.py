@@ -594,6 +594,10 @@ WRONG: list[tuple[str, str]] = [
         'guest.toml:10: share[0].tag: "a,b" is not a tag; '
         'write 1 to 36 of A-Z, a-z, 0-9, "_", "." and "-", like "shared"',
     ),
+    (
+        f'{MINIMAL}[[share]]\npath = "images"\n',
+        'guest.toml:8: share[0].tag: missing; write tag = "shared"',
+    ),
     *(
         (
             f"{MINIMAL}[vsock]\ncid = {cid}\n",

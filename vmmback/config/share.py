@@ -23,7 +23,7 @@ class Share(Table, frozen=True):
     ]
     tag: Annotated[
         ShareTag,
-        Meta(description="The name by which the guest mounts it: mount -t virtiofs TAG /mnt."),
+        Meta(description="The name by which the guest mounts it: mount -t virtiofs TAG /mnt.", examples=["shared"]),
     ]
     plaintext: Annotated[
         Literal["allowed"] | None,
