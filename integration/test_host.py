@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -50,8 +51,9 @@ def told_by_kernel() -> dict[str, int]:
     blocks = re.findall(r"^Node.*zone +\w+ +(.*)$", Path("/proc/buddyinfo").read_text(), re.MULTILINE)
     return {
         "free by zones": sum(int(n) << order for row in blocks for order, n in enumerate(row.split())) * PAGE,
-        "free": nodes["MemFree"],
-        "total": nodes["MemTotal"],
+        # By sysinfo(2): a hypervisor's balloon may be missing in the nodes' figures, and be there in the host's.
+        "free": os.sysconf("SC_AVPHYS_PAGES") * PAGE,
+        "total": os.sysconf("SC_PHYS_PAGES") * PAGE,
         "unevictable": vmstat["nr_unevictable"] * PAGE,
         "mlocked": vmstat["nr_mlock"] * PAGE,
         "page_tables": nodes["PageTables"],
