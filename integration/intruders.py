@@ -48,7 +48,7 @@ def plain(argv):
 change_command(plain)
 async def handed_over(self, timeout_s): pass
 handoff.Qemu.handed_over = handed_over
-launch.confirm = lambda guest_ram, proof: None
+guest.confirm = lambda guest_ram, proof: None
 """
 
 # QEMU has a second full QMP connection. The socket is at argv[1]: bound here, since QEMU sees no such folder.

@@ -207,7 +207,7 @@ def test_why_some_disks_are_refused(
     folder: Path, images: Images, backing: Backing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the refusals: O_DIRECT fails on secret RAM alone, and QEMU's LUKS says yes to a discard and keeps all."""
-    monkeypatch.setattr(disk_config, "_conflicts", lambda _: ())
+    monkeypatch.setattr(disk_config.Disk, "conflicts", lambda written, good: ())
     raw_image(folder / "a.raw")
     tables = f'{RAW}cache = "none"\n{LUKS}discard = true\n'
     words = f"pattern={pattern()} write=vdb forget=vdb again=vda"

@@ -187,7 +187,7 @@ def test_video_memory_once_it_is_mapped_is_named_as_ordinary_memory(
         del argv[at : at + 2]  # SeaBIOS
 
     change_command(monkeypatch, change)
-    monkeypatch.setattr("vmmback.launch.confirm", lambda *_: None)
+    monkeypatch.setattr("vmmback.guest.confirm", lambda *_: None)
     with prepared(guest_file(tmp_path)) as live:
         live.run(live.guest.monitor.cont())
         eventually(lambda: take(live).observation.target is Verdict.READABLE, "SeaBIOS has mapped the video memory")

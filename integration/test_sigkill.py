@@ -571,7 +571,7 @@ STEPS = (
     Step(monitor, "connect"),
     Step(monitor.Monitor, "version"),
     Step(qmp_proof, "observe"),
-    Step(launch, "confirm"),
+    Step(guest_module, "confirm"),
     Step(monitor.Monitor, "cont"),
     Step(launch, "_booted"),
     Step(control, "serve"),

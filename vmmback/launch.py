@@ -1,4 +1,7 @@
-"""One guest's life, in order: admission, RAM, QEMU, handoff, proof, run, probes, supervision, release."""
+"""One guest's life, in order: admission, RAM, QEMU, handoff, proof, run, probes, supervision, release.
+
+What is not needed to start QEMU is imported while it comes up: who waits for a guest would wait for that as well.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,22 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from vmmback import (
-    admission,
-    command,
-    console,
-    control,
-    devices,
-    disks,
-    handoff,
-    monitor,
-    process,
-    qmp_socket,
-    ram,
-    report,
-    shares,
-)
+from vmmback import admission, command, console, control, devices, disks, handoff, process, ram, report, shares
 from vmmback.broker import client as broker
 from vmmback.config import GuestConfig
 from vmmback.errors import HandoffFailed, Interrupted, QemuFailed, VmmbackError
-from vmmback.guest import Guest, Watcher, confirm, import_probes, target_of
 from vmmback.host.qemu import can_share_aux_ram, choose_accel, find_qemu, kernel_release
-from vmmback.isolation import qmp_proof
 from vmmback.lifecycle import State, Stop
 from vmmback.linux import memlock
-from vmmback.qmp_policy import Policy
 from vmmback.report import IsolationReport
 from vmmback.runtime import QEMU_LOG, QMP_SOCKET, SERIAL_LOG, guest_folder
 from vmmback.supervisor import Life
 from vmmback.tasks import in_thread, meanwhile
+
+if TYPE_CHECKING:
+    from vmmback.guest import Guest, Watcher
 
 T = TypeVar("T")
 
@@ -155,6 +144,11 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
         )
     )
     inherited.close()
+    from vmmback import monitor
+    from vmmback.guest import Guest, confirm, target_of
+    from vmmback.isolation import qmp_proof
+    from vmmback.qmp_policy import Policy
+
     try:
         await qemu.handed_over(_HANDOFF_TIMEOUT_S + _UNLOCK_TIMEOUT_S * sum(disk.encrypted for disk in config.disk))
     except HandoffFailed as error:
@@ -179,6 +173,8 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
 
 async def _run(guest: Guest, life: Life, stop: Stop, *, validate: bool) -> None:
     """Let a prepared guest run, and examine it, until it has ended. Raises QemuFailed."""
+    from vmmback.guest import import_probes
+
     async with (
         _last_words(guest.qemu),
         life.of(guest),
@@ -212,6 +208,8 @@ async def _qmp_served(guest: Guest) -> AsyncIterator[None]:
 
     Errors of its disks are told to the watcher meanwhile.
     """
+    from vmmback import qmp_socket
+
     path, note = guest.folder / QMP_SOCKET, guest.watcher.note
     disk_errors = disks.DiskErrors(guest.config, path, note)
     async with qmp_socket.serve(path, guest.monitor, guest.policy, note) as clients:

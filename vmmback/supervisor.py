@@ -11,17 +11,18 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from vmmback.config import GuestConfig
 from vmmback.control import GuestInterface, GuestStatus
 from vmmback.errors import QemuFailed, VmmbackError
-from vmmback.grow import grow
-from vmmback.guest import Guest, Watcher
 from vmmback.lifecycle import State, Stop
 from vmmback.notify import notify
 from vmmback.report import Drift, IsolationReport
 from vmmback.runtime import SERIAL_LOG, SUPERVISOR_LOG
+
+if TYPE_CHECKING:
+    from vmmback.guest import Guest, Watcher
 
 _UNTIL_THE_POWER_BUTTON_WORKED_S = 15.0
 _HUNDREDTHS = 100
@@ -137,6 +138,8 @@ class Life:
 
     async def grow(self, size: int, progress: Callable[[int, int], None]) -> IsolationReport:
         """Add `size` bytes of RAM, audit the guest, and report it. Raises VmmbackError."""
+        from vmmback.grow import grow
+
         return await grow(self._up(), size, progress)
 
     def attach_console(self, *, scrollback: bool) -> int:

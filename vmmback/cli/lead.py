@@ -6,12 +6,15 @@ import asyncio
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmmback import launch
 from vmmback.config import GuestConfig
-from vmmback.guest import Watcher
 from vmmback.lifecycle import Stop
 from vmmback.report import IsolationReport
+
+if TYPE_CHECKING:
+    from vmmback.guest import Watcher
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
