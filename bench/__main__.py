@@ -1,4 +1,4 @@
-"""Measure vmmback on this host: `python -m bench [--rounds N] [--json]`, as root.
+"""Measure vmmback on this host: `python -m bench [--rounds N] [--json] [WHAT ...]`, as root.
 
 Each figure is the median of rounds in which vmmback and its rival take turns, so that both see the same host; the ratio
 is made of the medians. Nothing here passes or fails: a goal stands beside the figure, and the reader judges.
@@ -19,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,33 +47,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="how often each figure is taken (default 7)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "what", nargs="*", metavar="WHAT",
+        help=f"measure these alone, of: {', '.join(_KINDS)} (default all)",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    if unknown := set(arguments.what) - set(_KINDS):
+        parser.error(f"there is no {', '.join(sorted(unknown))}")
     # An installed package has its bytecode; one that runs from its sources may be kept from writing it.
     compileall.compile_dir(Path(vmmback.__file__).parent, quiet=1)
-    with tempfile.TemporaryDirectory(prefix="vmmback-bench-") as folder:
-        os.environ |= {"VMMBACK_RUNTIME_DIR": f"{folder}/run", "VMMBACK_BROKER": f"{folder}/broker"}
-        figures = list(measure(Path(folder), arguments.rounds))
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmmback-bench-"))
+        # /run is a tmpfs (hier(7), file-hierarchy(7)), where a record is written in a fraction of a disk's time.
+        run = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmmback-bench-", dir="/dev/shm"))
+        os.environ |= {"VMMBACK_RUNTIME_DIR": f"{run}/run", "VMMBACK_BROKER": f"{folder}/broker"}
+        figures = list(measure(Path(folder), arguments.rounds, arguments.what))
     if arguments.json:
         print(json.dumps([asdict(figure) for figure in figures], indent=2))
     else:
         show(figures)
 
 
-def measure(folder: Path, rounds: int) -> Iterator[Figure]:
+def measure(folder: Path, rounds: int, what: Sequence[str]) -> Iterator[Figure]:
     """Take each figure in turn."""
-    yield from prefaults(folder, rounds)
-    yield from broker.figures(folder, rounds)
-    for fill in (False, True):
-        yield ready(folder, rounds, fill=fill)
-    for size in (256 * MIB, 1024 * MIB):
-        yield direct_map(size, rounds)
-    yield from touched_regions(rounds)
-    yield from kernel_reads(folder, rounds)
-    yield hunt_all(rounds)
-    yield audit(folder, rounds)
-    yield start_up(rounds)
-    yield resident(folder)
-    yield from many(folder, rounds)
+    for kind in what or _KINDS:
+        yield from _KINDS[kind](folder, rounds)
 
 
 def ready(folder: Path, rounds: int, *, fill: bool) -> Figure:
@@ -297,6 +295,23 @@ def many(folder: Path, rounds: int) -> Iterator[Figure]:
 def resident_bytes(pid: int) -> int:
     """Return VmRSS in bytes."""
     return int(procfs.status(pid)["VmRSS"].removesuffix(" kB")) * 1024
+
+
+_KINDS: dict[str, Callable[[Path, int], Iterable[Figure]]] = {
+    "prefault": prefaults,
+    "broker-launch": broker.launches,
+    "broker-acquire": broker.acquire,
+    "broker-splits": broker.splits,
+    "ready": lambda folder, rounds: [ready(folder, rounds, fill=fill) for fill in (False, True)],
+    "direct-map": lambda _, rounds: [direct_map(size, rounds) for size in (256 * MIB, 1024 * MIB)],
+    "regions": lambda _, rounds: touched_regions(rounds),
+    "kernel-reads": kernel_reads,
+    "hunt": lambda _, rounds: [hunt_all(rounds)],
+    "audit": lambda folder, rounds: [audit(folder, rounds)],
+    "help": lambda _, rounds: [start_up(rounds)],
+    "resident": lambda folder, _: [resident(folder)],
+    "many": many,
+}
 
 
 if __name__ == "__main__":

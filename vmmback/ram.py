@@ -77,6 +77,11 @@ class Ram(ABC):
         """Return the descriptor. It stays this object's own."""
         return self._descriptor
 
+    def detach(self) -> int:
+        """Return the descriptor, which is the caller's to close from now on, as socket.detach does."""
+        descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
+
     def close(self) -> None:
         """Close the descriptor; the pages are zeroed and freed when QEMU's copy is closed too."""
         if self._descriptor >= 0:

@@ -8,6 +8,7 @@ the last who has it closes it.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -16,11 +17,44 @@ from contextlib import asynccontextmanager, suppress
 from vmmback.admission import Promise
 from vmmback.broker.config import BrokerConfig
 from vmmback.errors import VmmbackError
+from vmmback.linux import page_file
 from vmmback.ram import SecretRam
 
 _TRY_AGAIN_S = 5.0
 _WAIT_S = 1.0  # a guest that starts on what was taken has the processors first, as have others who come at once
+_MEMORY, _FRAMES, _HIDDEN = "memory", "frames", "hidden"
 _NICEST = 19  # setpriority(2): whoever waits for memory goes first
+
+
+class Ready:
+    """A file that nobody ever had, and what tells its borrower where its pages are: a file of page_file, for `frames`.
+
+    Both are made before somebody asks, as that takes as long as all else of an answer.
+    """
+
+    def __init__(self, memory: SecretRam, *, others: bool) -> None:
+        """Take over a prefaulted file; `others` says whether others than root may borrow it. Raises OSError."""
+        self.size, self.inode = memory.size, memory.inode
+        self._descriptors = dict[str, int]()
+        try:
+            self._descriptors[_FRAMES] = page_file.sealed(memory.frames)
+            if others:
+                self._descriptors[_HIDDEN] = page_file.sealed(page_file.without_numbers(memory.frames))
+        except OSError:
+            self.close()
+            raise
+        self._descriptors[_MEMORY] = memory.detach()
+
+    def give(self, *, numbers: bool) -> tuple[int, int]:
+        """Return the descriptors of the memory and of the frames, the caller's from now on; all else is closed."""
+        given = self._descriptors.pop(_MEMORY), self._descriptors.pop(_FRAMES if numbers else _HIDDEN)
+        self.close()
+        return given
+
+    def close(self) -> None:
+        """Close all of it; the memory goes back to the kernel."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
 
 class Pool:
@@ -30,7 +64,8 @@ class Pool:
         self._wanted = {ready.size: ready.count for ready in config.pool}
         self._rate = config.fill_rate
         self._promise, self._note = promise, note
-        self._ready: list[SecretRam] = []
+        self._others = bool(config.allow)
+        self._ready = list[Ready]()
         self._less = asyncio.Event()
         """Set when something was taken, or given back to the kernel by somebody else."""
         self.filled_bytes = 0
@@ -39,21 +74,21 @@ class Pool:
     @property
     def ready(self) -> Counter[int]:
         """How many files of each size are ready."""
-        return Counter(memory.size for memory in self._ready)
+        return Counter(each.size for each in self._ready)
 
     @property
     def wanted(self) -> dict[int, int]:
         """How many of each size are to be."""
         return dict(self._wanted)
 
-    def take(self, size: int) -> SecretRam | None:
+    def take(self, size: int) -> Ready | None:
         """Return a file of this size that nobody ever had, the caller's from now on; None if none is ready."""
-        for index, memory in enumerate(self._ready):
-            if memory.size == size:
+        for index, ready in enumerate(self._ready):
+            if ready.size == size:
                 del self._ready[index]
-                self._promise.handed_on(size, memory.inode)
+                self._promise.handed_on(size, ready.inode)
                 self._less.set()
-                return memory
+                return ready
         return None
 
     def ended(self, inode: int) -> None:
@@ -76,8 +111,8 @@ class Pool:
                 with suppress(asyncio.CancelledError):
                     await filling
             finally:
-                for memory in self._ready:
-                    memory.close()
+                for ready in self._ready:
+                    ready.close()
                 self._ready.clear()
 
     async def _fill(self) -> None:
@@ -110,24 +145,18 @@ class Pool:
         started = time.monotonic()
         await self._promise.extend(size)
         try:
-            memory = await self._prefaulted(size)
+            self._ready.append(await self._prefaulted(size))
         except BaseException:
             self._promise.withdraw(size)
             raise
-        else:
-            self._ready.append(memory)
         finally:
-            self._promise.settle(memory.inode for memory in self._ready)
+            self._promise.settle(ready.inode for ready in self._ready)
         self.filled_bytes += size
         self.fill_seconds += time.monotonic() - started
         return time.monotonic() - started
 
-    async def _prefaulted(self, size: int) -> SecretRam:
-        memory = SecretRam(size)
-        try:
+    async def _prefaulted(self, size: int) -> Ready:
+        with SecretRam(size) as memory:
             self._promise.backed_by(memory.inode)
             await memory.prefault(self._promise.touched, nice=_NICEST, anew=self._promise.anew)
-        except BaseException:
-            memory.close()
-            raise
-        return memory
+            return Ready(memory, others=self._others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import signal
 import socket
@@ -44,6 +45,7 @@ async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
         with guest_folder(BROKER) as folder, _listening() as listening:
             broker = Broker(config, Promise(folder, "secret"), note)
             async with serve(listening, broker) as tasks, metrics.served(config.metrics, broker):
+                gc.freeze()  # a look through all that was imported would keep callers waiting (gc.freeze)
                 notify("READY=1")
                 # Without one of its tasks it would look alive, and lend nothing.
                 told = asyncio.create_task(ended.wait())

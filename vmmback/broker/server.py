@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from asyncio import Future, Task
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
 from os import close
 from typing import Any
 
@@ -19,7 +20,6 @@ from asyncvarlink import (
     VarlinkTransport,
 )
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
-from asyncvarlink.types import JSONObject
 
 from vmmback import __version__
 from vmmback.broker.ledger import Caller
@@ -30,61 +30,88 @@ from vmmback.linux import peer
 _MOST_CLIENTS, _MOST_OF_A_USER = 512, 64
 _MOST_CALL_BYTES = 1 << 16
 _ACCEPT_AGAIN_S = 0.1
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 class _Connection(VarlinkInterfaceServerProtocol):
     """One caller's; nobody else is reached by it.
 
-    asyncvarlink reads as long as there is something to read, and keeps what it has read and what it could not send yet,
-    however much. Here a caller is not heard before his last call was answered, and the answer taken.
+    asyncvarlink keeps what it has read and what it could not send yet, however much, and waits for the event loop
+    between the steps of a call. Here a call is answered as soon as it was read, and a caller is not heard before his
+    last call was answered, and the answer taken.
     """
 
-    def __init__(self, broker: Broker, caller: Caller, pidfd: int) -> None:
-        self._broker, self._pidfd = broker, pidfd
+    def __init__(self, connection: socket.socket, broker: Broker, caller: Caller, pidfd: int) -> None:
+        self._socket, self._broker, self._pidfd = connection, broker, pidfd
         registry = VarlinkInterfaceRegistry()
         registry.register_interface(BrokerInterface(broker, caller, pidfd))
         registry.register_interface(VarlinkServiceInterface("vmmback", "vmmback broker", __version__, "", registry))
         super().__init__(registry)
-        self._taken: Future[None] | None = None
-        """Done once the last answer was taken, or never will be."""
+        self._calls = deque[tuple[bytes, FileDescriptorArray | None, Future[None]]]()
+        self._unfinished = 0
+        """Calls that are not answered yet, and answers that are not taken; no other call is heard meanwhile."""
 
     def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
-        try:
-            super().message_received(data, fds)
-        except (ValueError, RecursionError):  # it is not in UTF-8, has numbers too long, or is nested too deeply
-            self._hang_up()
+        *calls, self._recv_buffer = (self._recv_buffer + data).split(b"\0")
         if len(self._recv_buffer) > _MOST_CALL_BYTES:
-            self._hang_up()
-        if self._consumer_queue and self._transport:
-            self._transport.pause_reading()  # until the queue is empty
+            return self._hang_up()
+        for call in calls:
+            used = asyncio.get_running_loop().create_future()
+            if fds:
+                fds.reference_until_done(used)
+            self._calls.append((call, fds, used))
+            fds = None
+        return self._hear()
 
-    def error_received(self, *_: object) -> None:
-        self._hang_up()
-
-    def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> Future[None] | None:
-        if obj.get("oneway"):  # the answer is what all methods are for
-            self._hang_up()
-            return None
-        self._taken = None
-        return super().request_received(obj, fds) or self._taken
+    def _hear(self, done: Future[None] | None = None) -> None:
+        if done:
+            self._unfinished -= 1
+        while self._calls and not self._unfinished:
+            text, fds, used = self._calls.popleft()
+            try:
+                call = json.loads(text)
+            except (ValueError, RecursionError):  # no JSON, not in UTF-8, a number too long, or nested too deeply
+                call = None
+            unfinished = None
+            if isinstance(call, dict) and not call.get("oneway"):  # the answer is what all methods are for
+                unfinished = self.request_received(call, fds)
+            else:
+                self._hang_up()
+            used.set_result(None)  # which closes the descriptors that came with it, and that nobody took
+            if unfinished:
+                self._unfinished += 1
+                unfinished.add_done_callback(self._hear)
+        if self._transport:
+            (self._transport.pause_reading if self._unfinished else self._transport.resume_reading)()
 
     def send_reply(
         self, reply: VarlinkMethodReply, fds: list[int] | None = None, autoclose: bool = True
     ) -> Future[None]:
-        self._taken = asyncio.get_running_loop().create_future()
-        sent = super().send_reply(reply, fds, autoclose)
-        sent.add_done_callback(partial(self._sent, self._taken, reply.parameters["lease"] if fds else None))
-        return sent
+        assert not (fds and autoclose)
+        data, sent = _ENCODER.encode(reply.tojson()).encode() + b"\0", asyncio.get_running_loop().create_future()
+        lease = reply.parameters.get("lease") if fds else None
+        try:
+            count = socket.send_fds(self._socket, [data], fds or [])
+        except BlockingIOError:
+            count = 0
+        except OSError:
+            self._not_sent(lease)
+            count = len(data)
+        if count == len(data):
+            sent.set_result(None)
+            return sent
+        assert self._transport is not None
+        left = self._transport.send_message(data[count:], [] if count else fds)
+        self._unfinished += 1
+        left.add_done_callback(lambda left: self._not_sent(lease) if left.exception() else None)
+        left.add_done_callback(self._hear)
+        self._add_transfer(left)
+        return left
 
-    def _sent(self, taken: Future[None], lease: object, sent: Future[None]) -> None:
-        if sent.exception():
-            if isinstance(lease, int):  # nobody has its memory
-                self._broker.end(lease)
-            self._hang_up()
-        taken.set_result(None)
-
-    def _on_message_sent(self, _fut: Future[None]) -> None:
-        """Leave to `_sent` what asyncvarlink would say with a traceback: that a caller is gone."""
+    def _not_sent(self, lease: object) -> None:
+        if isinstance(lease, int):  # nobody has its memory
+            self._broker.end(lease)
+        self._hang_up()
 
     def _hang_up(self) -> None:
         self._forget_calls()
@@ -92,10 +119,8 @@ class _Connection(VarlinkInterfaceServerProtocol):
             self._transport.abort()
 
     def _forget_calls(self) -> None:
-        while self._consumer_queue:
-            _, consumed = self._consumer_queue.popleft()
-            if consumed:
-                consumed.set_result(None)  # which closes the descriptors that came with it
+        while self._calls:
+            self._calls.popleft()[2].set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_calls()
@@ -121,8 +146,8 @@ class _Clients:
         try:
             # Without a predictor it reads once when there is something to read, and not until there is nothing more.
             client = VarlinkTransport(
-                asyncio.get_running_loop(), connection, connection, _Connection(self._broker, caller, pidfd),
-                boundary_predictor=None,
+                asyncio.get_running_loop(), connection, connection,
+                _Connection(connection, self._broker, caller, pidfd), boundary_predictor=None,
             )  # fmt: skip
         except BaseException:
             close(pidfd)

@@ -7,9 +7,7 @@ varlinkctl call /run/vmmback-broker/socket org.vmmback.Broker.List {}
 import asyncio
 import os
 import time
-from array import array
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypedDict
@@ -24,10 +22,8 @@ from asyncvarlink import (
 from vmmback.admission import Promise
 from vmmback.broker.config import MIB, BrokerConfig
 from vmmback.broker.ledger import Caller, Lease, Ledger
-from vmmback.broker.pool import Pool
+from vmmback.broker.pool import Pool, Ready
 from vmmback.errors import VmmbackError
-from vmmback.linux import page_file, procfs
-from vmmback.ram import SecretRam
 
 _MOST_PURPOSE_CHARS = 200
 
@@ -97,28 +93,31 @@ class Broker:
         self.denials = self.not_ready = 0
         self._watched: dict[int, int] = {}
 
-    def lend(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, SecretRam]:
-        """Lend a file out of the pool; it is the caller's to close. Raises VmmbackError, NotReady."""
+    def lend(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, Ready]:
+        """Lend a file out of the pool; it is the caller's to close. Raises VmmbackError, NotReady, OSError."""
         try:
             self.ledger.check(caller, size, time.monotonic())
         except VmmbackError:
             self.denials += 1
             raise
         number, loop = self.ledger.next_number(), asyncio.get_running_loop()
-        with ExitStack() as failed:
-            watched = os.dup(pidfd)
-            failed.callback(os.close, watched)
+        watched = os.dup(pidfd)
+        try:
             loop.add_reader(watched, self.end, number)
-            failed.callback(loop.remove_reader, watched)
-            memory = self.pool.take(size)
-            if memory is None:
-                self.not_ready += 1
-                raise NotReady(size=size)
-            failed.pop_all()
-        lease = Lease(number, size, memory.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds"))
+            ready = self.pool.take(size)
+        except BaseException:
+            loop.remove_reader(watched)
+            os.close(watched)
+            raise
+        if ready is None:
+            loop.remove_reader(watched)
+            os.close(watched)
+            self.not_ready += 1
+            raise NotReady(size=size)
+        lease = Lease(number, size, ready.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds"))
         self.ledger.add(lease, time.monotonic())
         self._watched[number] = watched
-        return lease, memory
+        return lease, ready
 
     def end(self, number: int, caller: Caller | None = None) -> bool:
         """End a lease that `caller` may end, whoever for None; tell whether there was one."""
@@ -156,18 +155,12 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
             raise Refused(message=f"{size} bytes are no whole MiB", hint="ask for a multiple of 1048576", exit_code=2)
         purpose = "".join(char for char in purpose[:_MOST_PURPOSE_CHARS] if char.isprintable())
         try:
-            lease, memory = self._broker.lend(self._caller, self._pidfd, size, purpose)
+            lease, ready = self._broker.lend(self._caller, self._pidfd, size, purpose)
         except VmmbackError as error:
             raise Refused(message=error.message, hint=error.hint, exit_code=error.exit_code) from error
         except OSError as error:  # out of descriptors
             raise Refused(message=f"nothing can be lent: {error.strerror}", hint="try it again", exit_code=4) from error
-        with memory:
-            try:
-                frames = page_file.sealed(memory.frames if self._caller.uid == 0 else _without_numbers(memory.frames))
-                descriptor = os.dup(memory.fileno())
-            except OSError as error:
-                self._broker.end(lease.number)
-                raise Refused(message=f"nothing can be lent: {error.strerror}", hint="", exit_code=4) from error
+        descriptor, frames = ready.give(numbers=self._caller.uid == 0)
         return {
             "lease": lease.number,
             "descriptor": FileDescriptor(descriptor, should_close=True),
@@ -200,8 +193,3 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
             "filled_bytes": pool.filled_bytes,
             "fill_seconds": round(pool.fill_seconds, 3),
         }
-
-
-def _without_numbers(entries: "array[int]") -> "array[int]":
-    """Return pagemap entries as a process without CAP_SYS_ADMIN sees them (fs/proc/task_mmu.c)."""
-    return array("Q", [entry & ~procfs.PFN_MASK for entry in entries])
