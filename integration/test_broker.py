@@ -190,6 +190,23 @@ def test_without_a_broker_or_without_ram_of_its_size_a_guest_gets_its_own(broker
         assert run("stop", name, "--kill").returncode == 0
 
 
+def test_what_comes_back_is_made_ready_at_once_and_the_next_lease_needs_no_other_frames(brokers: Brokers) -> None:
+    brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+    with client() as connection:
+        for _ in range(2):
+            lease, memory, _ = acquire(connection)
+            eventually(filled, "the pool is filled again", timeout_s=60)
+            os.close(memory)
+            assert call(connection, "Release", lease=lease)[0]["parameters"]["ended"] is True
+            eventually(lambda: filled(2), "one more is ready", timeout_s=60)
+        made = stats()["filled_bytes"]
+        for ready in (1, 0):
+            os.close(acquire(connection)[1])
+            assert stats()["pool"][0]["ready"] == ready
+    assert made == 4 * TINY_BYTES  # the first, one for the first lease, and one for each that came back
+
+
 Tenants = Callable[[], int]
 
 

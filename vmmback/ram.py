@@ -102,12 +102,13 @@ class Ram(ABC):
         threads: int | None = None,
         group: Path | None = None,
         anew: Callable[[], Awaitable[None]] | None = None,
-        nice: int = 0,
+        *,
+        idle: bool = False,
     ) -> None:
         """Make all pages present, a thread for each core this process may use; `progress` gets the bytes done so far.
 
-        The memory cgroup whose folder is `group` pays for them, this process's own without one. `nice` is how far
-        others go first (nice(1)).
+        The memory cgroup whose folder is `group` pays for them, this process's own without one. `idle` leaves it
+        the processors that nobody else wants (SCHED_IDLE of sched(7)).
 
         The pages are touched by a process of its own (linux/prefault_worker.py): its page tables go with it, and when
         memory runs out it is that process which fails or is killed. Raises AdmissionRefused then, HostUnfit when the
@@ -119,14 +120,14 @@ class Ram(ABC):
         """
         before = direct_map_use.of()
         image = self._shunned()
-        frames = await self._touch(progress, threads, group, nice)
+        frames = await self._touch(progress, threads, group, idle)
         for _ in range(_RETRIES):
             if image is None or not kernel_image.frames_in(image, frames):
                 break
             if anew:
                 await anew()
             self._renew()
-            frames = await self._touch(progress, threads, group, nice, image)
+            frames = await self._touch(progress, threads, group, idle, image)
         self.direct_map = before, direct_map_use.of()
         await self._lies_in(frames)
 
@@ -152,7 +153,7 @@ class Ram(ABC):
         progress: Callable[[int], None],
         threads: int | None,
         group: Path | None,
-        nice: int,
+        idle: bool,
         shunned: kernel_image.ImageRange | None = None,
     ) -> array[int]:
         set_aside = []
@@ -162,7 +163,7 @@ class Ram(ABC):
         procs = str(group / cgroups.PROCS) if group else ""
         threads = threads or len(os.sched_getaffinity(0))
         worker = await asyncio.create_subprocess_exec(
-            *(("nice", "-n", str(nice)) if nice else ()), sys.executable, "-I", "-S", prefault_worker.__file__,
+            *(("chrt", "--idle", "0") if idle else ()), sys.executable, "-I", "-S", prefault_worker.__file__,
             str(self._descriptor), str(self.size), str(threads), procs, *set_aside,
             pass_fds=[self._descriptor],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

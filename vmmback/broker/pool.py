@@ -21,9 +21,8 @@ from vmmback.linux import page_file
 from vmmback.ram import SecretRam
 
 _TRY_AGAIN_S = 5.0
-_WAIT_S = 1.0  # a guest that starts on what was taken has the processors first, as have others who come at once
+_QUIET_S = 0.02  # who comes at the same time is served first: admission looks through all of /proc
 _MEMORY, _FRAMES, _HIDDEN = "memory", "frames", "hidden"
-_NICEST = 19  # setpriority(2): whoever waits for memory goes first
 
 
 class Ready:
@@ -68,6 +67,9 @@ class Pool:
         self._ready = list[Ready]()
         self._less = asyncio.Event()
         """Set when something was taken, or given back to the kernel by somebody else."""
+        self._taken_s = 0.0
+        self._returned = set[int]()
+        """Sizes of which a lease has ended, and nothing was made since."""
         self.filled_bytes = 0
         self.fill_seconds = 0.0
 
@@ -87,13 +89,21 @@ class Pool:
             if ready.size == size:
                 del self._ready[index]
                 self._promise.handed_on(size, ready.inode)
+                self._taken_s = time.monotonic()
                 self._less.set()
                 return ready
         return None
 
-    def ended(self, inode: int) -> None:
-        """Look again what is missing: the lease of a file has ended, and its memory may be free."""
+    def ended(self, size: int, inode: int) -> None:
+        """Make one more of this size, at once: the lease of a file has ended, and its memory may be free.
+
+        Its frames are out of the direct map's large pages already. As long as nobody else has them, they cost no split
+        (docs/DIRECT-MAP.md); so one more than `wanted` is made of them where all are ready, and the next lease is no
+        reason to take other frames.
+        """
         self._promise.ended(inode)
+        if size in self._wanted:
+            self._returned.add(size)
         self._less.set()
 
     @asynccontextmanager
@@ -122,20 +132,25 @@ class Pool:
             self._less.clear()
             ready = self.ready
             lacking = [size for size, count in self._wanted.items() if ready[size] < count]
-            size = next((size for size in lacking if size not in refused), None)
+            spare = [size for size in self._returned if ready[size] == self._wanted[size]]
+            size = next((size for size in (*lacking, *spare) if size not in refused), None)
             if size is None:
+                self._returned.clear()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._less.wait(), _TRY_AGAIN_S if lacking else None)
                 refused.clear()
-                await asyncio.sleep(_WAIT_S)
                 continue
+            if (wait_s := self._taken_s + _QUIET_S - time.monotonic()) > 0:
+                await asyncio.sleep(wait_s)
+                continue
+            self._returned.discard(size)
             try:
                 seconds = await self._add(size)
             except (VmmbackError, OSError, MemoryError, RuntimeError) as error:  # out of descriptors or threads, say
                 refused.add(size)
-                if size not in noted:
+                if size in lacking and size not in noted:
                     self._note(f"the pool cannot be filled with {size >> 20} MiB: {error}")
-                noted.add(size)
+                    noted.add(size)
             else:
                 noted.discard(size)
                 await asyncio.sleep(max(0.0, size / self._rate - seconds))  # the rate that was asked for, no wait
@@ -158,5 +173,5 @@ class Pool:
     async def _prefaulted(self, size: int) -> Ready:
         with SecretRam(size) as memory:
             self._promise.backed_by(memory.inode)
-            await memory.prefault(self._promise.touched, nice=_NICEST, anew=self._promise.anew)
+            await memory.prefault(self._promise.touched, idle=True, anew=self._promise.anew)
             return Ready(memory, others=self._others)

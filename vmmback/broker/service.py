@@ -124,7 +124,7 @@ class Broker:
         lease = self.ledger.end(number, caller)
         if lease is None:
             return False
-        self.pool.ended(lease.inode)
+        self.pool.ended(lease.size, lease.inode)
         watched = self._watched.pop(number)
         asyncio.get_running_loop().remove_reader(watched)
         os.close(watched)
