@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -49,13 +50,13 @@ class Brokers:
         self.file, self.socket = folder / "broker.toml", Path(os.environ["VMMBACK_BROKER"])
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, text: str, *prefix: str, passed: socket.socket | None = None) -> subprocess.Popen[bytes]:
+    def start(self, text: str, *prefix: str, passed: Sequence[int] = ()) -> subprocess.Popen[bytes]:
         """Start one whose file says `text`, by the program `prefix`, with a descriptor that it inherits."""
         self.file.write_text(text)
         with (self.file.parent / "broker.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*prefix, *PROGRAM, "broker", str(self.file)], cwd=ROOT, stderr=log,
-                pass_fds=[passed.fileno()] if passed else [],
+                pass_fds=passed,
             )  # fmt: skip
         eventually(self._answers, "the broker answers", timeout_s=60)
         return self.process
@@ -78,6 +79,8 @@ def brokers(tmp_path: Path, runtime_dir: Path) -> Iterator[Brokers]:
     yield started
     if started.process and started.process.poll() is None:
         assert started.end() == 0
+    for written in runtime_dir.glob(".broker-leases"):  # for the next broker: this process has borrowed, and lives
+        written.unlink()
 
 
 def pool(size: int = TINY_BYTES, count: int = 1) -> str:
@@ -380,8 +383,242 @@ def test_a_user_whom_no_rule_names_gets_nothing(request: pytest.FixtureRequest) 
     assert (stats()["denied"], stats()["lent"]) == (1, 0)
 
 
+def listed() -> list[Answer]:
+    with client() as connection:
+        found: list[Answer] = call(connection, "List")[0]["parameters"]["leases"]
+        return found
+
+
+def written(runtime_dir: Path, leases: int) -> bool:
+    with suppress(FileNotFoundError):
+        return len(json.loads((runtime_dir / ".broker-leases").read_text())) == leases
+    return leases == 0
+
+
+BORROWS_AND_WAITS = """
+import socket, sys, json
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect(sys.argv[1])
+    connection.sendall(sys.argv[2].encode() + b"\\0")
+    answer = socket.recv_fds(connection, 1 << 16, 8)[0]
+print(answer[:-1].decode(), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def borrower(size: int = TINY_BYTES) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Borrow in a process of its own, which lives until it is told; yield it, and its lease."""
+    asked = json.dumps({"method": "org.vmmback.Broker.Acquire", "parameters": {"size": size, "purpose": "a test"}})
+    with subprocess.Popen(
+        [sys.executable, "-c", BORROWS_AND_WAITS, os.environ["VMMBACK_BROKER"], asked],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        yield process, json.loads(process.stdout.readline())["parameters"]["lease"]
+        process.kill()
+
+
+def test_the_broker_after_one_that_was_killed_knows_the_leases_of_all_who_live(
+    brokers: Brokers, runtime_dir: Path
+) -> None:
+    brokers.start(pool(count=3))
+    eventually(lambda: filled(3), "the pool is filled", timeout_s=60)
+    with borrower() as (_, kept), borrower() as (ends, _), borrower() as (lives, _):
+        before = {entry["lease"]: entry for entry in listed()}
+        eventually(lambda: len(promises()[".broker"].lent) == 3, "all is told as lent", timeout_s=60)
+        lent = set(promises()[".broker"].lent)
+        eventually(lambda: written(runtime_dir, 3), "all leases are written down", timeout_s=60)
+        brokers.end(signal.SIGKILL)
+        ends.kill()
+        ends.wait()
+        brokers.start(pool(count=3))
+        after = {entry["lease"]: entry for entry in listed()}
+        assert set(after) == {number for number, entry in before.items() if entry["pid"] != ends.pid}
+        assert all(before[number] == entry for number, entry in after.items())
+        eventually(lambda: filled(3), "the pool is filled", timeout_s=60)
+        record = promises()[".broker"]
+        assert set(record.lent) < lent
+        assert len(record.lent) == 2
+        assert not lent & set(record.inodes)
+        assert record.touched == record.size == len(record.inodes) * TINY_BYTES
+        with client() as connection:
+            assert call(connection, "Release", lease=kept)[0]["parameters"]["ended"] is True
+            assert call(connection, "Release", lease=kept)[0]["parameters"]["ended"] is False
+        lives.kill()
+        eventually(lambda: stats()["leases"] == 0, "the last lease has ended with its process", timeout_s=60)
+    eventually(lambda: promises()[".broker"].lent == [], "nothing is told as lent", timeout_s=60)
+    eventually(lambda: written(runtime_dir, 0), "no lease is written down", timeout_s=60)
+
+
+@pytest.mark.usefixtures("open_socket")
+def test_what_a_user_has_from_a_broker_that_was_killed_counts_with_the_next(
+    runtime_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    brokers: Brokers = request.getfixturevalue("brokers")
+    rules = pool(MIB) + f'[[allow]]\nuser = {NOBODY}\ntotal = "1MiB"\n'
+    brokers.start(rules)
+    eventually(filled, "the pool is filled", timeout_s=60)
+    begun, go_on = os.pipe(), os.pipe()
+
+    def borrow_twice() -> object:
+        with client() as connection:
+            lease, memory, _ = acquire(connection, MIB)
+        os.write(begun[1], b".")
+        os.read(go_on[0], 1)
+        os.close(memory)
+        with client() as connection:
+            refused = call(connection, "Acquire", size=MIB, purpose="more")[0]["parameters"]["message"]
+            return refused, call(connection, "Release", lease=lease)[0]["parameters"]["ended"]
+
+    def restart() -> None:
+        os.read(begun[0], 1)
+        eventually(lambda: written(runtime_dir, 1), "the lease is written down", timeout_s=60)
+        brokers.end(signal.SIGKILL)
+        brokers.start(rules)
+        eventually(filled, "the pool is filled", timeout_s=60)
+        os.write(go_on[1], b".")
+
+    restarting = Thread(target=restart)
+    restarting.start()
+    refused, ended = as_nobody(borrow_twice)
+    restarting.join()
+    for descriptor in begun + go_on:
+        os.close(descriptor)
+    assert "it has 1 of at most 1 MiB" in refused
+    assert ended is True
+
+
+def test_who_borrowed_from_a_broker_that_was_killed_ends_the_lease_with_the_next(
+    brokers: Brokers, runtime_dir: Path
+) -> None:
+    """Not by its own end: it lives on."""
+    brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+
+    async def scene() -> None:
+        async with broker_client.connected() as lender:
+            assert lender is not None
+            async with lender.borrowed(TINY_BYTES, "a test") as memory:
+                assert memory is not None
+                eventually(lambda: written(runtime_dir, 1), "the lease is written down", timeout_s=60)
+                brokers.end(signal.SIGKILL)
+                brokers.start(pool())
+                assert [entry["pid"] for entry in listed()] == [os.getpid()]
+            assert listed() == []
+            brokers.end(signal.SIGKILL)
+            with pytest.raises(HostUnfit, match="the broker ended meanwhile"):
+                async with lender.borrowed(TINY_BYTES, "a test"):
+                    pass
+
+    asyncio.run(scene())
+
+
+class Manager:
+    """Keeps descriptors for a service, as systemd does (sd_notify(3)), and passes them to its next process."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket.bind(str(path))
+        self.kept: list[tuple[str, int]] = []
+        self.forgets = True
+
+    def listen(self) -> dict[str, list[int]]:
+        """Take up what was said since, and return what is kept."""
+        with suppress(BlockingIOError):
+            while True:
+                text, descriptors, _, _ = socket.recv_fds(self._socket, 4096, 16)
+                said = dict(line.split("=", 1) for line in text.decode().splitlines())
+                if "FDSTORE" in said:
+                    self.kept += [(said["FDNAME"], descriptor) for descriptor in descriptors]
+                if "FDSTOREREMOVE" in said and self.forgets:
+                    self._close(said["FDNAME"])
+        return {name: [descriptor for other, descriptor in self.kept if other == name] for name, _ in self.kept}
+
+    def _close(self, name: str) -> None:
+        for _, descriptor in [each for each in self.kept if each[0] == name]:
+            os.close(descriptor)
+        self.kept = [each for each in self.kept if each[0] != name]
+
+    def inodes(self) -> set[int]:
+        """Return those of the files of secret RAM that are kept."""
+        return {
+            os.fstat(descriptor).st_ino for descriptors in self.listen().values() for descriptor in descriptors
+            if str(Path(f"/proc/self/fd/{descriptor}").readlink()) == procfs.SECRETMEM
+        }  # fmt: skip
+
+    def close(self) -> None:
+        for name in self.listen():
+            self._close(name)
+        self._socket.close()
+
+
+# sd_listen_fds(3): from 3 on, and for the process of this number.
+PASSES = """
+import fcntl, os, sys
+names, numbers = sys.argv[1], [int(number) for number in sys.argv[2].split(",") if number]
+held = [fcntl.fcntl(number, fcntl.F_DUPFD, 1000) for number in numbers]
+for position, number in enumerate(held, 3):
+    os.dup2(number, position)
+    os.close(number)
+os.environ |= {"LISTEN_FDS": str(len(held)), "LISTEN_FDNAMES": names, "LISTEN_PID": str(os.getpid())}
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    made = Manager(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("forgets", [True, False], ids=["the manager", "control: one that forgets nothing"])
+def test_what_a_manager_kept_and_nobody_had_is_ready_after_a_kill_and_what_was_lent_is_not(
+    brokers: Brokers, manager: Manager, runtime_dir: Path, *, forgets: bool
+) -> None:
+    manager.forgets = forgets
+    brokers.start(pool(count=2))
+    eventually(lambda: filled(2), "the pool is filled", timeout_s=60)
+    at_start = manager.inodes()
+    assert at_start == set(promises()[".broker"].inodes)
+    with client() as connection:
+        lease, memory, _ = acquire(connection)
+        had = os.fstat(memory).st_ino
+        assert call(connection, "Release", lease=lease)[0]["parameters"]["ended"] is True
+    eventually(lambda: filled(2), "the pool is filled again", timeout_s=60)
+    assert (had in manager.inodes()) is not forgets
+    eventually(lambda: written(runtime_dir, 0), "no lease is written down", timeout_s=60)
+    brokers.end(signal.SIGKILL)
+    manager.listen()
+    names, numbers = ":".join(name for name, _ in manager.kept), ",".join(str(number) for _, number in manager.kept)
+    kept = manager.inodes()
+    brokers.start(
+        pool(count=3), sys.executable, "-c", PASSES, names, numbers, passed=[number for _, number in manager.kept]
+    )
+    assert stats()["pool"][0]["ready"] >= 2
+    eventually(lambda: filled(3), "the pool is filled", timeout_s=60)
+    record = promises()[".broker"]
+    assert len(kept & set(record.inodes)) >= 2
+    assert record.touched == record.size == len(record.inodes) * TINY_BYTES
+    got = []
+    with client() as tenant, mmap.mmap(memory, TINY_BYTES) as kept_by_the_first:
+        for _ in range(3):
+            _, theirs, entries = acquire(tenant)
+            assert min(entry & procfs.PFN_MASK for entry in entries) > 0
+            with mmap.mmap(theirs, TINY_BYTES) as view:
+                view[:32] = b"the second tenant's own secret, "
+            got.append(os.fstat(theirs).st_ino)
+            os.close(theirs)
+        shows = kept_by_the_first[:32] != bytes(32)
+    os.close(memory)
+    assert (had in got) is shows is not forgets
+    assert not set(got) & (manager.inodes() if forgets else set())
+
+
 @pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
-def test_a_guest_outlives_the_broker_and_the_next_one_starts_where_it_was(brokers: Brokers, tmp_path: Path) -> None:
+def test_a_guest_outlives_the_broker_and_the_next_one_knows_its_lease(brokers: Brokers, tmp_path: Path) -> None:
     brokers.start(pool())
     eventually(filled, "the pool is filled", timeout_s=60)
     name, report = launched(tmp_path)
@@ -392,8 +629,9 @@ def test_a_guest_outlives_the_broker_and_the_next_one_starts_where_it_was(broker
     eventually(filled, "the pool is filled", timeout_s=60)
     audited = run("audit", name, "--json")
     assert json.loads(audited.stdout)["verdict"] == "isolated", audited.stderr
+    assert [lease["purpose"] for lease in listed()] == [f"guest {name}"]
     assert run("stop", name, "--kill").returncode == 0
-    assert filled()
+    eventually(lambda: stats()["leases"] == 0, "the lease has ended", timeout_s=60)
 
 
 @pytest.mark.usefixtures("open_socket")
@@ -432,13 +670,6 @@ def descriptors_of(pid: int) -> int:
 
 
 UNITS = ROOT / "configs/systemd"
-# sd_listen_fds(3): the first is 3, and they are for the process of this number.
-ACTIVATED = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.environ |= {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "broker", "LISTEN_PID": str(os.getpid())}
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def test_it_works_with_the_rights_of_its_unit_and_at_the_socket_of_systemd(
@@ -452,8 +683,8 @@ def test_it_works_with_the_rights_of_its_unit_and_at_the_socket_of_systemd(
         manager.bind(str(tmp_path / "notify"))
         listening.bind(str(brokers.socket))
         listening.listen()
-        limited = ["setpriv", f"--bounding-set=-all,{rights}", "--no-new-privs", sys.executable, "-c", ACTIVATED]
-        broker = brokers.start(pool(), *limited, str(listening.fileno()), passed=listening)
+        limited = ["setpriv", f"--bounding-set=-all,{rights}", "--no-new-privs", sys.executable, "-c", PASSES]
+        broker = brokers.start(pool(), *limited, "broker", str(listening.fileno()), passed=[listening.fileno()])
         manager.settimeout(60)
         assert manager.recv(100) == b"READY=1"
         eventually(filled, "the pool is filled", timeout_s=60)

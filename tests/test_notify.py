@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmmback.notify import notify
+from vmmback.notify import forget, notify, store, stored
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -34,3 +34,26 @@ def test_a_manager_that_stands_still_holds_up_nobody(tmp_path: Path, monkeypatch
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         for _ in range(1000):  # more than its queue holds
             notify("STATUS=x")
+
+
+def test_what_is_stored_arrives_with_its_descriptors_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not store("x", 0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        assert store("ready-1", 0, 1)
+        text, descriptors, _, _ = socket.recv_fds(manager, 100, 8)
+        assert (text, len(descriptors)) == (b"FDSTORE=1\nFDNAME=ready-1\nFDPOLL=0", 2)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        assert forget("ready-1")
+        assert manager.recv(100) == b"FDSTOREREMOVE=1\nFDNAME=ready-1"
+
+
+def test_what_was_passed_is_for_the_process_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_FDNAMES", "broker")
+    monkeypatch.setenv("LISTEN_PID", "1")
+    assert stored() == []

@@ -59,8 +59,18 @@ class Lender:
                 yield memory
         finally:
             with suppress(VmmbackError):  # the lease ends with this process at the latest
-                async with _answered("Release"):
-                    await self._broker.Release(lease=lease)
+                await self._release(lease)
+
+    async def _release(self, lease: int, *, again: bool = True) -> None:
+        """End a lease, where the broker has ended meanwhile with the next one. Raises HostUnfit."""
+        try:
+            async with _answered("Release"):
+                await self._broker.Release(lease=lease)
+        except HostUnfit:
+            if again:
+                async with connected() as lender:
+                    if lender:
+                        await lender._release(lease, again=False)
 
     async def leases(self) -> list[Any]:
         """Return the leases of this user, all of them for root. Raises HostUnfit."""

@@ -91,6 +91,10 @@ class Ledger:
             self._recent[lease.uid].append(now_s)
         self.lent += 1
 
+    def recover(self, lease: Lease) -> None:
+        """Write down a lease of the broker before this one."""
+        self._leases[lease.number] = lease
+
     def end(self, number: int, caller: Caller | None = None) -> Lease | None:
         """Strike a lease out and return it; None where there is none that `caller` may end, whoever for None."""
         lease = self._leases.get(number)

@@ -8,41 +8,88 @@ the last who has it closes it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Self
 
+from vmmback import notify
 from vmmback.admission import Promise
 from vmmback.broker.config import BrokerConfig
 from vmmback.errors import VmmbackError
-from vmmback.linux import page_file
+from vmmback.linux import page_file, procfs
 from vmmback.ram import SecretRam
 
 _TRY_AGAIN_S = 5.0
 _QUIET_S = 0.02  # who comes at the same time is served first: admission looks through all of /proc
 _MEMORY, _FRAMES, _HIDDEN = "memory", "frames", "hidden"
+_KEPT = "ready-"  # and the inode: the name by which the service manager keeps a file
 
 
 class Ready:
     """A file that nobody ever had, and what tells its borrower where its pages are: a file of page_file, for `frames`.
 
-    Both are made before somebody asks, as that takes as long as all else of an answer.
+    Both are made before somebody asks, as that takes as long as all else of an answer. A service manager keeps copies
+    of them while the broker is not there, until they are lent.
     """
 
-    def __init__(self, memory: SecretRam, *, others: bool) -> None:
+    def __init__(self, size: int, descriptors: dict[str, int]) -> None:
+        """Take over the descriptors of a file of `size` bytes."""
+        self.size, self._descriptors = size, descriptors
+        self.inode = os.fstat(descriptors[_MEMORY]).st_ino
+        self._name = f"{_KEPT}{self.inode}"
+        self._kept = False
+
+    @classmethod
+    def of(cls, memory: SecretRam, *, others: bool) -> Self:
         """Take over a prefaulted file; `others` says whether others than root may borrow it. Raises OSError."""
-        self.size, self.inode = memory.size, memory.inode
-        self._descriptors = dict[str, int]()
-        try:
-            self._descriptors[_FRAMES] = page_file.sealed(memory.frames)
+        with ExitStack() as failed:
+            descriptors = {_FRAMES: page_file.sealed(memory.frames)}
+            failed.callback(os.close, descriptors[_FRAMES])
             if others:
-                self._descriptors[_HIDDEN] = page_file.sealed(page_file.without_numbers(memory.frames))
-        except OSError:
-            self.close()
-            raise
-        self._descriptors[_MEMORY] = memory.detach()
+                descriptors[_HIDDEN] = page_file.sealed(page_file.without_numbers(memory.frames))
+            failed.pop_all()
+        made = cls(memory.size, descriptors | {_MEMORY: memory.detach()})
+        made._kept = notify.store(made._name, *made._descriptors.values())
+        return made
+
+    @classmethod
+    def kept(cls, passed: Iterable[tuple[str, int]]) -> list[Self]:
+        """Take over what the manager kept (notify.stored); what is none of it is left alone."""
+        by_name = defaultdict[str, list[int]](list)
+        for name, descriptor in passed:
+            if name.startswith(_KEPT):
+                by_name[name].append(descriptor)
+        found = []
+        for name, descriptors in by_name.items():
+            try:
+                kinds = {_kind(descriptor): descriptor for descriptor in descriptors}
+                ready = cls(os.fstat(kinds[_MEMORY]).st_size, kinds)
+                whole = _FRAMES in kinds and len(kinds) == len(descriptors) and ready._name == name
+            except (OSError, KeyError, ValueError):
+                whole = False
+            if whole:
+                ready._kept = True
+                found.append(ready)
+            else:  # not what was stored
+                notify.forget(name)
+                for descriptor in descriptors:
+                    os.close(descriptor)
+        return found
+
+    def fits(self, *, others: bool) -> bool:
+        """Tell whether others than root may borrow it, if they are to."""
+        return _HIDDEN in self._descriptors or not others
+
+    def forget(self) -> None:
+        """Have the manager close its copies, before somebody gets it. Raises OSError where it cannot be told."""
+        if self._kept and not notify.forget(self._name):
+            raise BlockingIOError(errno.EAGAIN, "the service manager does not listen")
+        self._kept = False
 
     def give(self, *, numbers: bool) -> tuple[int, int]:
         """Return the descriptors of the memory and of the frames, the caller's from now on; all else is closed."""
@@ -51,9 +98,16 @@ class Ready:
         return given
 
     def close(self) -> None:
-        """Close all of it; the memory goes back to the kernel."""
+        """Close all of it; the memory goes back to the kernel, unless the manager keeps it."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+
+
+def _kind(descriptor: int) -> str:
+    """Tell which of the descriptors it is that were stored under one name. Raises OSError, ValueError."""
+    if str(Path(f"/proc/self/fd/{descriptor}").readlink()) == procfs.SECRETMEM:
+        return _MEMORY
+    return _FRAMES if any(entry & procfs.PFN_MASK for entry in page_file.entries_in(descriptor)) else _HIDDEN
 
 
 class Pool:
@@ -83,10 +137,26 @@ class Pool:
         """How many of each size are to be."""
         return dict(self._wanted)
 
+    def recover(self, kept: Iterable[Ready], lent: Collection[int]) -> None:
+        """Go on with what the broker before this one had ready, as far as it is wanted; `lent` are inodes."""
+        for ready in kept:
+            wanted = self.ready[ready.size] < self._wanted.get(ready.size, 0) and ready.inode not in lent
+            if wanted and ready.fits(others=self._others):
+                self._ready.append(ready)
+            else:
+                with suppress(OSError):
+                    ready.forget()
+                ready.close()
+        self._promise.recover({ready.inode: ready.size for ready in self._ready}, lent)
+
     def take(self, size: int) -> Ready | None:
-        """Return a file of this size that nobody ever had, the caller's from now on; None if none is ready."""
+        """Return a file of this size that nobody ever had, the caller's from now on; None if none is ready.
+
+        Raises OSError where the service manager, which keeps a copy, cannot be told to close it.
+        """
         for index, ready in enumerate(self._ready):
             if ready.size == size:
+                ready.forget()
                 del self._ready[index]
                 self._promise.handed_on(size, ready.inode)
                 self._taken_s = time.monotonic()
@@ -174,4 +244,4 @@ class Pool:
         with SecretRam(size) as memory:
             self._promise.backed_by(memory.inode)
             await memory.prefault(self._promise.touched, idle=True, anew=self._promise.anew)
-            return Ready(memory, others=self._others)
+            return Ready.of(memory, others=self._others)

@@ -19,21 +19,25 @@ from vmmback.admission import Promise
 from vmmback.broker import metrics
 from vmmback.broker.client import socket_path
 from vmmback.broker.config import BrokerConfig
+from vmmback.broker.journal import Journal
+from vmmback.broker.pool import Ready
 from vmmback.broker.server import serve
 from vmmback.broker.service import Broker
 from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
 from vmmback.linux import dumpable
-from vmmback.notify import notify
+from vmmback.notify import notify, stored
 from vmmback.runtime import BROKER, guest_folder, socket_address
 
 _BACKLOG = 128
+_JOURNAL = f"{BROKER}-leases"
 _NOT_EXECUTABLE = 0o111  # else for all: who may borrow is for the broker to say, which knows its callers
 
 
 async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
     """Lend until SIGTERM or SIGINT; `note` is told what goes wrong. Raises HostUnfit, UsageError.
 
-    What is lent lives on: its borrowers have it. What is ready goes back to the kernel.
+    What is lent lives on: its borrowers have it, and the next broker counts it. What is ready goes back to the kernel,
+    unless a service manager keeps it for the next broker.
     """
     if os.geteuid() != 0:
         raise UsageError("the broker runs as root: it makes secret RAM for other users", "sudo vmmback broker")
@@ -44,6 +48,7 @@ async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
     try:
         with guest_folder(BROKER) as folder, _listening() as listening:
             broker = Broker(config, Promise(folder, "secret"), note)
+            broker.recover(Journal(folder.with_name(_JOURNAL)), Ready.kept(stored()))
             async with serve(listening, broker) as tasks, metrics.served(config.metrics, broker):
                 gc.freeze()  # a look through all that was imported would keep callers waiting (gc.freeze)
                 notify("READY=1")

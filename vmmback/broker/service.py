@@ -7,7 +7,7 @@ varlinkctl call /run/vmmback-broker/socket org.vmmback.Broker.List {}
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypedDict
@@ -21,11 +21,13 @@ from asyncvarlink import (
 
 from vmmback.admission import Promise
 from vmmback.broker.config import MIB, BrokerConfig
+from vmmback.broker.journal import Journal
 from vmmback.broker.ledger import Caller, Lease, Ledger
 from vmmback.broker.pool import Pool, Ready
 from vmmback.errors import VmmbackError
 
 _MOST_PURPOSE_CHARS = 200
+_WRITE_S = 0.05
 
 
 class Refused(TypedVarlinkErrorReply, interface="org.vmmback.Broker", paramprefix=""):
@@ -92,6 +94,17 @@ class Broker:
         self.ledger = Ledger(config)
         self.denials = self.not_ready = 0
         self._watched: dict[int, int] = {}
+        self._journal: Journal | None = None
+        self._later: asyncio.TimerHandle | None = None
+
+    def recover(self, journal: Journal, kept: Iterable[Ready]) -> None:
+        """Go on where the broker before this one was, by its journal and the files that it kept and never lent."""
+        for lease, watched in journal.read():
+            self._watch(watched, lease.number)
+            self.ledger.recover(lease)
+        self.pool.recover(kept, [lease.inode for lease in self.ledger])
+        self._journal = journal
+        self._write()
 
     def lend(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, Ready]:
         """Lend a file out of the pool; it is the caller's to close. Raises VmmbackError, NotReady, OSError."""
@@ -100,23 +113,21 @@ class Broker:
         except VmmbackError:
             self.denials += 1
             raise
-        number, loop = self.ledger.next_number(), asyncio.get_running_loop()
+        number = self.ledger.next_number()
         watched = os.dup(pidfd)
         try:
-            loop.add_reader(watched, self.end, number)
+            self._watch(watched, number)
             ready = self.pool.take(size)
         except BaseException:
-            loop.remove_reader(watched)
-            os.close(watched)
+            self._unwatch(number)
             raise
         if ready is None:
-            loop.remove_reader(watched)
-            os.close(watched)
+            self._unwatch(number)
             self.not_ready += 1
             raise NotReady(size=size)
         lease = Lease(number, size, ready.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds"))
         self.ledger.add(lease, time.monotonic())
-        self._watched[number] = watched
+        self._write_later()
         return lease, ready
 
     def end(self, number: int, caller: Caller | None = None) -> bool:
@@ -125,15 +136,37 @@ class Broker:
         if lease is None:
             return False
         self.pool.ended(lease.size, lease.inode)
-        watched = self._watched.pop(number)
-        asyncio.get_running_loop().remove_reader(watched)
-        os.close(watched)
+        self._unwatch(number)
+        self._write_later()
         return True
 
     def close(self) -> None:
-        """End all leases: they are the borrowers' own affair from now on."""
+        """End all leases: they are the borrowers' own affair from now on, and the next broker's."""
+        self._write()
+        self._journal = None
         for lease in list(self.ledger):
             self.end(lease.number)
+
+    def _watch(self, pidfd: int, number: int) -> None:
+        self._watched[number] = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self.end, number)
+
+    def _unwatch(self, number: int) -> None:
+        pidfd = self._watched.pop(number)
+        asyncio.get_running_loop().remove_reader(pidfd)
+        os.close(pidfd)
+
+    def _write_later(self) -> None:
+        """Write the journal once for all that ask at the same time, who do not wait for it."""
+        if self._journal and self._later is None:
+            self._later = asyncio.get_running_loop().call_later(_WRITE_S, self._write)
+
+    def _write(self) -> None:
+        if self._later:
+            self._later.cancel()
+            self._later = None
+        if self._journal:
+            self._journal.write((lease, self._watched[lease.number]) for lease in self.ledger)
 
 
 class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):

@@ -226,6 +226,12 @@ def thread_group(tid: int, root: Path = PROC) -> int:
     return int(status(tid, root)["Tgid"])
 
 
+def start_time(pid: int, root: Path = PROC) -> int:
+    """Return when a process was started, in ticks since boot: field 22 of proc_pid_stat(5). Raises OSError."""
+    # Its name, in parentheses, can hold any sign.
+    return int((root / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[19])
+
+
 def status(pid: int | str, root: Path = PROC) -> dict[str, str]:
     """Return the fields of /proc/PID/status."""
     lines = _lines(root / str(pid) / "status")
