@@ -32,6 +32,7 @@ from bench.figures import MIB, Figure, in_turn, run_s, say, show, timed
 from bench.guests import bare_command, end, guest_file, supervised
 from bench.many import GUESTS, cost, many_guests
 from bench.prefault import THREADS, prefaults
+from bench.soak import soak
 from vmmback import config, ram, tiny_guest
 from vmmback.guest import SilentWatcher
 from vmmback.isolation.direct_map import pagemap_entries
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "what", nargs="*", metavar="WHAT",
-        help=f"measure these alone, of: {', '.join(_KINDS)} (default all)",
+        help=f"measure these alone, of: {', '.join(_KINDS)} (default all but broker-soak, which takes 10 minutes)",
     )  # fmt: skip
     arguments = parser.parse_args()
     if unknown := set(arguments.what) - set(_KINDS):
@@ -69,8 +70,8 @@ def main() -> None:
 
 
 def measure(folder: Path, rounds: int, what: Sequence[str]) -> Iterator[Figure]:
-    """Take each figure in turn."""
-    for kind in what or _KINDS:
+    """Take each figure in turn, all but the longest if none is named."""
+    for kind in what or [kind for kind in _KINDS if kind != "broker-soak"]:
         yield from _KINDS[kind](folder, rounds)
 
 
@@ -302,6 +303,7 @@ _KINDS: dict[str, Callable[[Path, int], Iterable[Figure]]] = {
     "broker-launch": broker.launches,
     "broker-acquire": broker.acquire,
     "broker-splits": broker.splits,
+    "broker-soak": soak,
     "ready": lambda folder, rounds: [ready(folder, rounds, fill=fill) for fill in (False, True)],
     "direct-map": lambda _, rounds: [direct_map(size, rounds) for size in (256 * MIB, 1024 * MIB)],
     "regions": lambda _, rounds: touched_regions(rounds),
