@@ -798,6 +798,31 @@ def test_the_pool_is_filled_again_once_there_are_descriptors(brokers: Brokers) -
     assert log.read_text().count("\n") == 1
 
 
+def test_a_size_without_room_and_a_prefault_that_was_killed_are_told_and_keep_no_other_size_from_being_ready(
+    brokers: Brokers,
+) -> None:
+    broker = brokers.start(pool(1 << 40) + pool(128 * MIB))
+    log = brokers.file.parent / "broker.log"
+
+    def prefaults() -> list[int]:
+        return [
+            pid for pid in procfs.children(broker.pid)
+            if b"prefault_worker" in Path(f"/proc/{pid}/cmdline").read_bytes() and procfs.status(pid)["State"][0] != "Z"
+        ]  # fmt: skip
+
+    eventually(lambda: bool(prefaults()), "the pool is being filled", timeout_s=60)
+    (prefault,) = prefaults()
+    os.kill(prefault, signal.SIGKILL)  # as the OOM killer does, which chooses it
+    eventually(lambda: "the OOM killer ended the prefault" in log.read_text(), "it is told", timeout_s=60)
+    ready = [{"size": 128 * MIB, "ready": 1, "wanted": 1}, {"size": 1 << 40, "ready": 0, "wanted": 1}]
+    eventually(lambda: stats()["pool"] == ready, "the other size is ready", timeout_s=60)
+    assert promises()[".broker"].size == promises()[".broker"].touched == 128 * MIB
+    told = log.read_text().splitlines()
+    assert sorted(line.split(":")[1] for line in told) == [
+        " the pool cannot be filled with 1048576 MiB", " the pool cannot be filled with 128 MiB",
+    ]  # fmt: skip
+
+
 @pytest.mark.usefixtures("open_socket")
 def test_no_user_can_take_all_connections(request: pytest.FixtureRequest) -> None:
     brokers: Brokers = request.getfixturevalue("brokers")
