@@ -28,6 +28,8 @@ def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Broker:
     made = Broker(config, Promise(tmp_path, "secret"), lambda _: None)
     made.ledger.add(Lease(7, 64 * MIB, 1, 2, 1000, 100, "a guest", "2026-01-01 00:00:00+00:00"), 0.0)
     made.denials, made.not_ready = 2, 5
+    for seconds in (0.0004, 0.0005, 0.004, 7.0):
+        made.waits.add(seconds)
     made.pool.filled_bytes, made.pool.fill_seconds = 128 * MIB, 0.5
     return made
 
@@ -49,6 +51,10 @@ def test_all_figures_are_told_in_bytes_and_seconds(broker: Broker) -> None:
     assert found["vmmback_broker_lent_total[]"] == 1
     assert found["vmmback_broker_denied_total[]"] == 2
     assert found["vmmback_broker_not_ready_total[]"] == 5
+    waits = "vmmback_broker_acquire_seconds"
+    buckets = [found[f"{waits}_bucket['{bound}']"] for bound in ("0.0002", "0.0005", "0.002", "0.005", "1.0", "+Inf")]
+    assert buckets == [0, 2, 2, 3, 3, 4]
+    assert (found[f"{waits}_count[]"], found[f"{waits}_sum[]"]) == (4, 7.0049)
     assert found["vmmback_broker_filled_bytes_total[]"] == 128 * MIB
     assert found["vmmback_broker_fill_seconds_total[]"] == 0.5
 
@@ -57,7 +63,8 @@ def test_the_dashboard_draws_what_there_is_and_all_of_it(broker: Broker) -> None
     text = asyncio.run(metrics.exposition(broker)).decode()
     families = [family.name for family in text_string_to_metric_families(text)]  # type: ignore[no-untyped-call]
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
-    there = {f"{name}_total" if kinds[name] == "counter" else name for name in families}
+    ends = {"counter": "_total", "histogram": "_bucket"}
+    there = {name + ends.get(kinds[name], "") for name in families}
     exprs = [target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
     assert set(re.findall(r"vmmback_\w+", " ".join(exprs))) == there
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
@@ -51,6 +52,13 @@ class Figures(Collector):
             ("fill_seconds", "Time that this took", pool.fill_seconds),
         ):
             yield CounterMetricFamily(f"vmmback_broker_{name}", told, total)
+        waits, count, buckets = self._broker.waits, 0, []
+        for bound, more in zip(waits.BOUNDS, waits.counts, strict=True):
+            count += more
+            buckets.append(("+Inf" if bound == math.inf else str(bound), float(count)))
+        yield HistogramMetricFamily(
+            "vmmback_broker_acquire_seconds", "From the arrival of a call to its lease", buckets, waits.total_s
+        )
         splits = CounterMetricFamily(
             "vmmback_host_direct_map_splits", "Pages of the direct map that were split since boot", labels=["page"]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from asyncio import Future, Task
 from collections import deque
 from collections.abc import AsyncIterator
@@ -50,8 +51,10 @@ class _Connection(VarlinkInterfaceServerProtocol):
         self._calls = deque[tuple[bytes, FileDescriptorArray | None, Future[None]]]()
         self._unfinished = 0
         """Calls that are not answered yet, and answers that are not taken; no other call is heard meanwhile."""
+        self._arrived_s = 0.0
 
     def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
+        self._arrived_s = time.monotonic()
         *calls, self._recv_buffer = (self._recv_buffer + data).split(b"\0")
         if len(self._recv_buffer) > _MOST_CALL_BYTES:
             return self._hang_up()
@@ -96,7 +99,9 @@ class _Connection(VarlinkInterfaceServerProtocol):
             count = 0
         except OSError:
             self._not_sent(lease)
-            count = len(data)
+            count, lease = len(data), None
+        if isinstance(lease, int):
+            self._broker.waits.add(time.monotonic() - self._arrived_s)
         if count == len(data):
             sent.set_result(None)
             return sent

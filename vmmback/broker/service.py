@@ -5,8 +5,10 @@ varlinkctl call /run/vmmback-broker/socket org.vmmback.Broker.List {}
 
 # The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
 import asyncio
+import math
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -86,6 +88,21 @@ class Statistics(TypedDict):
     fill_seconds: float
 
 
+class Waits:
+    """How long something took, counted by upper bounds in seconds; the last one is infinity."""
+
+    BOUNDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0, math.inf)
+
+    def __init__(self) -> None:
+        self.counts = [0] * len(self.BOUNDS)
+        self.total_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(self.BOUNDS, seconds)] += 1
+        self.total_s += seconds
+
+
 class Broker:
     """What the pool has, and what is lent; leases end with the process that borrowed, at the latest."""
 
@@ -93,6 +110,8 @@ class Broker:
         self.pool = Pool(config, promise, note)
         self.ledger = Ledger(config)
         self.denials = self.not_ready = 0
+        self.waits = Waits()
+        """From the arrival of a call to the answer with a lease."""
         self._watched: dict[int, int] = {}
         self._journal: Journal | None = None
         self._later: asyncio.TimerHandle | None = None
