@@ -35,7 +35,7 @@ from integration.conftest import (
     processes_of,
     qemu_of,
 )
-from vmmback import command, handoff, ram
+from vmmback import answers, command, handoff, ram
 from vmmback.command import QemuCommand
 from vmmback.errors import HandoffFailed, HostUnfit
 from vmmback.handoff import Qemu
@@ -501,7 +501,7 @@ def test_without_secret_memory_a_memfd_fails_and_is_not_ordinary(
     def refuse() -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(handoff, "memfd_secret", refuse)
+    monkeypatch.setattr(answers, "memfd_secret", refuse)
     (refused,) = place.results(secret_ram, "memfd pc.bios", secret_memfds=True)
     assert refused["errno"] == errno.EMFILE
     assert place.auxiliary == frozenset()

@@ -23,7 +23,7 @@ from integration.conftest import (
     prepared,
 )
 from integration.test_memlock import unprivileged
-from vmmback import command, config, handoff, launch
+from vmmback import answers, command, config, handoff, launch
 from vmmback.command import QemuCommand
 from vmmback.errors import QemuFailed
 from vmmback.host import qemu
@@ -216,7 +216,7 @@ def test_without_a_descriptor_for_one_of_them_nothing_starts(
             raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
         return memfd_secret()
 
-    monkeypatch.setattr(handoff, "memfd_secret", refuse_nth)
+    monkeypatch.setattr(answers, "memfd_secret", refuse_nth)
     with pytest.raises(QemuFailed, match=os.strerror(errno.ENFILE)), prepared(guest_file(tmp_path)):
         pass
     assert made == nth
@@ -225,7 +225,7 @@ def test_without_a_descriptor_for_one_of_them_nothing_starts(
 @pytest.mark.usefixtures("needs_aux_ram_share")
 def test_a_block_that_became_ordinary_all_the_same_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evidence decides, and not that QEMU was told to share: here the handoff gives it ordinary memfds."""
-    monkeypatch.setattr(handoff, "memfd_secret", lambda: os.memfd_create("impostor", os.MFD_CLOEXEC))
+    monkeypatch.setattr(answers, "memfd_secret", lambda: os.memfd_create("impostor", os.MFD_CLOEXEC))
     with prepared(guest_file(tmp_path)) as live:
         assert len(live.guest.qemu.auxiliary_inodes) == 5
         proof = take(live)

@@ -1,10 +1,6 @@
 """Starts QEMU and answers its open(2) of a mem-path with our descriptor, so that an unmodified QEMU maps secret RAM.
 
-A memfd_secret descriptor cannot be opened again by any path, and memory-backend-file knows only paths. So QEMU runs
-under a seccomp filter that stops its open of the mem-path until we answer it with a copy of the descriptor.
-
-Where QEMU puts its other RAM blocks on memfds (aux-ram-share=on), its memfd_create(2) is answered with secret
-descriptors as well: docs/RAM-BLOCKS.md.
+QEMU runs under a seccomp filter whose listener is ours; answers.py has what its calls are answered with, and why.
 """
 
 from __future__ import annotations
@@ -20,26 +16,14 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from vmmback.answers import Answers
 from vmmback.errors import HandoffFailed, HostUnfit, QemuFailed
 from vmmback.host.qemu import QEMU_ENVIRONMENT as _ENVIRONMENT
 from vmmback.jail import Jail
-from vmmback.linux import arch, cgroups, procfs, seccomp
-from vmmback.linux.memfd_secret import memfd_secret
+from vmmback.linux import cgroups, procfs, seccomp
 from vmmback.runtime import last_words
 
 T = TypeVar("T")
-
-_PATH_MAX = 4096  # with the NUL; limits.h
-
-# Secretmem takes a size once, and lseek(2) tells none (mm/secretmem.c). QEMU truncates a new memfd to 0, asks lseek for
-# its size to see whether it must grow, and maps it (system/physmem.c, qemu_ram_alloc_from_fd). So it gets one that is
-# longer than any RAM block: only what is mapped counts as locked, and only what is touched takes memory.
-_AUXILIARY_BYTES = 4 << 30
-
-# How QEMU finds out what kinds of memfd there are (util/memfd.c); it maps none of these for a guest.
-_MEMFD_PROBE = b"test"
-# Other flags of memfd_create(2), such as those for huge pages, ask for what secretmem has not.
-_MEMFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 
 
 class Qemu:
@@ -61,9 +45,7 @@ class Qemu:
         self._secret_memfds = secret_memfds
         self._jail = jail
         self._group = group
-        self._auxiliary: set[int] = set()
-        self._offers: dict[bytes, int] = {}
-        self._folders: set[bytes] = set()
+        self._answers = Answers(self._is_qemu, secret_memfds=secret_memfds)
         self._listener = self._pidfd = -1
         loop = asyncio.get_running_loop()
         self._started: asyncio.Future[None] = loop.create_future()
@@ -79,7 +61,7 @@ class Qemu:
     @property
     def auxiliary_inodes(self) -> frozenset[int]:
         """The inodes of the secret descriptors that its memfd_create(2) was answered with so far; it alone has them."""
-        return frozenset(self._auxiliary)
+        return self._answers.auxiliary_inodes
 
     @property
     def command_line(self) -> str:
@@ -93,7 +75,7 @@ class Qemu:
         try:
             yield
         finally:
-            self._offers.pop(os.fsencode(path), None)
+            self._answers.withdraw(path)
 
     async def handed_over(self, timeout_s: float) -> None:
         """Wait until each descriptor offered was taken. Raises HandoffFailed, with QEMU's own words, if it was not."""
@@ -127,8 +109,7 @@ class Qemu:
         return kind(f"QEMU did not {what}: {state}; it said: {words}", self.command_line)
 
     def _offer(self, path: Path, descriptor: int) -> None:
-        self._offers[os.fsencode(path)] = descriptor
-        self._folders.add(os.fsencode(path.parent) + b"/")
+        self._answers.offer(path, descriptor)
         self._handed_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def _before_end(
@@ -184,88 +165,16 @@ class Qemu:
         self._ended.set_result(status)
 
     def _answer_next(self) -> None:
-        notification = seccomp.receive(self._listener)
-        if notification is None:
-            return
-        numbers = arch.current()
-        if notification.number == numbers.openat:
-            self._answer_open(notification)
-        elif notification.number == numbers.memfd_create:
-            self._answer_memfd_create(notification)
-        elif self._is_auxiliary(notification):
-            self._answer_change(notification)
-        else:
-            seccomp.answer_continue(self._listener, notification)
+        awaited = not self._answers.taken
+        self._answers.answer_next(self._listener)
+        if awaited and self._answers.taken:
+            self._handed_over.set_result(None)
 
-    def _answer_open(self, notification: seccomp.Notification) -> None:
-        path = self._string(notification, 1)
-        if not seccomp.is_waiting(self._listener, notification):
-            return
-        if path in self._offers and self._is_qemu(notification):
-            # A signal may interrupt QEMU's open before the answer; the kernel then makes it again (seccomp_unotify(2)).
-            if seccomp.answer_descriptor(self._listener, notification, self._offers[path]):
-                del self._offers[path]
-                if not self._offers:
-                    self._handed_over.set_result(None)
-        elif any(path.startswith(folder) for folder in self._folders):
-            # QEMU would make an ordinary file of any mem-path that does not exist (system/physmem.c, file_ram_open).
-            seccomp.answer_error(self._listener, notification, errno.EACCES)
-        else:
-            seccomp.answer_continue(self._listener, notification)
-
-    def _answer_memfd_create(self, notification: seccomp.Notification) -> None:
-        """Give QEMU secret memory for whatever it wants a memfd for: a RAM block, a picture of the guest's screen.
-
-        What is not known here is secret too, rather than ordinary by oversight. A kind that secretmem cannot be
-        (huge pages) is left to the kernel: the proof will find it to be ordinary.
-        """
-        name = self._string(notification, 0)
-        if not seccomp.is_waiting(self._listener, notification):
-            return
-        if name == _MEMFD_PROBE or notification.arguments[1] & ~_MEMFD_FLAGS or not self._is_qemu(notification):
-            seccomp.answer_continue(self._listener, notification)
-            return
+    def _is_qemu(self, tid: int) -> bool:
         try:
-            with _long_secret_memory() as descriptor:
-                inode = os.fstat(descriptor).st_ino
-                if seccomp.answer_descriptor(self._listener, notification, descriptor):
-                    self._auxiliary.add(inode)
-        except OSError as error:  # no ordinary memory in its place: QEMU says what it wanted, and ends
-            seccomp.answer_error(self._listener, notification, error.errno or errno.ENOMEM)
-
-    def _answer_change(self, notification: seccomp.Notification) -> None:
-        """Let ftruncate(2) and fcntl(2) with F_ADD_SEALS of a secret descriptor seem to succeed: it cannot do either.
-
-        Nothing is lost: it is long enough already, and its size can never change. QEMU could point the descriptor's
-        number elsewhere before the answer, and would deceive but itself.
-        """
-        if notification.number == arch.current().ftruncate and notification.arguments[1] > _AUXILIARY_BYTES:
-            seccomp.answer_error(self._listener, notification, errno.EFBIG)
-        else:
-            seccomp.answer_success(self._listener, notification)
-
-    def _is_auxiliary(self, notification: seccomp.Notification) -> bool:
-        """Tell whether the call's first argument is one of the descriptors that memfd_create(2) was answered with."""
-        link = Path(f"/proc/{notification.tid}/fd/{notification.arguments[0]}")
-        try:
-            return link.stat().st_ino in self._auxiliary and str(link.readlink()) == procfs.SECRETMEM
+            return procfs.thread_group(tid) == self.pid
         except OSError:
             return False
-
-    def _is_qemu(self, notification: seccomp.Notification) -> bool:
-        try:
-            return procfs.thread_group(notification.tid) == self.pid
-        except OSError:
-            return False
-
-    @staticmethod
-    def _string(notification: seccomp.Notification, argument: int) -> bytes:
-        """Read the string that an argument points to: b"" if the caller is gone or gave a bad address."""
-        try:
-            with Path(f"/proc/{notification.tid}/mem").open("rb", buffering=0) as memory:
-                return os.pread(memory.fileno(), _PATH_MAX, notification.arguments[argument]).partition(b"\0")[0]
-        except (OSError, OverflowError):
-            return b""
 
     async def _start(self, descriptors: Sequence[int]) -> None:
         loop = asyncio.get_running_loop()
@@ -304,17 +213,6 @@ def _or_end(process: subprocess.Popen[bytes], function: Callable[[], T]) -> T:
         process.kill()
         process.wait()
         raise
-
-
-@contextmanager
-def _long_secret_memory() -> Iterator[int]:
-    """Make secret memory for one RAM block of any size; yield its descriptor, which is closed then. Raises OSError."""
-    descriptor = memfd_secret()
-    try:
-        os.ftruncate(descriptor, _AUXILIARY_BYTES)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @asynccontextmanager
