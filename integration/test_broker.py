@@ -717,7 +717,7 @@ def test_systemd_finds_no_fault_with_its_units(tmp_path: Path) -> None:
         return done.stdout + done.stderr
 
     assert verified() == ""
-    service.write_text(service.read_text().replace("KillMode=mixed", "KillMode=mixt"))
+    service.write_text(service.read_text().replace("KillMode=process", "KillMode=mixt"))
     assert "mixt" in verified()
 
 

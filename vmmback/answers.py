@@ -2,8 +2,9 @@
 
 A memfd_secret descriptor cannot be opened again by any path, and memory-backend-file knows only paths. So QEMU runs
 under a filter that stops its open of the mem-path until whoever holds the listener (linux/seccomp.py) answers it with
-a copy of the descriptor. Where it puts its other RAM blocks on memfds (aux-ram-share=on), its memfd_create(2) is
-answered with new secret memory as well: docs/RAM-BLOCKS.md.
+a copy of the descriptor. The same goes for memfd_create(2): of memory-backend-memfd, which gets a descriptor that is
+offered by the memfd's name, and of QEMU's other RAM blocks where it puts them on memfds (aux-ram-share=on, see
+docs/RAM-BLOCKS.md), which get new secret memory.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Answers:
         self._secret_memfds = secret_memfds
         self._offers: dict[bytes, int] = {}
         self._folders: set[bytes] = set()
+        self._memfds: dict[bytes, list[int]] = {}
         self._longest: dict[int, int] = {}
         """By inode: as how long, in bytes, the file may be used that a memfd_create(2) was answered with."""
         self._auxiliary: set[int] = set()
@@ -56,6 +58,11 @@ class Answers:
         """Whether each path that was offered was answered with its descriptor."""
         return not self._offers
 
+    @property
+    def on_offer(self) -> frozenset[int]:
+        """The descriptors that were not taken yet."""
+        return frozenset(self._offers.values()).union(*self._memfds.values())
+
     def offer(self, path: Path, descriptor: int) -> None:
         """Answer one open of `path` with a copy of the descriptor; all else in its folder is denied from now on."""
         self._offers[os.fsencode(path)] = descriptor
@@ -64,6 +71,13 @@ class Answers:
     def withdraw(self, path: Path) -> None:
         """Deny this path, too, if it was not taken."""
         self._offers.pop(os.fsencode(path), None)
+
+    def offer_memfd(self, name: str, descriptor: int) -> None:
+        """Answer one memfd_create(2) of this name with a copy of the descriptor: the first with the first of them.
+
+        Once there is none left, such calls are denied.
+        """
+        self._memfds.setdefault(os.fsencode(name), []).append(descriptor)
 
     def answer_next(self, listener: int) -> None:
         """Answer the next notification, if one waits. May wait for the task's memory, which can take for ever.
@@ -89,7 +103,7 @@ class Answers:
             return
         if path in self._offers and self._is_qemu(notification.tid):
             # A signal may interrupt QEMU's open before the answer; the kernel then makes it again (seccomp_unotify(2)).
-            if seccomp.answer_descriptor(listener, notification, self._offers[path]):
+            if _give(listener, notification, self._offers[path]):
                 del self._offers[path]
         elif any(path.startswith(folder) for folder in self._folders):
             # QEMU would make an ordinary file of any mem-path that does not exist (system/physmem.c, file_ram_open).
@@ -106,6 +120,9 @@ class Answers:
         name = _string(notification, 0)
         if not seccomp.is_waiting(listener, notification):
             return
+        if name in self._memfds:
+            self._answer_offered_memfd(listener, notification, self._memfds[name])
+            return
         fits = name != _MEMFD_PROBE and not notification.arguments[1] & ~_MEMFD_FLAGS
         if not self._secret_memfds or not fits or not self._is_qemu(notification.tid):
             seccomp.answer_continue(listener, notification)
@@ -113,11 +130,21 @@ class Answers:
         try:
             with _long_secret_memory() as descriptor:
                 inode = os.fstat(descriptor).st_ino
-                if seccomp.answer_descriptor(listener, notification, descriptor):
+                if _give(listener, notification, descriptor):
                     self._auxiliary.add(inode)
                     self._longest[inode] = _AUXILIARY_BYTES
         except OSError as error:  # no ordinary memory in its place: QEMU says what it wanted, and ends
             seccomp.answer_error(listener, notification, error.errno or errno.ENOMEM)
+
+    def _answer_offered_memfd(self, listener: int, notification: seccomp.Notification, offers: list[int]) -> None:
+        """Give QEMU the next of the descriptors that are offered for memfds of this name; it is of no other kind."""
+        if not offers or notification.arguments[1] & ~_MEMFD_FLAGS or not self._is_qemu(notification.tid):
+            seccomp.answer_error(listener, notification, errno.EACCES)
+            return
+        status = os.fstat(offers[0])
+        if _give(listener, notification, offers[0]):
+            del offers[0]
+            self._longest[status.st_ino] = status.st_size
 
     @staticmethod
     def _answer_change(listener: int, notification: seccomp.Notification, longest: int) -> None:
@@ -130,6 +157,15 @@ class Answers:
             seccomp.answer_error(listener, notification, errno.EFBIG)
         else:
             seccomp.answer_success(listener, notification)
+
+
+def _give(listener: int, notification: seccomp.Notification, descriptor: int) -> bool:
+    """Answer with a copy of the descriptor; False, and the kernel's error for the caller, where it can have none."""
+    try:
+        return seccomp.answer_descriptor(listener, notification, descriptor)
+    except OSError as error:  # EMFILE, say: the caller is out of descriptors
+        seccomp.answer_error(listener, notification, error.errno or errno.EMFILE)
+        return False
 
 
 def _secret_inode(notification: seccomp.Notification) -> int:

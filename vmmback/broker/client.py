@@ -6,15 +6,15 @@ import asyncio
 import mmap
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from asyncvarlink import VarlinkErrorReply, VarlinkTransport
+from asyncvarlink import FileDescriptor, VarlinkErrorReply, VarlinkTransport
 from asyncvarlink.conversion import ConversionError
 
-from vmmback.broker.service import BrokerInterface, NotReady, Refused
+from vmmback.broker.service import BrokerInterface, HandoffInterface, NotReady, Offer, Refused
 from vmmback.config import GuestConfig
 from vmmback.errors import AdmissionRefused, HostUnfit, UsageError, VmmbackError
 from vmmback.linux import page_file, peer
@@ -72,6 +72,32 @@ class Lender:
                     if lender:
                         await lender._release(lease, again=False)
 
+    async def serve(
+        self,
+        listener: int,
+        paths: Mapping[Path, int],
+        memfds: Sequence[tuple[str, int]] = (),
+        *,
+        secret_memfds: bool = False,
+    ) -> None:
+        """Have the calls that this process's filter stops answered from now on; descriptors stay the caller's to close.
+
+        An open of each of `paths` is answered with its descriptor, and each memfd_create(2) of a name of `memfds` with
+        the next one of that name; with `secret_memfds` all other memfds are secret, too. docs/BROKER.md has the rules.
+
+        Call it right after seccomp.install_listener: until it returns, whatever the filter stops waits. The answers go
+        on until this process ends, whatever it executes meanwhile. Raises UsageError, AdmissionRefused, HostUnfit.
+        """
+        offers = [Offer("open", str(path), FileDescriptor(descriptor)) for path, descriptor in paths.items()]
+        offers += [Offer("memfd_create", name, FileDescriptor(descriptor)) for name, descriptor in memfds]
+        async with _answered("Serve"):
+            with await self._broker.Serve() as answer:
+                channel = socket.socket(fileno=os.dup(answer["channel"].fileno()))
+            async with _varlink(channel) as protocol:
+                await protocol.make_proxy(HandoffInterface).Answer(
+                    listener=FileDescriptor(listener), offers=offers, secret_memfds=secret_memfds
+                )
+
     async def leases(self) -> list[Any]:
         """Return the leases of this user, all of them for root. Raises HostUnfit."""
         async with _answered("List"):
@@ -123,14 +149,25 @@ async def connected() -> AsyncIterator[Lender | None]:
                 f"the broker at {path} cannot be reached: {error.strerror or error!r}", "is it stopped?"
             ) from error
         _check_owner(path, peer.of(connection).uid)
-        protocol = Client()
+    except BaseException:
+        connection.close()
+        raise
+    async with _varlink(connection) as protocol:
+        yield Lender(protocol)
+
+
+@asynccontextmanager
+async def _varlink(connection: socket.socket) -> AsyncIterator[Client]:
+    """Speak Varlink on a connected socket, which is closed on exit."""
+    protocol = Client()
+    try:
         transport = VarlinkTransport(asyncio.get_running_loop(), connection, connection, protocol)
     except BaseException:
         connection.close()
         raise
     await asyncio.sleep(0)  # until the protocol has its transport
     try:
-        yield Lender(protocol)
+        yield protocol
     finally:
         transport.close()
         await transport.closed_future

@@ -102,6 +102,13 @@ class Ledger:
             return None
         return self._leases.pop(number)
 
+    def most_leases(self, caller: Caller) -> int | None:
+        """Return how many leases `caller` may have at a time, None for any number; 0 without a rule."""
+        if caller.uid == 0:
+            return None
+        rule = self._rule(caller)
+        return rule.count if rule else 0
+
     def next_number(self) -> int:
         """Return a number that no lease had: it cannot be guessed, so that it tells nobody how many there were."""
         while (number := int.from_bytes(os.urandom(6), "little")) in self._leases:

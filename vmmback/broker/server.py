@@ -34,6 +34,18 @@ _ACCEPT_AGAIN_S = 0.1
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
+class _Transport(VarlinkTransport):
+    """Takes no descriptor, no call has any: the kernel drops what is sent.
+
+    To close one could take for ever: that of a file of FUSE waits for its server (fs/fuse/file.c, fuse_flush).
+    """
+
+    MAX_RECV_FDS = 0
+
+    def _handle_read_socket(self) -> None:
+        self._sock_receive_fds(self.RECV_BUFFER_SIZE)
+
+
 class _Connection(VarlinkInterfaceServerProtocol):
     """One caller's; nobody else is reached by it.
 
@@ -150,7 +162,7 @@ class _Clients:
         pidfd = peer.pidfd_of(connection)
         try:
             # Without a predictor it reads once when there is something to read, and not until there is nothing more.
-            client = VarlinkTransport(
+            client = _Transport(
                 asyncio.get_running_loop(), connection, connection,
                 _Connection(connection, self._broker, caller, pidfd), boundary_predictor=None,
             )  # fmt: skip

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from asyncvarlink import (
     FileDescriptor,
@@ -23,6 +23,7 @@ from asyncvarlink import (
 
 from vmmback.admission import Promise
 from vmmback.broker.config import MIB, BrokerConfig
+from vmmback.broker.handoffs import Handoffs
 from vmmback.broker.journal import Journal
 from vmmback.broker.ledger import Caller, Lease, Ledger
 from vmmback.broker.pool import Pool, Ready
@@ -109,6 +110,7 @@ class Broker:
     def __init__(self, config: BrokerConfig, promise: Promise, note: Callable[[str], None]) -> None:
         self.pool = Pool(config, promise, note)
         self.ledger = Ledger(config)
+        self.handoffs = Handoffs()
         self.denials = self.not_ready = 0
         self.waits = Waits()
         """From the arrival of a call to the answer with a lease."""
@@ -165,6 +167,7 @@ class Broker:
         self._journal = None
         for lease in list(self.ledger):
             self.end(lease.number)
+        self.handoffs.close()
 
     def _watch(self, pidfd: int, number: int) -> None:
         self._watched[number] = pidfd
@@ -219,6 +222,21 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
             "frames": FileDescriptor(frames, should_close=True),
         }
 
+    @varlinkmethod(return_parameter="channel")
+    def Serve(self) -> FileDescriptor:  # noqa: N802
+        """Return a socket at which a process of its own awaits one call of org.vmmback.Handoff from the caller."""
+        broker, caller = self._broker, self._caller
+        try:
+            channel = broker.handoffs.begin(caller, self._pidfd, broker.ledger.most_leases(caller))
+        except VmmbackError as error:
+            broker.denials += 1
+            raise Refused(message=error.message, hint=error.hint, exit_code=error.exit_code) from error
+        except OSError as error:  # out of descriptors or processes
+            raise Refused(
+                message=f"no process can answer: {error.strerror}", hint="try it again", exit_code=4
+            ) from error
+        return FileDescriptor(channel, should_close=True)
+
     @varlinkmethod(return_parameter="ended")
     def Release(self, lease: int) -> bool:  # noqa: N802
         """End a lease of the caller's user; tell whether there was one. Its memory stays as long as it is open."""
@@ -245,3 +263,26 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
             "filled_bytes": pool.filled_bytes,
             "fill_seconds": round(pool.fill_seconds, 3),
         }
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one call is to be answered with: open(2) of the path `name`, or memfd_create(2) of that name."""
+
+    call: Literal["open", "memfd_create"]
+    name: str
+    descriptor: FileDescriptor
+
+
+class HandoffInterface(VarlinkInterface, name="org.vmmback.Handoff"):
+    """What is asked at the channel that `Serve` returns, and answered by handoff_worker.py."""
+
+    errors = (Refused,)
+
+    @varlinkmethod
+    def Answer(self, listener: FileDescriptor, offers: list[Offer], secret_memfds: bool) -> None:  # noqa: N802
+        """Answer the calls that the filter of `listener` stops, as soon as this is answered.
+
+        The caller's alone get a descriptor; with `secret_memfds` all memfds that it makes are secret.
+        """
+        raise NotImplementedError
