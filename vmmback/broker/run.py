@@ -24,9 +24,17 @@ from vmmback.broker.pool import Ready
 from vmmback.broker.server import serve
 from vmmback.broker.service import Broker
 from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
-from vmmback.linux import dumpable
+from vmmback.linux import capabilities, dumpable
 from vmmback.notify import notify, stored
 from vmmback.runtime import BROKER, guest_folder, socket_address
+
+# What the broker keeps of root's rights. configs/systemd/vmmback-broker.service has the same.
+RIGHTS = (
+    "CAP_IPC_LOCK",  # map secret RAM beyond RLIMIT_MEMLOCK, to touch it
+    "CAP_SYS_ADMIN",  # see in which frames pages lie (/proc/PID/pagemap), and the kernel's image (/proc/iomem)
+    "CAP_SYS_PTRACE",  # see what other users' processes map, which admission counts; read a path in their memory
+    "CAP_DAC_READ_SEARCH",  # enter the folders of these processes in /proc
+)
 
 _BACKLOG = 128
 _JOURNAL = f"{BROKER}-leases"
@@ -42,6 +50,7 @@ async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
     if os.geteuid() != 0:
         raise UsageError("the broker runs as root: it makes secret RAM for other users", "sudo vmmback broker")
     dumpable.forbid()
+    capabilities.keep(RIGHTS)  # while there is no other thread or process
     ended = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, ended.set)
