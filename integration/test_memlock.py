@@ -66,7 +66,7 @@ def allocate(size: int, soft: int, hard: int) -> Any:
 
 def test_more_than_the_limit_is_refused_with_the_remedy() -> None:
     kind, code, message, hint = allocate(16 * MIB, soft=8 * MIB, hard=8 * MIB)
-    assert (kind, code) == ("HostUnfit", 3)
+    assert (kind, code) == ("LimitTooLow", 3)
     assert message == "RLIMIT_MEMLOCK is 8192 KiB, too small to map 16384 KiB of secret RAM"
     assert "ulimit -l 16384" in hint
     assert "LimitMEMLOCK=16777216" in hint
@@ -101,7 +101,7 @@ def test_what_others_locked_counts_too() -> None:
     program = "held = ram.SecretRam(4 * 1024 * 1024)\nimport mmap\nmapped = mmap.mmap(held.fileno(), held.size)\n"
     result = unprivileged(program + ALLOCATE, 8 * MIB, 8 * MIB, str(8 * MIB))
     kind, code, message, _ = json.loads(result.stdout)
-    assert (kind, code) == ("HostUnfit", 3)
+    assert (kind, code) == ("LimitTooLow", 3)
     assert "RLIMIT_MEMLOCK is 8192 KiB" in message
 
 

@@ -17,7 +17,7 @@ from asyncvarlink.conversion import ConversionError
 from vmmback.broker.service import BrokerInterface, HandoffInterface, NotReady, Offer, Refused
 from vmmback.config import GuestConfig
 from vmmback.errors import AdmissionRefused, HostUnfit, UsageError, VmmbackError
-from vmmback.linux import page_file, peer
+from vmmback.linux import memlock, page_file, peer
 from vmmback.ram import LentRam
 from vmmback.runtime import socket_address
 from vmmback.varlink import Client
@@ -113,7 +113,8 @@ async def borrow(config: GuestConfig, note: Callable[[str], None], stack: AsyncE
     """Borrow a guest's RAM as long as `stack` lasts; None where no broker runs, or has none ready, or may lend none.
 
     Nor where its file speaks against it: RAM that is there was paid for by the broker's memory cgroup, not by one that
-    the file names. `note` is told why the broker lends nothing, or that it does not answer.
+    the file names. `note` is told why the broker lends nothing, or that it does not answer. Raises LimitTooLow where
+    this process may not map what it has borrowed.
     """
     memory = config.memory
     if memory.backing != "secret" or not memory.prefault or config.process.cgroup is not None:
@@ -123,6 +124,8 @@ async def borrow(config: GuestConfig, note: Callable[[str], None], stack: AsyncE
         if lender is None:
             return None
         return await stack.enter_async_context(lender.borrowed(memory.size, f"guest {config.name}"))
+    except memlock.LimitTooLow:  # nor could it map as much RAM of its own
+        raise
     except (AdmissionRefused, HostUnfit) as error:
         note(f"the broker lends nothing: {error.message}")
         return None

@@ -34,6 +34,7 @@ RIGHTS = (
     "CAP_SYS_ADMIN",  # see in which frames pages lie (/proc/PID/pagemap), and the kernel's image (/proc/iomem)
     "CAP_SYS_PTRACE",  # see what other users' processes map, which admission counts; read a path in their memory
     "CAP_DAC_READ_SEARCH",  # enter the folders of these processes in /proc
+    "CAP_SYS_RESOURCE",  # raise RLIMIT_MEMLOCK of who borrows
 )
 
 _BACKLOG = 128

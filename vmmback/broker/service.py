@@ -10,6 +10,7 @@ import os
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, TypedDict
@@ -28,6 +29,7 @@ from vmmback.broker.journal import Journal
 from vmmback.broker.ledger import Caller, Lease, Ledger
 from vmmback.broker.pool import Pool, Ready
 from vmmback.errors import VmmbackError
+from vmmback.linux import memlock
 
 _MOST_PURPOSE_CHARS = 200
 _WRITE_S = 0.05
@@ -149,7 +151,13 @@ class Broker:
         lease = Lease(number, size, ready.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds"))
         self.ledger.add(lease, time.monotonic())
         self._write_later()
+        self._let_lock(caller, pidfd)
         return lease, ready
+
+    def _let_lock(self, caller: Caller, pidfd: int) -> None:
+        """Let a process, and what it starts, map all that it has borrowed; it will say itself if it may not."""
+        with suppress(OSError):
+            memlock.let_lock(caller.pid, pidfd, sum(lease.size for lease in self.ledger if lease.pid == caller.pid))
 
     def end(self, number: int, caller: Caller | None = None) -> bool:
         """End a lease that `caller` may end, whoever for None; tell whether there was one."""

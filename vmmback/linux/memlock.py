@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import resource
+import select
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import procfs
@@ -38,6 +40,33 @@ def allows(size: int) -> bool:
     return _covers(hard, size)
 
 
+def let_lock(pid: int, pidfd: int, size: int) -> bool:
+    """Raise the limits of another process as far as `size` bytes need; tell whether it may lock as much then.
+
+    They are never lowered. `pidfd` is a descriptor of the same process: if it has ended, its pid may be another's, and
+    nothing is done; what ends within the microseconds between cannot be told. Raises OSError: EPERM where it is another
+    user's, or the hard limit is too low, without CAP_SYS_RESOURCE (prlimit(2)).
+    """
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if poll.poll(0):
+        return False
+    limits = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)
+    needed = raised(limits, size)
+    if needed != limits:
+        try:
+            resource.prlimit(pid, resource.RLIMIT_MEMLOCK, needed)
+        except ValueError as error:  # so resource says EPERM for a hard limit that may not be raised
+            raise PermissionError(errno.EPERM, str(error)) from error
+    return True
+
+
+def raised(limits: tuple[int, int], size: int) -> tuple[int, int]:
+    """Return the soft and the hard limit that are at least `size` bytes, and no lower than they are."""
+    soft, hard = limits
+    return (soft if _covers(soft, size) else size), (hard if _covers(hard, size) else size)
+
+
 def most() -> int | None:
     """Return the most bytes that allows() would allow, None for any number of them; it changes no limit."""
     _, hard = resource.prlimit(0, resource.RLIMIT_MEMLOCK)
@@ -49,12 +78,17 @@ def falls_short(size: int) -> bool:
     return not _covers(resource.prlimit(0, resource.RLIMIT_MEMLOCK)[0], size)
 
 
-def too_small(size: int) -> HostUnfit:
+class LimitTooLow(HostUnfit):
+    """RLIMIT_MEMLOCK does not let this process map the secret RAM that it wants."""
+
+
+def too_small(size: int) -> LimitTooLow:
     """Return the error that says by how much the limit falls short of `size` bytes, and how to raise it."""
     soft, _ = resource.prlimit(0, resource.RLIMIT_MEMLOCK)
-    return HostUnfit(
+    return LimitTooLow(
         f"RLIMIT_MEMLOCK is {soft >> 10} KiB, too small to map {size >> 10} KiB of secret RAM",
-        f"run as root (CAP_IPC_LOCK), or raise the limit: {remedy(size)}",
+        f"raise the limit: {remedy(size)}; or run it with CAP_IPC_LOCK: as root, or by a launcher that has it "
+        "(docs/BROKER.md)",
     )
 
 
