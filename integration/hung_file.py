@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
 from collections.abc import Collection
 from pathlib import Path
@@ -16,6 +17,7 @@ from vmmback.linux import namespaces
 
 READ, FLUSH = 15, 25
 _GETATTR, _OPEN, _INIT = 3, 14, 26
+_LONGEST_S = 60
 _FILE_BYTES = 1 << 20
 _MOST_BYTES = 1 << 12  # of what is read or written at a time
 _ANSWERS = {
@@ -40,6 +42,7 @@ def mount(place: Path, silent: Collection[int]) -> int:
 
 
 def _serve(device: int, silent: Collection[int]) -> None:
+    signal.alarm(_LONGEST_S)  # should the test fail, nobody waits for ever
     while True:
         request = os.read(device, 1 << 16)
         _, opcode, unique = struct.unpack_from("IIQ", request)

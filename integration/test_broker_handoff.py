@@ -332,19 +332,23 @@ def test_what_is_no_handoff_is_refused(
 def test_who_may_borrow_nothing_or_has_as_many_as_he_may_is_refused_and_root_is_not(
     brokers: Brokers, wrap: Wrap
 ) -> None:
-    broker = brokers.start(RULE + "count = 1\n")
+    broker = brokers.start(RULE + "count = 1\nper-minute = 2\n")
     (refused,) = wrap(size=0, uid=NOBODY - 1).rest()
-    assert f"uid {NOBODY - 1} may borrow no secret RAM" in refused["refused"]
+    assert f"uid {NOBODY - 1} may not borrow secret RAM" in refused["refused"]
     first = wrap(size=0, steps=["stay"])
     first.output_until(b"stays")
     (refused,) = wrap(size=0).rest()
-    assert "may be of no more" in refused["refused"]
+    assert "those of 1 of its programs are" in refused["refused"]
     assert refused["code"] == 4
     roots = [wrap(size=0, uid=0, steps=["stay"]) for _ in range(2)]
     for root in roots:
         root.output_until(b"stays")
     first.process.kill()
     eventually(lambda: len(workers(broker)) == 2, "the user's is gone, root's are not")
+    assert wrap(size=0, steps=["exit 0"]).rest() == []
+    eventually(lambda: len(workers(broker)) == 2, "the user's is gone")
+    (refused,) = wrap(size=0).rest()
+    assert "within a minute it asked for 2 programs" in refused["refused"]
 
 
 # --- Its end ----------------------------------------------------------------------------------------------------------
@@ -411,13 +415,10 @@ def test_answers_go_on_without_the_broker_and_end_with_the_worker(ready: Brokers
 
 # Opens the path that lies in the memory of a file whose server is silent.
 OPENS_HUNG = """
-import ctypes, mmap
+import ctypes
 from vmmback.linux import arch
-file = os.open(place, os.O_RDONLY)
-memory = mmap.mmap(file, 8192, prot=mmap.PROT_READ)
-address = next(line.split("-")[0] for line in open("/proc/self/maps") if str(place) in line)
-print(json.dumps({"address": int(address, 16), "server": server}), flush=True)
-ctypes.CDLL(None).syscall(ctypes.c_long(arch.current().openat), -100, ctypes.c_void_p(int(address, 16)), os.O_RDWR)
+print(json.dumps({"address": address, "server": server}), flush=True)
+ctypes.CDLL(None).syscall(ctypes.c_long(arch.current().openat), -100, ctypes.c_void_p(address), os.O_RDWR)
 """
 
 
@@ -437,20 +438,32 @@ def reading(pid: int, address: int) -> Iterator[subprocess.Popen[bytes]]:
         yield process
 
 
-def mounting(place: Path, silent: int) -> str:
+def mounting(place: Path, silent: int, *, stop: bool = False) -> str:
+    """Return what maps such a file; with `stop` its server takes no request any more."""
     place.touch()
     return f"""
-import json, os
+import json, mmap, os, signal
 from pathlib import Path
 from integration import hung_file
 place = Path({str(place)!r})
 server = hung_file.mount(place, [{silent}])
+file = os.open(place, os.O_RDONLY)
+memory = mmap.mmap(file, 8192, prot=mmap.PROT_READ)
+address = int(next(line.split("-")[0] for line in open("/proc/self/maps") if str(place) in line), 16)
+if {stop}:
+    os.close(file)
+    os.kill(server, signal.SIGSTOP)
 """
 
 
-def test_a_path_that_cannot_be_read_stops_nobody_else(brokers: Brokers, wrap: Wrap, folder: Path) -> None:
+@pytest.mark.parametrize("taken", [True, False], ids=["the request is taken", "the request is not taken"])
+def test_a_path_that_cannot_be_read_stops_nobody_else(
+    brokers: Brokers, wrap: Wrap, folder: Path, *, taken: bool
+) -> None:
+    """SIGKILL ends who waits for the server to take his request, and not who waits for the answer to it."""
     broker = brokers.start(RULE)
-    hostile = wrap(size=0, before=mounting(folder / "hung", hung_file.READ), program=OPENS_HUNG)
+    before = mounting(folder / "hung", hung_file.READ, stop=not taken)
+    hostile = wrap(size=0, before=before, program=OPENS_HUNG)
     said = hostile.said()
     (worker,) = workers(broker)
     other_page = said["address"] + mmap.PAGESIZE  # which nobody waits for yet
@@ -462,8 +475,10 @@ def test_a_path_that_cannot_be_read_stops_nobody_else(brokers: Brokers, wrap: Wr
         other.output_until(b"stays")
         hostile.process.kill()
         assert stats()["leases"] == 0
-        assert worker in workers(broker)  # still: not even SIGKILL would end it
-        end_server()
+        if taken:
+            assert worker in workers(broker)
+            end_server()
+        control.kill()
         eventually(lambda: worker not in workers(broker), "its worker is gone, with what it waited for")
         assert len(workers(broker)) == 1
 
@@ -486,8 +501,7 @@ def ended(server: int) -> Iterator[Callable[[], None]]:
 
 # Sends a descriptor that cannot be closed along with a call, and then closes it itself.
 SENDS_HUNG = """
-import socket, sys
-file = os.open(place, os.O_RDONLY)
+import socket
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect(os.environ["VMMBACK_BROKER"])
     call = b'{"method": "org.vmmback.Broker.Stats"}\\0'

@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections import defaultdict, deque
 from pathlib import Path
 
 import vmmback
 from vmmback.broker import handoff_worker
-from vmmback.broker.ledger import Caller, NotAllowed
+from vmmback.broker.config import Allow
+from vmmback.broker.ledger import Caller, NotAllowed, within_a_minute
 
 _PACKAGES = Path(vmmback.__file__).parents[1]
 
@@ -22,23 +24,16 @@ class Handoffs:
     def __init__(self) -> None:
         self._workers: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
         """By a pidfd of the worker: the process, and the uid that it is for."""
+        self._recent: dict[int, deque[float]] = defaultdict(deque)
 
-    def begin(self, caller: Caller, pidfd: int, most: int | None) -> int:
-        """Start a worker for the caller, of whom no more than `most` may live; return his end of its channel.
+    def begin(self, caller: Caller, pidfd: int, rule: Allow | None, now_s: float) -> int:
+        """Start a worker for the caller; return his end of its channel.
 
-        Raises NotAllowed, OSError.
+        A user may have as many at a time, and new ones within a minute, as leases. `now_s` is a monotonic time. Raises
+        NotAllowed, OSError.
         """
-        if most == 0:
-            raise NotAllowed(
-                f"uid {caller.uid} may borrow no secret RAM, and has nothing to hand over",
-                "ask for an [[allow]] of this user in the broker's file",
-            )
-        own = sum(uid == caller.uid for _, uid in self._workers.values())
-        if most is not None and own >= most:
-            raise NotAllowed(
-                f"the calls of {own} programs of uid {caller.uid} are answered, and may be of no more",
-                "end a guest, or ask for a larger count in the [[allow]] of the broker's file",
-            )
+        if rule:
+            self._check(caller.uid, rule, now_s)
         ours, theirs = socket.socketpair()
         with ours, theirs:
             descriptors = theirs.fileno(), pidfd
@@ -59,6 +54,21 @@ class Handoffs:
             self._workers[watched] = process, caller.uid
             asyncio.get_running_loop().add_reader(watched, self._ended, watched)
             return ours.detach()
+
+    def _check(self, uid: int, rule: Allow, now_s: float) -> None:
+        living = sum(owner == uid for _, owner in self._workers.values())
+        recent = within_a_minute(self._recent[uid], now_s)
+        if living >= rule.count:
+            problem = f"those of {living} of its programs are"
+        elif len(recent) >= rule.per_minute:
+            problem = f"within a minute it asked for {len(recent)} programs"
+        else:
+            recent.append(now_s)
+            return
+        raise NotAllowed(
+            f"uid {uid} may not have more calls answered: {problem}",
+            "end a guest, or ask for more in the [[allow]] of the broker's file",
+        )
 
     def close(self) -> None:
         """Leave them to themselves."""

@@ -59,18 +59,12 @@ class Ledger:
 
     def check(self, caller: Caller, size: int, now_s: float) -> None:
         """Raise NotAllowed unless `caller` may borrow `size` bytes more. `now_s` is a monotonic time."""
-        if caller.uid == 0:
-            return
-        rule = self._rule(caller)
+        rule = self.rule(caller)
         if rule is None:
-            raise NotAllowed(
-                f"uid {caller.uid} may not borrow secret RAM", "ask for an [[allow]] of this user in the broker's file"
-            )
+            return
         own = [lease for lease in self._leases.values() if lease.uid == caller.uid]
         held = sum(lease.size for lease in own)
-        recent = self._recent[caller.uid]
-        while recent and recent[0] <= now_s - _MINUTE_S:
-            recent.popleft()
+        recent = within_a_minute(self._recent[caller.uid], now_s)
         if held + size > rule.total:
             problem = f"it has {held >> 20} of at most {rule.total >> 20} MiB, and wants {size >> 20} MiB"
         elif len(own) >= rule.count:
@@ -102,12 +96,16 @@ class Ledger:
             return None
         return self._leases.pop(number)
 
-    def most_leases(self, caller: Caller) -> int | None:
-        """Return how many leases `caller` may have at a time, None for any number; 0 without a rule."""
+    def rule(self, caller: Caller) -> Allow | None:
+        """Return the rule for a caller, None for root, who needs none. Raises NotAllowed where there is none."""
         if caller.uid == 0:
             return None
         rule = self._rule(caller)
-        return rule.count if rule else 0
+        if rule is None:
+            raise NotAllowed(
+                f"uid {caller.uid} may not borrow secret RAM", "ask for an [[allow]] of this user in the broker's file"
+            )
+        return rule
 
     def next_number(self) -> int:
         """Return a number that no lease had: it cannot be guessed, so that it tells nobody how many there were."""
@@ -120,3 +118,10 @@ class Ledger:
             rule for rule in self._config.allow if rule.user in (None, caller.uid) and rule.group in (None, caller.gid)
         )
         return next(fits, None)
+
+
+def within_a_minute(times: deque[float], now_s: float) -> deque[float]:
+    """Forget the monotonic times that are past by more than a minute; return the others."""
+    while times and times[0] <= now_s - _MINUTE_S:
+        times.popleft()
+    return times

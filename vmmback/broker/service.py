@@ -106,6 +106,29 @@ class Waits:
         self.total_s += seconds
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What one call is to be answered with: open(2) of the path `name`, or memfd_create(2) of that name."""
+
+    call: Literal["open", "memfd_create"]
+    name: str
+    descriptor: FileDescriptor
+
+
+class HandoffInterface(VarlinkInterface, name="org.vmmback.Handoff"):
+    """What is asked at the channel that `Serve` returns, and answered by handoff_worker.py."""
+
+    errors = (Refused,)
+
+    @varlinkmethod
+    def Answer(self, listener: FileDescriptor, offers: list[Offer], secret_memfds: bool) -> None:  # noqa: N802
+        """Answer the calls that the filter of `listener` stops, as soon as this is answered.
+
+        The caller's alone get a descriptor; with `secret_memfds` all memfds that it makes are secret.
+        """
+        raise NotImplementedError
+
+
 class Broker:
     """What the pool has, and what is lent; leases end with the process that borrowed, at the latest."""
 
@@ -235,7 +258,7 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
         """Return a socket at which a process of its own awaits one call of org.vmmback.Handoff from the caller."""
         broker, caller = self._broker, self._caller
         try:
-            channel = broker.handoffs.begin(caller, self._pidfd, broker.ledger.most_leases(caller))
+            channel = broker.handoffs.begin(caller, self._pidfd, broker.ledger.rule(caller), time.monotonic())
         except VmmbackError as error:
             broker.denials += 1
             raise Refused(message=error.message, hint=error.hint, exit_code=error.exit_code) from error
@@ -271,26 +294,3 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
             "filled_bytes": pool.filled_bytes,
             "fill_seconds": round(pool.fill_seconds, 3),
         }
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What one call is to be answered with: open(2) of the path `name`, or memfd_create(2) of that name."""
-
-    call: Literal["open", "memfd_create"]
-    name: str
-    descriptor: FileDescriptor
-
-
-class HandoffInterface(VarlinkInterface, name="org.vmmback.Handoff"):
-    """What is asked at the channel that `Serve` returns, and answered by handoff_worker.py."""
-
-    errors = (Refused,)
-
-    @varlinkmethod
-    def Answer(self, listener: FileDescriptor, offers: list[Offer], secret_memfds: bool) -> None:  # noqa: N802
-        """Answer the calls that the filter of `listener` stops, as soon as this is answered.
-
-        The caller's alone get a descriptor; with `secret_memfds` all memfds that it makes are secret.
-        """
-        raise NotImplementedError
