@@ -8,6 +8,7 @@ import mmap
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -327,6 +328,34 @@ def test_what_is_no_handoff_is_refused(
     assert refused["code"] == 2
     eventually(lambda: not workers(ready.process), "no process is left")
     assert (ready.file.parent / "broker.log").read_text() == ""
+
+
+def test_of_who_sends_nonsense_to_a_channel_nothing_is_left(brokers: Brokers) -> None:
+    broker = brokers.start("")
+    answer = {"method": "org.vmmback.Handoff.Answer"}
+    offer = {"call": "open", "name": "/ram/ram0", "descriptor": 0}
+    parameters = {"listener": 0, "offers": [], "secret_memfds": False}
+    wrong: list[object] = [
+        7, {}, {"method": 7}, answer, answer | {"parameters": []}, answer | {"parameters": {}},
+        *(answer | {"parameters": parameters | more} for more in (
+            {"listener": -1}, {"listener": 1 << 70}, {"listener": True}, {"offers": 7}, {"offers": [7]},
+            {"offers": [offer | {"name": "\ud800"}]}, {"offers": [offer | {"name": "/ram0"}]},
+            {"offers": [offer | {"call": "read"}]}, {"offers": [offer, offer]},
+        )),
+    ]  # fmt: skip
+    texts = [json.dumps(each).encode() + b"\0" for each in wrong]
+    texts += [b"\xff\0", b"[" * 60_000 + b"\0", b"x" * (1 << 17), b"half"]
+    with client() as connection, ExitStack() as stack:
+        for text in texts:
+            _, (channel,) = call(connection, "Serve")
+            sending = stack.enter_context(socket.socket(fileno=channel))
+            null = os.open("/dev/null", os.O_RDWR)
+            with suppress(BlockingIOError, BrokenPipeError):
+                socket.send_fds(sending, [text], [null], socket.MSG_DONTWAIT)
+            os.close(null)
+        eventually(lambda: len(workers(broker)) <= 1, "all but one that waits for the rest are gone", timeout_s=30)
+    eventually(lambda: not workers(broker), "that is gone as well")
+    assert (brokers.file.parent / "broker.log").read_text() == ""
 
 
 def test_who_may_borrow_nothing_or_has_as_many_as_he_may_is_refused_and_root_is_not(

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def main() -> None:
             connection.sendall(b'{"parameters": {}}\0')
         except VmmbackError as error:
             refusal = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-            connection.sendall(json.dumps({"error": REFUSED, "parameters": refusal}).encode() + b"\0")
+            with suppress(OSError):
+                connection.sendall(json.dumps({"error": REFUSED, "parameters": refusal}).encode() + b"\0")
             return
         except OSError:  # the caller says nothing, or takes no answer
             return
@@ -97,7 +99,7 @@ def _call(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     while not received.endswith(b"\0"):
         data, passed, _, _ = socket.recv_fds(connection, _MOST_BYTES, _MOST_DESCRIPTORS)
         received, descriptors = received + data, descriptors + passed
-        if not data or len(received) > _MOST_BYTES:
+        if not data or len(received) > _MOST_BYTES or len(descriptors) > _MOST_DESCRIPTORS:
             raise ConnectionAbortedError
     try:
         call = json.loads(received[:-1])
@@ -146,8 +148,11 @@ def _index(value: Any) -> int:
 
 
 def _is_known(call: object, name: object) -> bool:
-    """Tell whether it is a path with a folder of its own, all else in which is denied, or the name of a memfd."""
-    if not isinstance(name, str) or "\0" in name:
+    """Tell whether it is a path with a folder of its own, all else in which is denied, or the name of a memfd.
+
+    Raises ValueError for what is no text.
+    """
+    if not isinstance(name, str) or b"\0" in os.fsencode(name):
         return False
     if call == "open":
         return name == os.path.normpath(name) and name.startswith("/") and name.count("/") > 1
