@@ -35,8 +35,10 @@ from integration.test_broker import (
     stats,
 )
 from integration.test_handoff import STAND_IN
+from vmmback import ram
 from vmmback.host.qemu import find_qemu
-from vmmback.linux import procfs
+from vmmback.linux import procfs, seccomp
+from vmmback.linux.own_thread import in_own_thread
 
 __all__ = ["brokers", "open_socket"]  # fixtures
 
@@ -330,29 +332,29 @@ def test_what_is_no_handoff_is_refused(
     assert (ready.file.parent / "broker.log").read_text() == ""
 
 
-def test_of_who_sends_nonsense_to_a_channel_nothing_is_left(brokers: Brokers) -> None:
+def test_of_who_sends_nonsense_to_a_channel_nothing_is_left(brokers: Brokers, secret_ram: ram.Ram) -> None:
     broker = brokers.start("")
     answer = {"method": "org.vmmback.Handoff.Answer"}
-    offer = {"call": "open", "name": "/ram/ram0", "descriptor": 0}
+    offer = {"call": "open", "name": "/ram/ram0", "descriptor": 1}
     parameters = {"listener": 0, "offers": [], "secret_memfds": False}
     wrong: list[object] = [
         7, {}, {"method": 7}, answer, answer | {"parameters": []}, answer | {"parameters": {}},
         *(answer | {"parameters": parameters | more} for more in (
             {"listener": -1}, {"listener": 1 << 70}, {"listener": True}, {"offers": 7}, {"offers": [7]},
-            {"offers": [offer | {"name": "\ud800"}]}, {"offers": [offer | {"name": "/ram0"}]},
+            {"offers": [offer | {"name": "/ram/\ud800"}]}, {"offers": [offer | {"name": "/ram0"}]},
             {"offers": [offer | {"call": "read"}]}, {"offers": [offer, offer]},
         )),
     ]  # fmt: skip
     texts = [json.dumps(each).encode() + b"\0" for each in wrong]
     texts += [b"\xff\0", b"[" * 60_000 + b"\0", b"x" * (1 << 17), b"half"]
     with client() as connection, ExitStack() as stack:
+        listener = in_own_thread(seccomp.install_listener)
+        stack.callback(os.close, listener)
         for text in texts:
             _, (channel,) = call(connection, "Serve")
             sending = stack.enter_context(socket.socket(fileno=channel))
-            null = os.open("/dev/null", os.O_RDWR)
             with suppress(BlockingIOError, BrokenPipeError):
-                socket.send_fds(sending, [text], [null], socket.MSG_DONTWAIT)
-            os.close(null)
+                socket.send_fds(sending, [text], [listener, secret_ram.fileno()], socket.MSG_DONTWAIT)
         eventually(lambda: len(workers(broker)) <= 1, "all but one that waits for the rest are gone", timeout_s=30)
     eventually(lambda: not workers(broker), "that is gone as well")
     assert (brokers.file.parent / "broker.log").read_text() == ""
