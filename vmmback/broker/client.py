@@ -14,7 +14,8 @@ from typing import Any
 from asyncvarlink import FileDescriptor, VarlinkErrorReply, VarlinkTransport
 from asyncvarlink.conversion import ConversionError
 
-from vmmback.broker.service import BrokerInterface, HandoffInterface, NotReady, Offer, Refused
+from vmmback.broker.handoff_interface import HandoffInterface, Offer
+from vmmback.broker.service import BrokerInterface, NotReady, Refused
 from vmmback.config import GuestConfig
 from vmmback.errors import AdmissionRefused, HostUnfit, UsageError, VmmbackError
 from vmmback.linux import memlock, page_file, peer

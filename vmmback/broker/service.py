@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from asyncvarlink import (
     FileDescriptor,
@@ -104,29 +104,6 @@ class Waits:
         """Count one."""
         self.counts[bisect_left(self.BOUNDS, seconds)] += 1
         self.total_s += seconds
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What one call is to be answered with: open(2) of the path `name`, or memfd_create(2) of that name."""
-
-    call: Literal["open", "memfd_create"]
-    name: str
-    descriptor: FileDescriptor
-
-
-class HandoffInterface(VarlinkInterface, name="org.vmmback.Handoff"):
-    """What is asked at the channel that `Serve` returns, and answered by handoff_worker.py."""
-
-    errors = (Refused,)
-
-    @varlinkmethod
-    def Answer(self, listener: FileDescriptor, offers: list[Offer], secret_memfds: bool) -> None:  # noqa: N802
-        """Answer the calls that the filter of `listener` stops, as soon as this is answered.
-
-        The caller's alone get a descriptor; with `secret_memfds` all memfds that it makes are secret.
-        """
-        raise NotImplementedError
 
 
 class Broker:
