@@ -485,7 +485,7 @@ def test_what_a_user_has_from_a_broker_that_was_killed_counts_with_the_next(
 
     restarting = Thread(target=restart)
     restarting.start()
-    refused, ended = as_user(borrow_twice)
+    refused, ended = as_user(borrow_twice, NOBODY)
     restarting.join()
     for descriptor in begun + go_on:
         os.close(descriptor)

@@ -79,7 +79,7 @@ def test_the_broker_keeps_the_rights_that_are_named_and_no_process_of_its_has_mo
     assert len(threads) > 1
     assert [found for found in threads if found != expected] == []
 
-    others: list[dict[str, object]] = []
+    others: list[dict[str, set[str] | str]] = []
 
     def filling() -> bool:
         workers = [pid for pid in descendants(broker.pid) if "prefault_worker.py" in command_line(pid)]
@@ -162,7 +162,7 @@ def anybodys_vmmback() -> tuple[list[str], dict[str, str]]:
     packages = os.pathsep.join([str(ROOT), sysconfig.get_paths()["purelib"]])
     for python in (sys.executable, "/usr/bin/python3"):
         environment = {"PYTHONPATH": packages, "PYTHONDONTWRITEBYTECODE": "1"}
-        tried = [*AS_NOBODY, python, "-c", "import vmmback.cli.launch, asyncvarlink, pydantic, qemu.qmp"]
+        tried = [*AS_NOBODY, python, "-c", "import vmmback.cli.launch, asyncvarlink, msgspec, qemu.qmp"]
         if not subprocess.run(tried, env=os.environ | environment, capture_output=True, cwd="/").returncode:
             return [python, "-m", "vmmback"], environment
     pytest.skip("needs a Python that other users can start, with our packages")
