@@ -15,7 +15,7 @@ from vmmback.admission import Promise
 from vmmback.broker import metrics
 from vmmback.broker.config import MIB, BrokerConfig
 from vmmback.broker.ledger import Lease
-from vmmback.broker.service import Broker
+from vmmback.broker.lending import Broker
 from vmmback.errors import HostUnfit
 
 DASHBOARD = Path(__file__).parents[1] / "configs/broker/grafana.json"

@@ -14,7 +14,6 @@ from typing import Any
 from asyncvarlink import FileDescriptor, VarlinkErrorReply, VarlinkTransport
 from asyncvarlink.conversion import ConversionError
 
-from vmmback.broker.handoff_interface import HandoffInterface, Offer
 from vmmback.broker.service import BrokerInterface, NotReady, Refused
 from vmmback.config import GuestConfig
 from vmmback.errors import AdmissionRefused, HostUnfit, UsageError, VmmbackError
@@ -89,6 +88,8 @@ class Lender:
         Call it right after seccomp.install_listener: until it returns, whatever the filter stops waits. The answers go
         on until this process ends, whatever it executes meanwhile. Raises UsageError, AdmissionRefused, HostUnfit.
         """
+        from vmmback.broker.handoff_interface import HandoffInterface, Offer
+
         offers = [Offer("open", str(path), FileDescriptor(descriptor)) for path, descriptor in paths.items()]
         offers += [Offer("memfd_create", name, FileDescriptor(descriptor)) for name, descriptor in memfds]
         async with _answered("Serve"):

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from vmmback.ask import ask_all
 from vmmback.broker.config import Address
-from vmmback.broker.service import Broker
+from vmmback.broker.lending import Broker
 from vmmback.errors import HostUnfit, VmmbackError
 from vmmback.linux import direct_map_use
 from vmmback.runtime import live_guests, runtime_folder

@@ -20,9 +20,9 @@ from vmmback.broker import metrics
 from vmmback.broker.client import socket_path
 from vmmback.broker.config import BrokerConfig
 from vmmback.broker.journal import Journal
+from vmmback.broker.lending import Broker
 from vmmback.broker.pool import Ready
 from vmmback.broker.server import serve
-from vmmback.broker.service import Broker
 from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
 from vmmback.linux import capabilities, dumpable
 from vmmback.notify import notify, stored

@@ -24,7 +24,8 @@ from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from vmmback import __version__
 from vmmback.broker.ledger import Caller
-from vmmback.broker.service import Broker, BrokerInterface
+from vmmback.broker.lending import Broker
+from vmmback.broker.service import BrokerInterface
 from vmmback.linux import peer
 
 # Root is held to neither: its guests have a connection each, and others must not keep them from it.

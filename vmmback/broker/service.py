@@ -1,19 +1,12 @@
-"""What the broker does for its callers: Varlink (varlink.org). docs/BROKER.md has the interface, server.py the socket.
+"""What callers may ask of the broker: Varlink (varlink.org). lending.py does it, server.py has the socket.
 
 varlinkctl call /run/vmmback-broker/socket org.vmmback.Broker.List {}
 """
 
 # The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
-import asyncio
-import math
-import os
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from asyncvarlink import (
     FileDescriptor,
@@ -22,17 +15,14 @@ from asyncvarlink import (
     varlinkmethod,
 )
 
-from vmmback.admission import Promise
-from vmmback.broker.config import MIB, BrokerConfig
-from vmmback.broker.handoffs import Handoffs
-from vmmback.broker.journal import Journal
-from vmmback.broker.ledger import Caller, Lease, Ledger
-from vmmback.broker.pool import Pool, Ready
 from vmmback.errors import VmmbackError
-from vmmback.linux import memlock
 
+if TYPE_CHECKING:  # clients, who would wait for it, have no use for how it is done
+    from vmmback.broker.ledger import Caller
+    from vmmback.broker.lending import Broker
+
+_MIB = 1 << 20
 _MOST_PURPOSE_CHARS = 200
-_WRITE_S = 0.05
 
 
 class Refused(TypedVarlinkErrorReply, interface="org.vmmback.Broker", paramprefix=""):
@@ -91,120 +81,12 @@ class Statistics(TypedDict):
     fill_seconds: float
 
 
-class Waits:
-    """How long something took, counted by upper bounds in seconds; the last one is infinity."""
-
-    BOUNDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0, math.inf)
-
-    def __init__(self) -> None:
-        self.counts = [0] * len(self.BOUNDS)
-        self.total_s = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one."""
-        self.counts[bisect_left(self.BOUNDS, seconds)] += 1
-        self.total_s += seconds
-
-
-class Broker:
-    """What the pool has, and what is lent; leases end with the process that borrowed, at the latest."""
-
-    def __init__(self, config: BrokerConfig, promise: Promise, note: Callable[[str], None]) -> None:
-        self.pool = Pool(config, promise, note)
-        self.ledger = Ledger(config)
-        self.handoffs = Handoffs()
-        self.denials = self.not_ready = 0
-        self.waits = Waits()
-        """From the arrival of a call to the answer with a lease."""
-        self._watched: dict[int, int] = {}
-        self._journal: Journal | None = None
-        self._later: asyncio.TimerHandle | None = None
-
-    def recover(self, journal: Journal, kept: Iterable[Ready]) -> None:
-        """Go on where the broker before this one was, by its journal and the files that it kept and never lent."""
-        for lease, watched in journal.read():
-            self._watch(watched, lease.number)
-            self.ledger.recover(lease)
-        self.pool.recover(kept, [lease.inode for lease in self.ledger])
-        self._journal = journal
-        self._write()
-
-    def lend(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, Ready]:
-        """Lend a file out of the pool; it is the caller's to close. Raises VmmbackError, NotReady, OSError."""
-        try:
-            self.ledger.check(caller, size, time.monotonic())
-        except VmmbackError:
-            self.denials += 1
-            raise
-        number = self.ledger.next_number()
-        watched = os.dup(pidfd)
-        try:
-            self._watch(watched, number)
-            ready = self.pool.take(size)
-        except BaseException:
-            self._unwatch(number)
-            raise
-        if ready is None:
-            self._unwatch(number)
-            self.not_ready += 1
-            raise NotReady(size=size)
-        lease = Lease(number, size, ready.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds"))
-        self.ledger.add(lease, time.monotonic())
-        self._write_later()
-        self._let_lock(caller, pidfd)
-        return lease, ready
-
-    def _let_lock(self, caller: Caller, pidfd: int) -> None:
-        """Let a process, and what it starts, map all that it has borrowed; it will say itself if it may not."""
-        with suppress(OSError):
-            memlock.let_lock(caller.pid, pidfd, sum(lease.size for lease in self.ledger if lease.pid == caller.pid))
-
-    def end(self, number: int, caller: Caller | None = None) -> bool:
-        """End a lease that `caller` may end, whoever for None; tell whether there was one."""
-        lease = self.ledger.end(number, caller)
-        if lease is None:
-            return False
-        self.pool.ended(lease.size, lease.inode)
-        self._unwatch(number)
-        self._write_later()
-        return True
-
-    def close(self) -> None:
-        """End all leases: they are the borrowers' own affair from now on, and the next broker's."""
-        self._write()
-        self._journal = None
-        for lease in list(self.ledger):
-            self.end(lease.number)
-        self.handoffs.close()
-
-    def _watch(self, pidfd: int, number: int) -> None:
-        self._watched[number] = pidfd
-        asyncio.get_running_loop().add_reader(pidfd, self.end, number)
-
-    def _unwatch(self, number: int) -> None:
-        pidfd = self._watched.pop(number)
-        asyncio.get_running_loop().remove_reader(pidfd)
-        os.close(pidfd)
-
-    def _write_later(self) -> None:
-        """Write the journal once for all that ask at the same time, who do not wait for it."""
-        if self._journal and self._later is None:
-            self._later = asyncio.get_running_loop().call_later(_WRITE_S, self._write)
-
-    def _write(self) -> None:
-        if self._later:
-            self._later.cancel()
-            self._later = None
-        if self._journal:
-            self._journal.write((lease, self._watched[lease.number]) for lease in self.ledger)
-
-
 class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
     """What one caller may ask of the broker."""
 
     errors = (Refused, NotReady)
 
-    def __init__(self, broker: Broker, caller: Caller, pidfd: int) -> None:
+    def __init__(self, broker: "Broker", caller: "Caller", pidfd: int) -> None:
         self._broker, self._caller, self._pidfd = broker, caller, pidfd
 
     @varlinkmethod
@@ -214,7 +96,7 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
         `descriptor` is its file; `frames` a file of one native 64-bit word a page: its entry in /proc/PID/pagemap,
         without the frame's number for callers who may not know it. The lease ends when the caller ends, or by Release.
         """
-        if size <= 0 or size % MIB:
+        if size <= 0 or size % _MIB:
             raise Refused(message=f"{size} bytes are no whole MiB", hint="ask for a multiple of 1048576", exit_code=2)
         purpose = "".join(char for char in purpose[:_MOST_PURPOSE_CHARS] if char.isprintable())
         try:
