@@ -11,7 +11,6 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from vmmback.broker.ledger import Lease
@@ -23,8 +22,8 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._started: dict[int, int] = {}
-        """When the process of each lease was started (procfs.start_time)."""
+        self._entries: dict[int, str] = {}
+        """What is in the file, by lease: nothing of it is made twice, as callers wait meanwhile."""
 
     def read(self) -> Iterator[tuple[Lease, int]]:
         """Yield each lease whose process lives, with a new descriptor of that process (pidfd_open(2)), the caller's."""
@@ -39,7 +38,6 @@ class Journal:
                 pidfd = os.pidfd_open(lease.pid)
                 failed.callback(os.close, pidfd)
                 if _start_of(lease.pid, pidfd) == started:
-                    self._started[lease.number] = started
                     failed.pop_all()
                     yield lease, pidfd
 
@@ -48,21 +46,26 @@ class Journal:
 
         Without any there is no file. On a full disk the old one stays.
         """
-        started = {}
-        entries = []
+        entries: dict[int, str] = {}
+        started: dict[int, int] = {}
         for lease, pidfd in leases:
             with suppress(OSError):  # it has ended: so does the lease
-                begun = self._started.get(lease.number) or _start_of(lease.pid, pidfd)
-                started[lease.number] = begun
-                entries.append(asdict(lease) | {"started": begun})
-        self._started = started
+                entries[lease.number] = self._entries.get(lease.number) or _entry(lease, pidfd, started)
+        self._entries = entries
         with suppress(OSError):
             if entries:
                 new = self._file.with_suffix(".new")
-                new.write_text(json.dumps(entries))
+                new.write_text(f"[{','.join(entries.values())}]")
                 new.replace(self._file)
             else:
                 self._file.unlink(missing_ok=True)
+
+
+def _entry(lease: Lease, pidfd: int, started: dict[int, int]) -> str:
+    """Return a lease as JSON; `started` is what is known of processes by pid. Raises OSError where it has ended."""
+    if lease.pid not in started:
+        started[lease.pid] = _start_of(lease.pid, pidfd)
+    return json.dumps(vars(lease) | {"started": started[lease.pid]})
 
 
 def _start_of(pid: int, pidfd: int) -> int:
