@@ -30,7 +30,7 @@ from bench import broker
 from bench import direct_map as bench_direct_map
 from bench.figures import MIB, Figure, in_turn, run_s, say, show, timed
 from bench.guests import bare_command, end, guest_file, supervised
-from bench.many import GUESTS, cost, many_guests
+from bench.many import GUESTS, MORE_GUESTS, cost, many_guests
 from bench.prefault import THREADS, prefaults
 from bench.soak import soak
 from vmmback import config, ram, tiny_guest
@@ -270,10 +270,10 @@ def resident(folder: Path) -> Figure:
 
 
 def many(folder: Path, rounds: int) -> Iterator[Figure]:
-    """List fifty guests, against a Python that does nothing; and weigh one of their supervisors, which has no rival."""
+    """List fifty guests, and look at their host, against a Python that does nothing."""
     say(f"{GUESTS} guests at once")
     program = str(Path(sys.executable).with_name("vmmback"))
-    with many_guests(program, folder) as pids:
+    with many_guests(program, folder):
         mine, theirs = in_turn(rounds, lambda: run_s([program, "ps"]), lambda: run_s([sys.executable, "-c", ""]))
         yield Figure(
             f"vmmback ps with {GUESTS} guests, against bare Python", mine * 1000, theirs * 1000, "ms", mine / theirs,
@@ -286,11 +286,21 @@ def many(folder: Path, rounds: int) -> Iterator[Figure]:
             f"vmmback host --json with {GUESTS} guests, against bare Python", mine * 1000, theirs * 1000, "ms",
             mine / theirs, "< 200 ms", rounds, f"{(mine - theirs) * 1000:.0f} ms over it",
         )  # fmt: skip
-        one = cost(pids)
-        yield Figure(
-            f"one more supervisor beside {GUESTS - 1}, proportional memory", one.proportional_bytes / MIB, None, "MiB",
-            None, "stated", 1, str(one),
-        )  # fmt: skip
+
+
+def hundred(folder: Path, _: int) -> Iterator[Figure]:
+    """Launch a hundred guests at once, until all are isolated; weigh one of their supervisors. Neither has a rival."""
+    say(f"{MORE_GUESTS} guests at once")
+    started = time.perf_counter()
+    with many_guests(str(Path(sys.executable).with_name("vmmback")), folder, MORE_GUESTS) as pids:
+        seconds, one = time.perf_counter() - started, cost(pids)
+    yield Figure(
+        f"{MORE_GUESTS} guests of 16 MiB launched at once, until all are isolated", seconds, None, "s", None, "all", 1
+    )
+    yield Figure(
+        f"one supervisor of {MORE_GUESTS}, resident memory of its own", one.own_bytes / MIB, None, "MiB", None,
+        "<= 30 MiB", 1, str(one),
+    )  # fmt: skip
 
 
 def resident_bytes(pid: int) -> int:
@@ -313,6 +323,7 @@ _KINDS: dict[str, Callable[[Path, int], Iterable[Figure]]] = {
     "help": lambda _, rounds: [start_up(rounds)],
     "resident": lambda folder, _: [resident(folder)],
     "many": many,
+    "hundred": hundred,
 }
 
 
