@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import os
 import time
 from collections import Counter, defaultdict
@@ -26,6 +27,9 @@ from vmmback.ram import SecretRam
 
 _TRY_AGAIN_S = 5.0
 _QUIET_S = 0.02  # who comes at the same time is served first: admission looks through all of /proc
+# A guest that starts on what was taken is up by then. While a page leaves the direct map, all processors wait, whatever
+# the priority of who touches it (arch/x86/mm/tlb.c, flush_tlb_kernel_range).
+_START_S = 1.0
 _MEMORY, _FRAMES, _HIDDEN = "memory", "frames", "hidden"
 _KEPT = "ready-"  # and the inode: the name by which the service manager keeps a file
 
@@ -121,7 +125,8 @@ class Pool:
         self._ready = list[Ready]()
         self._less = asyncio.Event()
         """Set when something was taken, or given back to the kernel by somebody else."""
-        self._taken_s = 0.0
+        self._taken_s, self._lacks_since_s = 0.0, math.inf
+        """When something was taken last, and first since something was made."""
         self._returned = set[int]()
         """Sizes of which a lease has ended, and nothing was made since."""
         self.filled_bytes = 0
@@ -160,6 +165,7 @@ class Pool:
                 del self._ready[index]
                 self._promise.handed_on(size, ready.inode)
                 self._taken_s = time.monotonic()
+                self._lacks_since_s = min(self._lacks_since_s, self._taken_s)
                 self._less.set()
                 return ready
         return None
@@ -210,8 +216,13 @@ class Pool:
                     await asyncio.wait_for(self._less.wait(), _TRY_AGAIN_S if lacking else None)
                 refused.clear()
                 continue
-            if (wait_s := self._taken_s + _QUIET_S - time.monotonic()) > 0:
-                await asyncio.sleep(wait_s)
+            begin_s = self._taken_s + _QUIET_S
+            if not self._returned and self._lacks_since_s < math.inf:
+                begin_s = max(begin_s, self._lacks_since_s + _START_S)
+            if (wait_s := begin_s - time.monotonic()) > 0:
+                self._less.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._less.wait(), wait_s)
                 continue
             self._returned.discard(size)
             try:
@@ -236,6 +247,7 @@ class Pool:
             raise
         finally:
             self._promise.settle(ready.inode for ready in self._ready)
+        self._lacks_since_s = math.inf
         self.filled_bytes += size
         self.fill_seconds += time.monotonic() - started
         return time.monotonic() - started
