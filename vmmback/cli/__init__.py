@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from importlib import import_module
@@ -44,6 +45,8 @@ def main() -> None:
             raise
         print_error(error)
         sys.exit(error.exit_code)
+    finally:  # Python would look through all there is for garbage, twice, while somebody waits for the end
+        gc.disable()
 
 
 class _Commands(click.Group):
