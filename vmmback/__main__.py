@@ -1,5 +1,5 @@
 """`python -m vmmback`."""
 
-from vmmback.cli import main
+from vmmback.cli import run
 
-main()
+run()
