@@ -80,3 +80,13 @@ def test_nobody_sees_or_ends_the_lease_of_another_user() -> None:
     assert book.end(hers, ALICE) is None
     assert book.end(his, ROOT) is not None
     assert list(book) == []
+
+
+def test_what_a_process_has_is_the_sum_of_its_leases_that_have_not_ended() -> None:
+    book = ledger()
+    for number, pid in enumerate((7, 7, 8)):
+        book.add(Lease(number, MIB << number, number, pid, 0, 0, "", ""), 0.0)
+    assert [book.held_by(pid) for pid in (7, 8, 9)] == [3 * MIB, 4 * MIB, 0]
+    book.end(0)
+    book.end(2)
+    assert [book.held_by(pid) for pid in (7, 8)] == [2 * MIB, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,6 +46,7 @@ class Ledger:
     def __init__(self, config: BrokerConfig) -> None:
         self._config = config
         self._leases: dict[int, Lease] = {}
+        self._held = Counter[int]()
         self._recent: dict[int, deque[float]] = defaultdict(deque)
         self.lent = 0
         """How many leases there were since the start."""
@@ -80,7 +81,7 @@ class Ledger:
 
     def add(self, lease: Lease, now_s: float) -> None:
         """Write a lease down."""
-        self._leases[lease.number] = lease
+        self.recover(lease)
         if lease.uid:  # root's are not looked at, and would only grow
             self._recent[lease.uid].append(now_s)
         self.lent += 1
@@ -88,12 +89,20 @@ class Ledger:
     def recover(self, lease: Lease) -> None:
         """Write down a lease of the broker before this one."""
         self._leases[lease.number] = lease
+        self._held[lease.pid] += lease.size
+
+    def held_by(self, pid: int) -> int:
+        """Return how many bytes a process has; it is asked at each lease, however many there are."""
+        return self._held[pid]
 
     def end(self, number: int, caller: Caller | None = None) -> Lease | None:
         """Strike a lease out and return it; None where there is none that `caller` may end, whoever for None."""
         lease = self._leases.get(number)
         if lease is None or (caller is not None and caller.uid not in (0, lease.uid)):
             return None
+        self._held[lease.pid] -= lease.size
+        if not self._held[lease.pid]:
+            del self._held[lease.pid]
         return self._leases.pop(number)
 
     def rule(self, caller: Caller) -> Allow | None:

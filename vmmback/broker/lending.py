@@ -90,7 +90,7 @@ class Broker:
     def _let_lock(self, caller: Caller, pidfd: int) -> None:
         """Let a process, and what it starts, map all that it has borrowed; it will say itself if it may not."""
         with suppress(OSError):
-            memlock.let_lock(caller.pid, pidfd, sum(lease.size for lease in self.ledger if lease.pid == caller.pid))
+            memlock.let_lock(caller.pid, pidfd, self.ledger.held_by(caller.pid))
 
     def end(self, number: int, caller: Caller | None = None) -> bool:
         """End a lease that `caller` may end, whoever for None; tell whether there was one."""
