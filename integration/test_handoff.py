@@ -41,7 +41,7 @@ from vmmback.errors import HandoffFailed, HostUnfit
 from vmmback.handoff import Qemu
 from vmmback.linux import procfs, seccomp
 from vmmback.runtime import last_words
-from vmmback.tasks import in_thread
+from vmmback.threads import in_thread
 
 pytestmark = pytest.mark.usefixtures("needs_secretmem", "needs_seccomp")
 

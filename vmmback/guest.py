@@ -25,7 +25,7 @@ from vmmback.lifecycle import State
 from vmmback.qmp_policy import Policy
 from vmmback.qmp_socket import QmpSocket
 from vmmback.report import Drift, GuestVerdict, IsolationReport, Observation, Verdict
-from vmmback.tasks import in_thread
+from vmmback.threads import in_thread
 
 if TYPE_CHECKING:
     from vmmback.isolation.audit import Evidence

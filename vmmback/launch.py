@@ -23,7 +23,7 @@ from vmmback.linux import memlock
 from vmmback.report import IsolationReport
 from vmmback.runtime import QEMU_LOG, QMP_SOCKET, SERIAL_LOG, guest_folder
 from vmmback.supervisor import Life
-from vmmback.tasks import in_thread, meanwhile
+from vmmback.threads import in_thread
 
 if TYPE_CHECKING:
     from vmmback.guest import Guest, Watcher
@@ -107,8 +107,8 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
 
     # What takes its time without need of the RAM is done while the prefault runs.
     async with (
-        meanwhile(in_thread(lambda: _shares_aux_ram(config, qemu_binary))) as share_aux_ram,
-        meanwhile(in_thread(devices.import_network) if config.nic else asyncio.sleep(0)),
+        _meanwhile(in_thread(lambda: _shares_aux_ram(config, qemu_binary))) as share_aux_ram,
+        _meanwhile(in_thread(devices.import_network) if config.nic else asyncio.sleep(0)),
     ):
         if config.memory.prefault and not lent:
             with _timed(timings, "prefault"):
@@ -186,7 +186,7 @@ async def _run(guest: Guest, life: Life, stop: Stop, *, validate: bool) -> None:
         guest.policy.permit("cont")
         if guest.config.isolation.every and not validate:
             life.note("no probe is tried, nor repeated every so often (--no-validate)")
-        async with meanwhile(in_thread(import_probes)):
+        async with _meanwhile(in_thread(import_probes)):
             found = await _examined(guest) if validate and await _booted(guest, stop) else None
         if found:
             life.validated(found)
@@ -342,6 +342,17 @@ class _timed:  # noqa: N801 (a context manager, used like a function)
 
     def __exit__(self, *_: object) -> None:
         self._timings[self._name] = time.perf_counter() - self._started
+
+
+@asynccontextmanager
+async def _meanwhile(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+    """Do `work` while the block runs, which takes its result; cancel it when the block fails before."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _socket_pair(stack: AsyncExitStack, inherited: ExitStack) -> tuple[socket.socket, socket.socket]:

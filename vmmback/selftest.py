@@ -32,7 +32,7 @@ from vmmback.isolation.qmp_proof import QmpProof
 from vmmback.isolation.residue import FreedFramesProbe
 from vmmback.launch import prepare
 from vmmback.report import Observation, SelftestReport, VectorResult, Verdict
-from vmmback.tasks import in_thread
+from vmmback.threads import in_thread
 
 Progress = Callable[[str, int, int], None]
 """Told the name of the vector that is tried, how many were tried before, and how many there are."""

@@ -14,7 +14,7 @@ from vmmback.isolation.catalogue import ACCESS_PROBES, HOLDER_PROBES, LIVE_PROBE
 from vmmback.isolation.direct_map import DirectMapProbe, PageCount
 from vmmback.isolation.probe import Documented, Target
 from vmmback.report import Exposure, HostSetting, Observation, Process, Verdict
-from vmmback.tasks import in_thread, meanwhile
+from vmmback.threads import in_thread
 
 T = TypeVar("T")
 
@@ -54,21 +54,15 @@ async def audit(target: Target, hmp: qmp_proof.Hmp, prefaulted: Mapping[int, arr
     """
     proof = await qmp_proof.observe(target, hmp)
     direct_map = DirectMapProbe(prefaulted)
-    rest = [probe() for probe in (*ACCESS_PROBES, *HOLDER_PROBES, *RIGHTS_PROBES)]
-    # By BPF the kernel does the work, while Python can look at everything else.
-    by_bpf = _behind_others(
-        lambda: [probe.observe(target) for probe in (direct_map, *(probe() for probe in LIVE_PROBES))]
-    )
-    async with meanwhile(by_bpf) as seen_by_bpf:
-        observations, found, host, process = await _behind_others(
-            lambda: (
-                [probe.observe(target) for probe in rest],
-                _exposures(target),
-                settings.observe(),
-                _process(target),
-            )
+    probes = [direct_map, *(probe() for probe in (*ACCESS_PROBES, *HOLDER_PROBES, *LIVE_PROBES, *RIGHTS_PROBES))]
+    observations, found, host, process = await _behind_others(
+        lambda: (
+            [probe.observe(target) for probe in probes],
+            _exposures(target),
+            settings.observe(),
+            _process(target),
         )
-        observations = [*await seen_by_bpf, *observations]
+    )
     if blocks := exposures.ordinary_blocks_exposure(proof.ram_blocks):
         found.append(blocks)
     return Evidence(

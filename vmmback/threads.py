@@ -1,12 +1,11 @@
-"""Work beside other work: in a thread, where it would hold up the event loop, or in a task."""
+"""Work that would hold up the event loop, in a thread."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -22,14 +21,3 @@ async def in_thread(function: Callable[[], T], executor: Executor | None = None)
     except asyncio.CancelledError:
         await asyncio.wait({future})
         raise
-
-
-@asynccontextmanager
-async def meanwhile(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
-    """Do `work` while the block runs, which takes its result; cancel it when the block fails before."""
-    task = asyncio.create_task(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
