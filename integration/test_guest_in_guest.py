@@ -73,7 +73,8 @@ def test_without_admission_the_kernel_kills_while_much_memory_is_free(told: Any)
     guests = control["guests"]
     assert guests[:-1] == [{"up": True}] * (len(guests) - 1)
     assert "the OOM killer ended the prefault" in guests[-1]["refused"]
-    assert control["before"]["kernel"] < inside_host.CONTROL_GUEST // inside_host.MIB
+    # For the guest there would be room, were it not for watermarks, and for what a launch takes besides.
+    assert control["before"]["kernel"] < 2 * inside_host.CONTROL_GUEST // inside_host.MIB
     assert control["before"]["movable"] > 100
     assert control["before"]["available"] > 300
     # The same work as before: now it costs lives.

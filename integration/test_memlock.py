@@ -27,7 +27,7 @@ import json, os, resource, sys
 from vmmback import cli, config, doctor, errors, launch, ram
 from vmmback.doctor import kernel, kvm, places, programs, settings
 from vmmback.linux import direct_map, memlock, procfs
-import vmmback.cli.launch, vmmback.cli.lead
+import vmmback.cli.launch, vmmback.cli.lead, vmmback.guest, vmmback.isolation.audit, vmmback.isolation.residue
 soft, hard = (int(limit) for limit in sys.argv[1:3])
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
 os.setgroups([])
@@ -139,7 +139,7 @@ def test_launch_is_exit_code_3(
     file = guest_file(open_folder, size=size, memory=memory)
     for path in open_folder.iterdir():
         path.chmod(0o644)
-    program = "from vmmback.isolation import residue\nsys.argv[0] = 'vmmback'\ncli.main()\n"
+    program = "sys.argv[0] = 'vmmback'\ncli.main()\n"
     result = unprivileged(program, 8 * MIB, 8 * MIB, "launch", str(file), "--json")
     assert (result.returncode, result.stdout) == (3, ""), result.stderr
     assert f"vmmback: error: RLIMIT_MEMLOCK is 8192 KiB, too small to map {kib} KiB of secret RAM" in result.stderr
