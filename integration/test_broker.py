@@ -654,6 +654,15 @@ def test_another_users_broker_is_not_trusted(request: pytest.FixtureRequest, mon
         asyncio.run(reached())
 
 
+def test_a_file_that_is_no_socket_stays_where_metrics_are_to_be_served(brokers: Brokers, tmp_path: Path) -> None:
+    place = tmp_path / "notes"
+    place.write_text("of mine")
+    brokers.file.write_text(f'metrics = "{place}"\n')
+    refused = run("broker", str(brokers.file))
+    assert (refused.returncode, place.read_text()) == (3, "of mine")
+    assert f"metrics cannot be served at {place}: there is something else than a socket" in refused.stderr
+
+
 def test_a_second_broker_of_a_host_is_refused(brokers: Brokers) -> None:
     brokers.start(pool())
     second = run("broker", str(brokers.file))

@@ -37,6 +37,8 @@ def test_an_empty_file_lets_root_alone_borrow_what_is_never_ready(tmp_path: Path
         ('[[allow]]\ntotal = "1GiB"\n', "names nobody; write user or group"),
         ('[[allow]]\nuser = "nobody-of-that-name"\ntotal = "1GiB"\n', "there is no user 'nobody-of-that-name'"),
         ('[[allow]]\ngroup = -1\ntotal = "1GiB"\n', "-1 is no number of a group"),
+        (f'[[allow]]\nuser = 0x{"F" * 5000}\ntotal = "1GiB"\n', "a huge number is no number of a user"),
+        ('metrics = "/run/a\\u0000b"\n', "is not a path; write a port of this host"),
         ('[[allow]]\nuser = 1.5\ntotal = "1GiB"\n', "the name or the number of a user"),
         ("[allow]\nuser = 1\n", "[[allow]]"),
         ('fill-rate = "fast"\n', "fill-rate"),

@@ -74,11 +74,6 @@ class SilentWatcher:
         """Drop it."""
 
 
-def import_probes() -> None:
-    """Import what examines a guest: while it boots there is time for that, and before its start there is none."""
-    from vmmback.isolation import audit, residue  # noqa: F401
-
-
 @dataclass
 class Guest:
     """A guest whose QEMU is up, paused or running."""

@@ -173,8 +173,6 @@ async def bring_up(config: GuestConfig, folder: Path, watcher: Watcher, stack: A
 
 async def _run(guest: Guest, life: Life, stop: Stop, *, validate: bool) -> None:
     """Let a prepared guest run, and examine it, until it has ended. Raises QemuFailed."""
-    from vmmback.guest import import_probes
-
     async with (
         _last_words(guest.qemu),
         life.of(guest),
@@ -186,14 +184,21 @@ async def _run(guest: Guest, life: Life, stop: Stop, *, validate: bool) -> None:
         guest.policy.permit("cont")
         if guest.config.isolation.every and not validate:
             life.note("no probe is tried, nor repeated every so often (--no-validate)")
-        async with _meanwhile(in_thread(import_probes)):
+        async with _meanwhile(in_thread(_import_the_rest)) as imported:
             found = await _examined(guest) if validate and await _booted(guest, stop) else None
+            await _done(imported)  # of an error those will tell who need what is missing
         if found:
             life.validated(found)
         if guest.qemu.status is None and not stop.times:
             life.entered(State.RUNNING)
         async with _watched(guest):
             await _supervise(guest, life, stop)
+
+
+def _import_the_rest() -> None:
+    """Import what examines a guest, and what makes it grow: later its memory, or these files, may be gone."""
+    from vmmback import grow  # noqa: F401
+    from vmmback.isolation import audit, residue  # noqa: F401
 
 
 def _shares_aux_ram(config: GuestConfig, qemu: Path) -> bool:

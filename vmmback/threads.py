@@ -20,4 +20,5 @@ async def in_thread(function: Callable[[], T], executor: Executor | None = None)
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         await asyncio.wait({future})
+        future.exception()  # nobody else asks for it
         raise

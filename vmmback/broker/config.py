@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from vmmback.config.values import Size
 from vmmback.errors import ConfigError
-from vmmback.toml_errors import Problem, a_string, explain, read
+from vmmback.toml_errors import Problem, a_string, explain, quote, read, shown
 from vmmback.toml_tables import Checked, Parsed, Table, WrongTables
 
 MIB = 1 << 20
@@ -23,7 +23,7 @@ def _id_of(kind: str, number: Callable[[str], int]) -> Callable[[object, Path | 
     def parse(value: object, _: Path | None) -> int:
         if isinstance(value, int) and not isinstance(value, bool):
             if not 0 <= value <= _MOST_ID:
-                raise ValueError(f"{value} is no number of a {kind}; write one from 0 to {_MOST_ID}, or a name")
+                raise ValueError(f"{shown(value)} is no number of a {kind}; write one from 0 to {_MOST_ID}, or a name")
             return value
         name = a_string(value, f"the name or the number of a {kind}")
         try:
@@ -43,6 +43,8 @@ def _whole_mib(size: int) -> int:
 def _address(written: object, _: Path | None) -> Path | tuple[str, int]:
     wanted = 'a port of this host, like "127.0.0.1:9464", or the absolute path of a socket'
     value = a_string(written, wanted)
+    if "\0" in value:
+        raise ValueError(f"{quote(value)} is not a path; write {wanted}")
     if value.startswith("/"):
         return Path(value)
     host, _colon, port = value.rpartition(":")

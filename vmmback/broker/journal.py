@@ -29,7 +29,7 @@ class Journal:
         """Yield each lease whose process lives, with a new descriptor of that process (pidfd_open(2)), the caller's."""
         try:
             entries = list(json.loads(self._file.read_text()))
-        except (OSError, ValueError, TypeError):  # there is none, or it is no file of ours
+        except (OSError, ValueError, TypeError, RecursionError):  # there is none, or it is no file of ours
             return
         for entry in entries:
             with ExitStack() as failed, suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
@@ -44,13 +44,17 @@ class Journal:
     def write(self, leases: Iterable[tuple[Lease, int]]) -> None:
         """Put a file with these leases, and the descriptors of their processes, in the place of the old one.
 
-        Without any there is no file. On a full disk the old one stays.
+        Without any there is no file. On a full disk, and out of descriptors, the old one stays until the next time.
         """
         entries: dict[int, str] = {}
         started: dict[int, int] = {}
         for lease, pidfd in leases:
-            with suppress(OSError):  # it has ended: so does the lease
+            try:
                 entries[lease.number] = self._entries.get(lease.number) or _entry(lease, pidfd, started)
+            except (FileNotFoundError, ProcessLookupError):  # it has ended: so does the lease
+                continue
+            except OSError:  # out of descriptors
+                return
         self._entries = entries
         with suppress(OSError):
             if entries:

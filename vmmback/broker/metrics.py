@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
+import stat
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +25,7 @@ from vmmback.runtime import live_guests, runtime_folder
 
 _PATIENCE_S = 5.0
 _MOST_HEAD_BYTES = 8192
+_MOST_CLIENTS = 16  # of a port that every user of the host can reach
 _OF_ITS_USER_ALONE = 0o600
 
 
@@ -96,6 +99,14 @@ def _verdicts() -> Counter[str]:
     return found
 
 
+def _make_room(place: Path) -> None:
+    """Remove the socket of a broker that was killed. Raises FileExistsError for what is none."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(place.lstat().st_mode):
+            raise FileExistsError(errno.EEXIST, "there is something else than a socket")
+        place.unlink()
+
+
 @asynccontextmanager
 async def served(address: Address | None, broker: Broker) -> AsyncIterator[None]:
     """Answer `GET /metrics` at an address while the block runs; at None nowhere. Raises HostUnfit."""
@@ -103,19 +114,24 @@ async def served(address: Address | None, broker: Broker) -> AsyncIterator[None]
         yield
         return
 
+    clients = set[asyncio.StreamWriter]()
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            async with asyncio.timeout(2 * _PATIENCE_S):
-                head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await _answer(head, broker))
-                await writer.drain()
+        if len(clients) < _MOST_CLIENTS:
+            clients.add(writer)
+            with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+                async with asyncio.timeout(2 * _PATIENCE_S):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    writer.write(await _answer(head, broker))
+                    await writer.drain()
+            clients.remove(writer)
         writer.close()
         with suppress(OSError):
             await writer.wait_closed()
 
     try:
         if isinstance(address, Path):
-            address.unlink(missing_ok=True)
+            _make_room(address)
             server = await asyncio.start_unix_server(answer, address, limit=_MOST_HEAD_BYTES)
             address.chmod(_OF_ITS_USER_ALONE)
         else:

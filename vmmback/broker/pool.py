@@ -217,7 +217,7 @@ class Pool:
                 refused.clear()
                 continue
             begin_s = self._taken_s + _QUIET_S
-            if not self._returned and self._lacks_since_s < math.inf:
+            if size not in self._returned and self._lacks_since_s < math.inf:
                 begin_s = max(begin_s, self._lacks_since_s + _START_S)
             if (wait_s := begin_s - time.monotonic()) > 0:
                 self._less.clear()
@@ -247,7 +247,7 @@ class Pool:
             raise
         finally:
             self._promise.settle(ready.inode for ready in self._ready)
-        self._lacks_since_s = math.inf
+        self._lacks_since_s = self._taken_s if self._taken_s >= started else math.inf
         self.filled_bytes += size
         self.fill_seconds += time.monotonic() - started
         return time.monotonic() - started

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 import time
 from asyncio import Future, Task
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from os import close
+from os import close, dup
 from typing import Any
 
 from asyncvarlink import (
@@ -34,17 +35,52 @@ _MOST_CALL_BYTES = 1 << 16
 _ACCEPT_AGAIN_S = 0.1
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
+# Of a socket that has it off the kernel takes no descriptors, and who accepts inherits that: Linux 6.16
+# (include/uapi/asm-generic/socket.h, net/unix/af_unix.c).
+_SO_PASSRIGHTS = 83
+
 
 class _Transport(VarlinkTransport):
-    """Takes no descriptor, no call has any: the kernel drops what is sent.
+    """Takes no descriptor, no call has any.
 
-    To close one could take for ever: that of a file of FUSE waits for its server (fs/fuse/file.c, fuse_flush).
+    To close one could take for ever: that of a file of FUSE waits for its server (fs/fuse/file.c, fuse_flush), that of
+    a socket for its peer, with SO_LINGER (socket(7)). So on a kernel that lets callers send some, what is there is
+    looked at before it is read, and a connection with descriptors in it is read no more, and closed by a thread.
     """
 
     MAX_RECV_FDS = 0
 
     def _handle_read_socket(self) -> None:
-        self._sock_receive_fds(self.RECV_BUFFER_SIZE)
+        size = self.RECV_BUFFER_SIZE
+        assert isinstance(self._recvfd, socket.socket)
+        if _passes_descriptors(self._recvfd):
+            with suppress(OSError):  # the same comes of reading
+                data, _, flags, _ = self._recvfd.recvmsg(size, 0, socket.MSG_PEEK)
+                if flags & socket.MSG_CTRUNC:
+                    return self.abort()
+                size = len(data) or size
+        self._sock_receive_fds(size)
+        return None
+
+
+def _passes_descriptors(connection: socket.socket) -> bool:
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS) != 0
+    except OSError:
+        return True
+
+
+def _close_elsewhere(descriptor: int, closed: Callable[[], object]) -> None:
+    """Close a descriptor, and what may have been sent to it, in a thread that ends with this process; then tell."""
+    loop = asyncio.get_running_loop()
+
+    def work() -> None:
+        close(descriptor)
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(closed)
+
+    with suppress(RuntimeError):  # out of threads: it stays open, and counts as one of its user's
+        threading.Thread(target=work, name="close", daemon=True).start()
 
 
 class _Connection(VarlinkInterfaceServerProtocol):
@@ -161,7 +197,9 @@ class _Clients:
         if caller.uid and (len(others) >= _MOST_CLIENTS or others.count(caller.uid) >= _MOST_OF_A_USER):
             raise BlockingIOError
         pidfd = peer.pidfd_of(connection)
+        kept = None
         try:
+            kept = dup(connection.fileno()) if _passes_descriptors(connection) else None
             # Without a predictor it reads once when there is something to read, and not until there is nothing more.
             client = _Transport(
                 asyncio.get_running_loop(), connection, connection,
@@ -169,15 +207,24 @@ class _Clients:
             )  # fmt: skip
         except BaseException:
             close(pidfd)
+            if kept is not None:
+                close(kept)
             raise
         self._uids[client] = caller.uid
-        client.closed_future.add_done_callback(lambda _: self._uids.pop(client))
+        client.closed_future.add_done_callback(lambda _: self._closed(client, kept))
+
+    def _closed(self, client: VarlinkTransport, kept: int | None) -> None:
+        if kept is None:
+            del self._uids[client]
+        else:
+            _close_elsewhere(kept, lambda: self._uids.pop(client))
 
     async def close(self) -> None:
         """Hang up, all of them."""
         for client in list(self._uids):
-            client.abort()
-            await client.closed_future
+            if not client.closed_future.done():
+                client.abort()
+                await client.closed_future
 
 
 @asynccontextmanager
@@ -187,6 +234,8 @@ async def serve(listening: socket.socket, broker: Broker) -> AsyncIterator[list[
     Yields the tasks that do it; should one of them end before, the exit raises its error.
     """
     listening.setblocking(False)
+    with suppress(OSError):  # an older kernel: see _Transport
+        listening.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
     clients = _Clients(broker)
     async with AsyncExitStack() as stack:
         stack.callback(broker.close)
@@ -212,4 +261,7 @@ async def _accept(listening: socket.socket, clients: _Clients) -> None:
         try:
             clients.add(connection)
         except OSError:
-            connection.close()
+            if _passes_descriptors(connection):
+                _close_elsewhere(connection.detach(), lambda: None)
+            else:
+                connection.close()

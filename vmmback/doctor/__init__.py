@@ -42,7 +42,7 @@ def examination() -> Iterator[Callable[[], tuple[Check, ...]]]:
         with open(reading, "rb", closefd=False) as pipe:
             text = pipe.read()
         if not text:
-            raise HostUnfit("the process that makes the checks was ended", "try again: memory may be short")
+            raise HostUnfit("the process that makes the checks was ended", "memory or descriptors may be short")
         done = True
         return (*here, *(Check(**fields) for fields in json.loads(text)), *host)
 
