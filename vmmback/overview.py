@@ -122,8 +122,9 @@ def read(*, types: bool = False) -> Overview:
     /proc/pagetypeinfo is read for `types` alone: the kernel counts all page blocks for it, 20 to 40 ms on 24 GiB, and
     walks lists of free pages with the zone locked (mm/vmstat.c, pagetypeinfo_showfree_print).
     """
-    secret = secret_use.secret_files(known=admission.settled(_promises().values()))
+    mappings = secret_use.secret_mappings()
     promises = _promises()  # after that, and before the memory: admission.reckon
+    secret = secret_use.secret_files(known=admission.settled(promises.values()), mappings=mappings)
     memory = admission.reckon(promises.values(), secret)
     soft, hard = (
         None if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_MEMLOCK)

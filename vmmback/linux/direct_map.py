@@ -19,7 +19,6 @@ import os
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import NamedTuple, Self, TypeAlias
@@ -155,6 +154,8 @@ class DirectMap:
                 found += len(indexes)
                 first += [start + index for index in indexes[: _FIRST - len(first)]]
             return _Counts.total(counted), found, first
+
+        from concurrent.futures import ThreadPoolExecutor  # for who reads much: to find the map, nobody needs it
 
         with ThreadPoolExecutor(len(self._lanes)) as pool:
             parts = list(pool.map(survey, range(len(self._lanes))))

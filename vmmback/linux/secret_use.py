@@ -22,6 +22,11 @@ _MAPPING = re.compile(b"^" + _LINE, re.MULTILINE)
 _DETAILED = re.compile(b"^" + _LINE + rb"(?:(?!Rss:)\w+: .*\n)*Rss: +(\d+) kB$", re.MULTILINE)
 
 
+_Row = tuple[int, int, int, int]
+"""A mapping of a secret file: its start and end, the inode, and how many KiB of it this process has touched."""
+Mappings = dict[int, list[_Row]]
+
+
 class SecretFile(NamedTuple):
     """A memfd_secret file that processes map: bytes mapped and present by the one with most of it, and their pids."""
 
@@ -30,30 +35,35 @@ class SecretFile(NamedTuple):
     pids: frozenset[int]
 
 
-def secret_files(root: Path = PROC, known: Collection[int] = ()) -> dict[int, SecretFile]:
+def secret_mappings(root: Path = PROC) -> Mappings:
+    """Return the mappings of memfd_secret files, for `secret_files`, by the pid of the process that has them."""
+    found = {}
+    for pid in procfs.processes(root):
+        with suppress(OSError):  # it is gone, or another user's
+            if rows := _mappings(f"{root}/{pid}/maps"):  # most processes have none
+                found[pid] = rows
+    return found
+
+
+def secret_files(
+    root: Path = PROC, known: Collection[int] = (), mappings: Mappings | None = None
+) -> dict[int, SecretFile]:
     """Return the memfd_secret files that are mapped, by inode; each counts once, however many processes map it.
 
     `present` is what those processes have touched: pages that another one made present, and that has ended, are not
     seen before they are touched again. What no process maps is not seen, nor what belongs to processes that may not be
     looked at (no CAP_SYS_PTRACE). Of the inodes in `known` it is not looked at what is present, which takes the kernel
-    some milliseconds for each QEMU: it is 0.
+    some milliseconds for each QEMU: it is 0. `mappings` are those of before, without which they are read now.
     """
-    found: dict[int, SecretFile] = {}
-    for pid in procfs.processes(root):
+    found, settled = dict[int, SecretFile](), frozenset(known)
+    for pid, rows in (secret_mappings(root) if mappings is None else mappings).items():
         with suppress(OSError):  # it is gone, or another user's
-            rows = _mappings(f"{root}/{pid}/maps")
-            if not rows:  # most processes have none
-                continue
-            if not known or not {inode for _, _, inode, _ in rows} <= set(known):
+            if not {inode for _, _, inode, _ in rows} <= settled:
                 rows = _present(f"{root}/{pid}/smaps")
             for inode, (mapped, present) in _sums(rows).items():
                 other = found.get(inode, SecretFile(0, 0, frozenset()))
                 found[inode] = SecretFile(max(mapped, other.mapped), max(present, other.present), other.pids | {pid})
     return found
-
-
-_Row = tuple[int, int, int, int]
-"""A mapping of a secret file: its start and end, the inode, and how many KiB of it this process has touched."""
 
 
 def _mappings(maps: str) -> list[_Row]:
