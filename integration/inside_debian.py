@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 (imported late elsewhere: the machine has what is imported here)
 import mmap
 import os
 import resource

@@ -143,7 +143,7 @@ def launched(tmp_path: Path, *options: str) -> tuple[str, Answer]:
 def scraped(place: Path) -> str:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(60)
-        connection.connect(str(place))
+        eventually(lambda: connection.connect_ex(str(place)) == 0, "metrics are served")
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: broker\r\n\r\n")
         with connection.makefile("rb") as answer:
             return answer.read().decode()
