@@ -156,7 +156,7 @@ def acquire(folder: Path, rounds: int) -> Iterator[Figure]:
                     call(connection, "Stats")  # so that it is accepted
                 for _ in range(_SMALL_READY // _CLIENTS):
                     before = _ran_s(pid)
-                    waits += _all_at_once(clients)
+                    waits += _all_at_once(clients, stack)
                     spent.append((_ran_s(pid) - before) / _CLIENTS)
     found = statistics.quantiles((wait * 1000 for wait in waits), n=100)
     for name, value, goal in (("median", found[49], "stated"), ("99th percentile", found[98], "< 5 ms")):
@@ -172,15 +172,15 @@ def _ran_s(pid: int) -> float:
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-def _all_at_once(clients: Sequence[socket.socket]) -> list[float]:
-    """Return how long each had to wait for its descriptors."""
+def _all_at_once(clients: Sequence[socket.socket], stack: ExitStack) -> list[float]:
+    """Return how long each had to wait for its descriptors, which `stack` keeps, as a guest does."""
     waiting = select.poll()
     started = {}
     for connection in clients:
         waiting.register(connection, select.POLLIN)
         started[connection.fileno()] = time.perf_counter()
         connection.sendall(_message("Acquire", size=_SMALL, purpose="bench"))
-    waits, memories = [], []
+    waits = []
     by_number = {connection.fileno(): connection for connection in clients}
     while by_number:
         for number, _ in waiting.poll():
@@ -188,9 +188,8 @@ def _all_at_once(clients: Sequence[socket.socket]) -> list[float]:
             waits.append(time.perf_counter() - started[number])
             waiting.unregister(number)
             assert "error" not in answer, answer
-            memories += descriptors
-    for descriptor in memories:
-        os.close(descriptor)
+            for descriptor in descriptors:
+                stack.callback(os.close, descriptor)
     return waits
 
 

@@ -7,7 +7,7 @@ import pytest
 from vmmback.broker.config import MIB, Allow, BrokerConfig
 from vmmback.broker.ledger import Caller, Lease, Ledger, NotAllowed
 
-ROOT, ALICE, BOB = Caller(1, 0, 0), Caller(2, 1000, 100), Caller(3, 1001, 200)
+ROOT, ALICE, BOB = Caller(1, 0, 0, 5), Caller(2, 1000, 100, 5), Caller(3, 1001, 200, 5)
 RULE = Allow.of({"user": 1000, "total": "512MiB", "count": 3, "per-minute": 4})
 
 
@@ -85,7 +85,7 @@ def test_nobody_sees_or_ends_the_lease_of_another_user() -> None:
 def test_what_a_process_has_is_the_sum_of_its_leases_that_have_not_ended() -> None:
     book = ledger()
     for number, pid in enumerate((7, 7, 8)):
-        book.add(Lease(number, MIB << number, number, pid, 0, 0, "", ""), 0.0)
+        book.add(Lease(number, MIB << number, number, pid, 0, 0, 5, "", ""), 0.0)
     assert [book.held_by(pid) for pid in (7, 8, 9)] == [3 * MIB, 4 * MIB, 0]
     book.end(0)
     book.end(2)

@@ -26,7 +26,7 @@ def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Broker:
     monkeypatch.setenv("VMMBACK_RUNTIME_DIR", str(tmp_path))
     config = BrokerConfig.of({"pool": [{"size": "64MiB", "count": 3}]})
     made = Broker(config, Promise(tmp_path, "secret"), lambda _: None)
-    made.ledger.add(Lease(7, 64 * MIB, 1, 2, 1000, 100, "a guest", "2026-01-01 00:00:00+00:00"), 0.0)
+    made.ledger.add(Lease(7, 64 * MIB, 1, 2, 1000, 100, 5, "a guest", "2026-01-01 00:00:00+00:00"), 0.0)
     made.denials, made.not_ready = 2, 5
     for seconds in (0.0004, 0.0005, 0.004, 7.0):
         made.waits.add(seconds)

@@ -32,7 +32,7 @@ _LOCK_TIMEOUT_S = 120.0
 _PROMISE_FILE = "promise.json"
 # The file is written anew after so much more has been touched; until then that counts twice.
 _STEP_BYTES = 64 << 20
-_LATER_S = 0.05
+_LATER_S = 1.0
 # What must be left besides for a guest whose RAM is there already: as little as the smallest guest.
 _LEAST_BYTES = 1 << 20
 

@@ -19,16 +19,17 @@ class NotAllowed(AdmissionRefused):
 
 
 class Caller(NamedTuple):
-    """A process that asks, by what the kernel says of it (SO_PEERCRED, unix(7))."""
+    """A process that asks, by what the kernel says of it (SO_PEERCRED, unix(7)); `started` in ticks since boot."""
 
     pid: int
     uid: int
     gid: int
+    started: int
 
 
 @dataclass(frozen=True)
 class Lease:
-    """Secret RAM that was lent; `inode` is its file's, `purpose` what the borrower said, `since` in UTC, ISO 8601."""
+    """Secret RAM that was lent to a Caller; `inode` is its file's, `purpose` what he said, `since` in UTC, ISO 8601."""
 
     number: int
     size: int
@@ -36,6 +37,7 @@ class Lease:
     pid: int
     uid: int
     gid: int
+    started: int
     purpose: str
     since: str
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from vmmback.admission import Promise
+from vmmback.broker.closing import Closer, Lent
 from vmmback.broker.config import BrokerConfig
 from vmmback.broker.handoffs import Handoffs
 from vmmback.broker.journal import Journal
@@ -20,8 +21,6 @@ from vmmback.broker.pool import Pool, Ready
 from vmmback.broker.service import NotReady
 from vmmback.errors import VmmbackError
 from vmmback.linux import memlock
-
-_WRITE_S = 0.05
 
 
 class Waits:
@@ -46,46 +45,51 @@ class Broker:
         self.pool = Pool(config, promise, note)
         self.ledger = Ledger(config)
         self.handoffs = Handoffs()
+        self._closer = Closer()
         self.denials = self.not_ready = 0
         self.waits = Waits()
         """From the arrival of a call to the answer with a lease."""
-        self._watched: dict[int, int] = {}
+        self._watched: dict[tuple[int, int], tuple[int, set[int]]] = {}
+        """By pid and start of a borrower: a descriptor of it, and the numbers of its leases."""
         self._journal: Journal | None = None
-        self._later: asyncio.TimerHandle | None = None
 
     def recover(self, journal: Journal, kept: Iterable[Ready]) -> None:
         """Go on where the broker before this one was, by its journal and the files that it kept and never lent."""
-        for lease, watched in journal.read():
-            self._watch(watched, lease.number)
+        for lease, pidfd in journal.read():
+            self._watch(lease.pid, lease.started, pidfd, lease.number)
+            os.close(pidfd)
             self.ledger.recover(lease)
         self.pool.recover(kept, [lease.inode for lease in self.ledger])
         self._journal = journal
-        self._write()
 
-    def lend(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, Ready]:
-        """Lend a file out of the pool; it is the caller's to close. Raises VmmbackError, NotReady, OSError."""
+    def lend(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, Lent, int]:
+        """Lend a file out of the pool: its lease, itself, and the descriptor of its frames, both the caller's to close.
+
+        Raises VmmbackError, NotReady, OSError.
+        """
         try:
             self.ledger.check(caller, size, time.monotonic())
         except VmmbackError:
             self.denials += 1
             raise
         number = self.ledger.next_number()
-        watched = os.dup(pidfd)
+        self._watch(caller.pid, caller.started, pidfd, number)
         try:
-            self._watch(watched, number)
             ready = self.pool.take(size)
         except BaseException:
-            self._unwatch(number)
+            self._unwatch(caller.pid, caller.started, number)
             raise
         if ready is None:
-            self._unwatch(number)
+            self._unwatch(caller.pid, caller.started, number)
             self.not_ready += 1
             raise NotReady(size=size)
         lease = Lease(number, size, ready.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds"))
         self.ledger.add(lease, time.monotonic())
-        self._write_later()
+        if self._journal:
+            self._journal.add(lease)
         self._let_lock(caller, pidfd)
-        return lease, ready
+        memory, frames = ready.give(numbers=caller.uid == 0)
+        return lease, Lent(memory, self._closer), frames
 
     def _let_lock(self, caller: Caller, pidfd: int) -> None:
         """Let a process, and what it starts, map all that it has borrowed; it will say itself if it may not."""
@@ -98,35 +102,36 @@ class Broker:
         if lease is None:
             return False
         self.pool.ended(lease.size, lease.inode)
-        self._unwatch(number)
-        self._write_later()
+        if self._journal:
+            self._journal.end(number)
+        self._unwatch(lease.pid, lease.started, number)
         return True
 
     def close(self) -> None:
         """End all leases: they are the borrowers' own affair from now on, and the next broker's."""
-        self._write()
-        self._journal = None
+        if self._journal:
+            self._journal.close()
+            self._journal = None
         for lease in list(self.ledger):
             self.end(lease.number)
         self.handoffs.close()
 
-    def _watch(self, pidfd: int, number: int) -> None:
-        self._watched[number] = pidfd
-        asyncio.get_running_loop().add_reader(pidfd, self.end, number)
+    def _watch(self, pid: int, started: int, pidfd: int, number: int) -> None:
+        """End a lease when its process has ended. Raises OSError."""
+        if (pid, started) not in self._watched:
+            own = os.dup(pidfd)
+            asyncio.get_running_loop().add_reader(own, self._borrower_ended, pid, started)
+            self._watched[pid, started] = own, set()
+        self._watched[pid, started][1].add(number)
 
-    def _unwatch(self, number: int) -> None:
-        pidfd = self._watched.pop(number)
-        asyncio.get_running_loop().remove_reader(pidfd)
-        os.close(pidfd)
+    def _borrower_ended(self, pid: int, started: int) -> None:
+        for number in list(self._watched[pid, started][1]):
+            self.end(number)
 
-    def _write_later(self) -> None:
-        """Write the journal once for all that ask at the same time, who do not wait for it."""
-        if self._journal and self._later is None:
-            self._later = asyncio.get_running_loop().call_later(_WRITE_S, self._write)
-
-    def _write(self) -> None:
-        if self._later:
-            self._later.cancel()
-            self._later = None
-        if self._journal:
-            self._journal.write((lease, self._watched[lease.number]) for lease in self.ledger)
+    def _unwatch(self, pid: int, started: int, number: int) -> None:
+        own, numbers = self._watched[pid, started]
+        numbers.remove(number)
+        if not numbers:
+            del self._watched[pid, started]
+            asyncio.get_running_loop().remove_reader(own)
+            os.close(own)

@@ -24,6 +24,7 @@ from asyncvarlink import (
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from vmmback import __version__
+from vmmback.broker.journal import start_of
 from vmmback.broker.ledger import Caller
 from vmmback.broker.lending import Broker
 from vmmback.broker.service import BrokerInterface
@@ -192,13 +193,14 @@ class _Clients:
     def add(self, connection: socket.socket) -> None:
         """Serve one more. Raises OSError, also where there are too many."""
         connection.setblocking(False)
-        caller = Caller(*peer.of(connection))
+        who = peer.of(connection)
         others = [uid for uid in self._uids.values() if uid]
-        if caller.uid and (len(others) >= _MOST_CLIENTS or others.count(caller.uid) >= _MOST_OF_A_USER):
+        if who.uid and (len(others) >= _MOST_CLIENTS or others.count(who.uid) >= _MOST_OF_A_USER):
             raise BlockingIOError
         pidfd = peer.pidfd_of(connection)
         kept = None
         try:
+            caller = Caller(*who, start_of(who.pid, pidfd))
             kept = dup(connection.fileno()) if _passes_descriptors(connection) else None
             # Without a predictor it reads once when there is something to read, and not until there is nothing more.
             client = _Transport(
@@ -210,7 +212,7 @@ class _Clients:
             if kept is not None:
                 close(kept)
             raise
-        self._uids[client] = caller.uid
+        self._uids[client] = who.uid
         client.closed_future.add_done_callback(lambda _: self._closed(client, kept))
 
     def _closed(self, client: VarlinkTransport, kept: int | None) -> None:

@@ -100,12 +100,11 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
             raise Refused(message=f"{size} bytes are no whole MiB", hint="ask for a multiple of 1048576", exit_code=2)
         purpose = "".join(char for char in purpose[:_MOST_PURPOSE_CHARS] if char.isprintable())
         try:
-            lease, ready = self._broker.lend(self._caller, self._pidfd, size, purpose)
+            lease, descriptor, frames = self._broker.lend(self._caller, self._pidfd, size, purpose)
         except VmmbackError as error:
             raise Refused(message=error.message, hint=error.hint, exit_code=error.exit_code) from error
         except OSError as error:  # out of descriptors
             raise Refused(message=f"nothing can be lent: {error.strerror}", hint="try it again", exit_code=4) from error
-        descriptor, frames = ready.give(numbers=self._caller.uid == 0)
         return {
             "lease": lease.number,
             "descriptor": FileDescriptor(descriptor, should_close=True),
