@@ -1,0 +1,1 @@
+"""Domains of libvirt's on secret RAM."""
