@@ -1,0 +1,229 @@
+"""What a domain's XML may not have if its RAM is to be secret: what cannot work, and what would break the promise.
+
+docs/LIBVIRT.md has the table; tests/test_domain_refusals.py holds the two together.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vmmback.errors import ConfigError
+from vmmback.libvirt.domain_xml import name_of, parse, policy_of, ram_of, wrong_domain
+from vmmback.toml_errors import ascii_path, quote
+
+_QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
+_NO_PINS = "the kernel refuses to pin secret pages (EFAULT)"
+_DEVICE_PINS = f"the device reads and writes the guest's RAM itself, and {_NO_PINS}"
+_IO_ERRORS = "the guest would see I/O errors, not always"
+_SMALL_PAGES = "secret RAM comes in pages of 4 KiB only"
+_DUMPED = "libvirt would write the guest's RAM to a file"
+_ORDINARY = "ordinary memory that the guest can write to"
+_ANOTHER_PROCESS = "a process beside QEMU would map the guest's RAM, which no lease and no report knows"
+
+
+class Problem(NamedTuple):
+    """Something in a domain's XML that secret RAM forbids."""
+
+    place: str
+    """Where in the XML, below <domain>; a device by its target, address or number."""
+    reason: str
+    """What is there, and why it cannot be."""
+    advice: str
+    """What to write instead."""
+
+    @property
+    def said(self) -> str:
+        """Reason and advice in one."""
+        return f"{self.reason}; {self.advice}"
+
+
+def refusals(xml: str, wrapper: Path, kvm_maps_secret: bool) -> list[Problem]:
+    """Return all that is wrong with a domain whose RAM is to be secret, in no order. Raises ConfigError.
+
+    `wrapper` is the emulator that it must have; `kvm_maps_secret` says whether KVM of this host can map secret RAM.
+    """
+    root = parse(xml)
+    problems = [*_emulator(root, wrapper), *_memory(root), *_disks(root), *_devices(root), *_brings_memory(root)]
+    problems += [*_dumps(root), *_arguments(root)]
+    if root.get("type") == "kvm" and not kvm_maps_secret:
+        reason = "KVM of this host cannot map secret RAM: the guest would end at its first instruction (EFAULT)"
+        problems.append(Problem("type='kvm'", reason, "write <domain type='qemu'>"))
+    if root.find("launchSecurity") is not None:
+        problems.append(Problem("launchSecurity", f"it works on pinned memory, and {_NO_PINS}", "remove it"))
+    return list(dict.fromkeys(problems))
+
+
+def refused(xml: str, problems: Sequence[Problem]) -> ConfigError:
+    """Return the error that tells all problems of a domain, one a line."""
+    return wrong_domain(name_of(parse(xml)), [(problem.place, problem.said) for problem in problems])
+
+
+def _emulator(root: ET.Element, wrapper: Path) -> Iterator[Problem]:
+    policy = policy_of(root)
+    emulator = (root.findtext("devices/emulator") or "").strip()
+    if emulator != str(wrapper):
+        what = f"is {quote(emulator)}" if emulator else "is not there"
+        yield Problem(
+            "devices/emulator",
+            f"{what}, not {ascii_path(wrapper)}: QEMU would start with ordinary memory",
+            "run vmmback libvirt enable",
+        )
+    if policy and policy.emulator == wrapper:
+        yield Problem(
+            "metadata/secret-ram emulator",
+            "is the wrapper itself, which would start itself for ever",
+            "write the path of QEMU",
+        )
+
+
+def _memory(root: ET.Element) -> Iterator[Problem]:
+    yield from _backing(root)
+    if root.find("memoryBacking/hugepages") is not None:
+        yield Problem("memoryBacking/hugepages", _SMALL_PAGES, "remove it")
+    for place, dimm in _each(root, "memory"):
+        if dimm.find("source/pagesize") is not None:
+            yield Problem(f"{place}/source/pagesize", _SMALL_PAGES, "remove it")
+        if (model := dimm.get("model", "")) != "dimm":
+            reason = f"memory of model {quote(model)} is a file of its own, or gives pages back to the host"
+            yield Problem(f"{place} model", reason, "write model='dimm', or remove it")
+
+
+def _backing(root: ET.Element) -> Iterator[Problem]:
+    source = root.find("memoryBacking/source")
+    said = "" if source is None else source.get("type", "")
+    if said not in {"", "file", "memfd"}:
+        yield Problem(
+            "memoryBacking/source",
+            f"the RAM of type {quote(said)} is made by no call that could be answered with secret RAM",
+            "write <source type='memfd'/>",
+        )
+        return
+    for block in ram_of(root):
+        if not block.source:
+            yield Problem(
+                "memoryBacking/source",
+                "is not there, and anonymous RAM is made by no call that could be answered with secret RAM",
+                "write <source type='memfd'/>",
+            )
+        elif block.access == "private" or (block.source == "file" and block.access != "shared"):
+            what = f"is {quote(block.access)}" if block.access else "is not there"
+            write = "<access mode='shared'/>" if block.place.startswith("memoryBacking") else "shared"
+            yield Problem(block.place, f"the access {what}, and secret RAM can only be mapped shared", f"write {write}")
+
+
+def _disks(root: ET.Element) -> Iterator[Problem]:
+    for place, disk in _each(root, "disk", "target", "dev"):
+        kind, driver = disk.get("type", ""), disk.find("driver")
+        cache = "" if driver is None else driver.get("cache", "")
+        if kind in {"nvme", "vhostvdpa"}:
+            yield Problem(f"{place} type='{kind}'", _DEVICE_PINS, "write type='block', with a driver of the kernel's")
+        elif kind == "vhostuser":
+            yield Problem(f"{place} type='{kind}'", _ANOTHER_PROCESS, "write type='file' or type='block'")
+        elif disk.get("device") == "lun":
+            reason = f"SCSI commands take the guest's own pages to the device (SG_IO), and {_NO_PINS}: {_IO_ERRORS}"
+            yield Problem(f"{place} device='lun'", reason, "write device='disk'")
+        elif cache in {"none", "directsync"} and not _bounces(disk):
+            yield Problem(
+                f"{place}/driver cache='{cache}'",
+                f"QEMU would give the kernel the guest's own pages (O_DIRECT), and {_NO_PINS}: {_IO_ERRORS}",
+                "write cache='writeback', or encrypt the image, and all below it, with LUKS",
+            )
+
+
+def _bounces(image: ET.Element) -> bool:
+    """Tell whether the kernel never gets the guest's own pages, as QEMU copies all for this image and those below it.
+
+    It does if it encrypts, and if it, or a library in it, sends and receives (block/nbd.c, block/rbd.c of QEMU).
+    """
+    encrypted = [f"{place}[@format='luks']" for place in ("encryption", "source/encryption")]
+    if image.get("type") != "network" and all(image.find(path) is None for path in encrypted):
+        return False
+    return all(_bounces(below) for below in image.findall("backingStore") if below.find("source") is not None)
+
+
+def _devices(root: ET.Element) -> Iterator[Problem]:
+    for place, device in _each(root, "hostdev"):
+        if (kind := device.get("type", "")) in {"pci", "mdev", "scsi_host"}:
+            yield Problem(f"{place} type='{kind}'", _DEVICE_PINS, "remove it; give the guest a virtio device")
+    for place, nic in _each(root, "interface", "mac", "address"):
+        kind, advice = nic.get("type", ""), "write type='bridge' or type='network'"
+        if kind in {"hostdev", "vdpa"}:
+            yield Problem(f"{place} type='{kind}'", _DEVICE_PINS, advice)
+        elif kind == "vhostuser":
+            yield Problem(f"{place} type='{kind}'", _ANOTHER_PROCESS, advice)
+    for place, share in _each(root, "filesystem", "target", "dir"):
+        if share.find("driver[@type='virtiofs']") is not None:
+            advice = "write <driver type='path'/>, or remove it"
+            yield Problem(f"{place}/driver type='virtiofs'", _ANOTHER_PROCESS, advice)
+
+
+def _brings_memory(root: ET.Element) -> Iterator[Problem]:
+    for place, video in _each(root, "video"):
+        model = video.find("model")
+        if model is None or model.get("type") not in {"none", "ramfb"}:
+            yield Problem(
+                f"{place}/model",
+                f"video memory is {_ORDINARY}",
+                "write <model type='none'/>, or type='ramfb', whose picture lies in the guest's RAM",
+            )
+    for place, _ in _each(root, "tpm"):
+        yield Problem(place, f"its pages tpm-ppi, and tpm-crb-cmd of a CRB, are {_ORDINARY}", "remove it")
+    for place, _ in _each(root, "shmem"):
+        yield Problem(place, f"it is {_ORDINARY}, and that other processes have", "remove it; <vsock> may do instead")
+
+
+def _dumps(root: ET.Element) -> Iterator[Problem]:
+    if (crash := (root.findtext("on_crash") or "").strip()).startswith("coredump-"):
+        yield Problem("on_crash", f"{quote(crash)}: {_DUMPED}", f"write {crash.removeprefix('coredump-')}")
+    for place, watchdog in _each(root, "watchdog"):
+        if watchdog.get("action") == "dump":
+            yield Problem(f"{place} action='dump'", _DUMPED, "write action='reset'")
+
+
+def _each(root: ET.Element, kind: str, named_by: str = "", attribute: str = "") -> Iterator[tuple[str, ET.Element]]:
+    """Yield the devices of a kind with their places, by a name, if they have one, else by number."""
+    for number, device in enumerate(root.findall(f"devices/{kind}")):
+        named = device.find(named_by) if named_by else None
+        name = "" if named is None else named.get(attribute, "")
+        yield f"devices/{kind}[{quote(name)[1:-1] or number}]", device
+
+
+# Arguments of QEMU's, and why each may not be among those that are handed through to it.
+_ADDS_MEMORY = "the guest would have other memory than what libvirt's XML says, and it could be ordinary"
+_LETS_IN = "whoever it lets in reads the guest's RAM"
+_REFUSED_ARGUMENTS = {
+    **dict.fromkeys(("m", "mem-path", "mem-prealloc", "machine", "M", "numa", "readconfig"), _ADDS_MEMORY),
+    **dict.fromkeys(("gdb", "s", "qmp", "qmp-pretty", "mon", "monitor"), _LETS_IN),
+    **dict.fromkeys(("accel", "enable-kvm"), "the type of the domain says what runs the guest's code"),
+    **dict.fromkeys(("incoming", "loadvm"), "the guest's RAM would come from where it lies in the clear"),
+}
+_REFUSED_DEVICES = {
+    r"vfio-|vhost-vdpa|vhost-scsi": _DEVICE_PINS,
+    r"vhost-user-|ivshmem": _ANOTHER_PROCESS,
+    r"pc-dimm|nvdimm|virtio-pmem|virtio-mem|VGA|.*-vga|bochs-display|qxl|tpm-": _ADDS_MEMORY,
+}
+
+
+def _arguments(root: ET.Element) -> Iterator[Problem]:
+    given = [arg.get("value", "") for arg in root.findall(f"{_QEMU}commandline/{_QEMU}arg")]
+    for number, argument in enumerate(given):
+        value = given[number + 1] if number + 1 < len(given) else ""
+        if argument.startswith("-") and (reason := _why_not(argument.removeprefix("-").removeprefix("-"), value)):
+            shown = argument if argument.lstrip("-") in _REFUSED_ARGUMENTS else f"{argument} {value}"
+            yield Problem(f"qemu:commandline/qemu:arg[{number}]", f"{quote(shown)}: {reason}", "remove it")
+
+
+def _why_not(option: str, value: str) -> str:
+    if option == "object" and "memory-backend-" in value:
+        return _ADDS_MEMORY
+    if option in {"device", "vga"}:
+        found = re.match(r'\{.*"driver"\s*:\s*"([^"]*)', value)
+        driver = found[1] if found else value.removeprefix("driver=")
+        if option == "vga":
+            return _ADDS_MEMORY if driver != "none" else ""
+        return next((why for pattern, why in _REFUSED_DEVICES.items() if re.match(pattern, driver)), "")
+    return _REFUSED_ARGUMENTS.get(option, "")
