@@ -12,6 +12,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -158,6 +159,17 @@ def _manual() -> None:
     subprocess.run(["lowdown", "-t", "man"], input=b"", check=True, capture_output=True, timeout=30)
 
 
+def _libvirt() -> None:
+    for program in ("/usr/sbin/libvirtd", "virsh", "virt-install"):
+        subprocess.run([program, "--version"], check=True, capture_output=True, timeout=30)
+    subprocess.run([sys.executable, "-c", "import libvirt"], check=True, capture_output=True, timeout=30)
+    with tempfile.TemporaryDirectory() as folder:
+        overlay = 'mount -t tmpfs tmpfs "$0" && mkdir "$0/upper" "$0/work" && '
+        overlay += 'mount -t overlay -o "lowerdir=/etc,upperdir=$0/upper,workdir=$0/work" overlay /etc'
+        alone = ["unshare", "--mount", "--propagation", "private", "--"]
+        subprocess.run([*alone, "sh", "-c", overlay, folder], check=True, capture_output=True, timeout=30)
+
+
 SECRETMEM = Capability("memfd_secret(2)", _secretmem)
 SECCOMP_NOTIFICATION = Capability("seccomp user notification", _seccomp_notification)
 DIRECT_MAP = Capability("BPF programs, and frame numbers in pagemap", _direct_map)
@@ -181,6 +193,11 @@ TAPS = Capability("/dev/net/tun, and the right to make taps", _taps)
 IPROUTE2 = Capability("ip (iproute2) and nsenter (util-linux)", _iproute2)
 VIRTIOFSD = Capability("a virtiofsd that can map secret RAM (QEMU 7.2's)", _virtiofsd, required=False)
 DEBOOTSTRAP = Capability("debootstrap, apt and mke2fs (Debian's e2fsprogs)", _debootstrap)
+LIBVIRT = Capability(
+    "libvirtd, virsh, virt-install, libvirt-python, and overlayfs in a mount namespace of our own (./dev test installs "
+    "them)",
+    _libvirt,
+)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import pytest
 
@@ -37,6 +37,9 @@ from vmmback.isolation.residue import holds_canary
 from vmmback.lifecycle import State
 from vmmback.linux.direct_map import DirectMap
 from vmmback.report import Drift, IsolationReport
+
+if TYPE_CHECKING:
+    from integration.libvirtd import Libvirtd
 
 ROOT = capabilities.ROOT
 FAILURES = ROOT / "build/test-failures"
@@ -220,6 +223,12 @@ def needs_virtiofsd() -> None:
 @pytest.fixture(scope="session")
 def needs_chromium() -> None:
     capabilities.require(capabilities.CHROMIUM)
+
+
+@pytest.fixture(scope="session")
+def needs_libvirt(needs_guest_kernel: None) -> None:
+    capabilities.require(capabilities.LIBVIRT)
+    capabilities.require(capabilities.QEMU)
 
 
 class MemoryGroup:
@@ -532,6 +541,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def vmmback(start: Start) -> Start:
     """Start `vmmback` with arguments."""
     return lambda *arguments: start(sys.executable, "-m", "vmmback", *arguments)
+
+
+@pytest.fixture
+def libvirtd(tmp_path: Path, needs_libvirt: None) -> Iterator[Libvirtd]:
+    """A libvirtd of the test's own."""
+    from integration.libvirtd import Libvirtd  # it needs what is above
+
+    with Libvirtd(tmp_path / "libvirt") as daemon:
+        yield daemon
 
 
 def qemu_of(runtime_dir: Path) -> list[int]:
