@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Self
 
 from integration import capabilities
 from integration.conftest import Supervisor, eventually
-from integration.leftovers import command_line, descendants, description, named_sockets
+from integration.leftovers import command_line, descendants, description
 
 if TYPE_CHECKING:
     import libvirt
 
 _HERE = Path(__file__).parent
 _ANSWER_S = 20.0
+_ALL_ENDED_S = 5.0
 
 # Where people keep what libvirt boots: it makes QEMU's user the owner of both files.
 BOOT = Path("/var/lib/libvirt/boot")
@@ -52,7 +53,7 @@ cgroup_controllers = []
 class Libvirtd:
     """A libvirtd with its namespace. A context manager, at whose end nothing of both is left.
 
-    `inside` is the root folder as it is in the namespace.
+    `inside` is the root folder as it is in the namespace, and `folder` has the sockets.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -62,10 +63,12 @@ class Libvirtd:
 
     def __enter__(self) -> Self:
         self._mounts = Path("/proc/self/mountinfo").read_text()
-        self._folder = Path(tempfile.mkdtemp(prefix="vmmback-libvirtd-", dir="/tmp"))  # a socket's path must be short
+        self.folder = Path(tempfile.mkdtemp(prefix="vmmback-libvirtd-", dir="/tmp"))  # a socket's path must be short
         argv = ["unshare", "--mount", "--propagation", "private", "--", str(_HERE / "libvirtd-namespace")]
-        argv += [str(self._folder), str(self._logs), sys.executable, "-IS", str(_HERE / "libvirtd_keeper.py")]
-        self._keeper = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        argv += [str(self.folder), str(self._logs), sys.executable, "-IS", str(_HERE / "libvirtd_keeper.py")]
+        self._keeper = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd="/"
+        )
         try:
             self._start_keeping()
         except BaseException:
@@ -79,8 +82,8 @@ class Libvirtd:
             left = self._ended_in_order()
         finally:
             self._end_keeper()
-        assert left == {}, "left when all domains had ended"
-        assert named_sockets(self._folder) == []
+        assert left == {}, f"left when all domains had ended: {left}"
+        assert not self.folder.exists()
         assert Path("/proc/self/mountinfo").read_text() == self._mounts
 
     # --- libvirtd -----------------------------------------------------------------------------------------------------
@@ -88,7 +91,12 @@ class Libvirtd:
     @property
     def uri(self) -> str:
         """What libvirt's clients connect to, inside and outside."""
-        return f"qemu+unix:///system?socket={self._folder}/sockets/libvirt-sock"
+        return f"qemu+unix:///system?socket={self.folder}/sockets/libvirt-sock"
+
+    @property
+    def keeper_pid(self) -> int:
+        """The parent of all that libvirtd has started; it is in the namespace."""
+        return self._keeper.pid
 
     @property
     def log(self) -> str:
@@ -122,7 +130,7 @@ class Libvirtd:
     def _listens(self) -> bool:
         assert Path(f"/proc/{self.pid}").exists(), f"libvirtd ended: {(self._logs / 'stderr.log').read_text()}"
         with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
-            connection.connect(f"{self._folder}/sockets/libvirt-sock")
+            connection.connect(f"{self.folder}/sockets/libvirt-sock")
             return True
         return False
 
@@ -156,7 +164,7 @@ class Libvirtd:
     def command(self, *argv: str | Path) -> list[str]:
         """Return the command that runs `argv` inside, without what the fixtures tell vmmback by the environment."""
         unset = ["env", "--unset=VMMBACK_RUNTIME_DIR", "--unset=VMMBACK_BROKER"]
-        enter = ["nsenter", f"--target={self._keeper.pid}", "--mount", f"--wdns={Path.cwd()}", "--"]
+        enter = ["nsenter", f"--target={self.keeper_pid}", "--mount", f"--wdns={Path.cwd()}", "--"]
         return [*enter, *unset, *(str(argument) for argument in argv)]
 
     def run(
@@ -202,7 +210,7 @@ class Libvirtd:
         self._give(xml, "create")
 
     def _give(self, xml: str, command: str) -> None:
-        with tempfile.NamedTemporaryFile("w", dir=self._folder, suffix=".xml") as file:
+        with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".xml") as file:
             file.write(xml)
             file.flush()
             self.virsh(command, file.name)
@@ -229,6 +237,10 @@ class Libvirtd:
             return pid if description(pid) else 0
         return 0
 
+    def qemu_log(self, name: str) -> str:
+        """Return what libvirt keeps of a domain's QEMU: how it was started, and what it wrote to standard error."""
+        return (self._logs / f"qemu/{name}.log").read_text(errors="replace")
+
     def argv(self, name: str) -> list[str]:
         """Return the command line of a domain's QEMU."""
         return Path(f"/proc/{self.qemu_pid(name)}/cmdline").read_text().split("\0")[:-1]
@@ -243,7 +255,7 @@ class Libvirtd:
         """Wait until the namespace is made, fill it, and start libvirtd."""
         assert self._keeper.stdout is not None
         assert self._keeper.stdout.readline(), "libvirtd's namespace could not be made: see standard error"
-        self.inside = Path(f"/proc/{self._keeper.pid}/root")
+        self.inside = Path(f"/proc/{self.keeper_pid}/root")
         etc = self.inside / "etc/libvirt"
         self.hooks.mkdir(parents=True, exist_ok=True)
         (etc / "libvirtd.conf").write_text(_LIBVIRTD_CONF)
@@ -262,7 +274,7 @@ class Libvirtd:
         for name in self.virsh("list", "--name").split():
             self.virsh("destroy", name)
         with suppress(AssertionError):  # what is left says it better
-            eventually(lambda: set(descendants(self._keeper.pid)) <= {self.pid}, "what libvirtd started has ended")
+            eventually(lambda: set(descendants(self.keeper_pid)) <= {self.pid}, "only libvirtd runs", _ALL_ENDED_S)
         self._close_programs()
         self.stop()
         return self._processes()
@@ -273,13 +285,13 @@ class Libvirtd:
 
     def _processes(self) -> dict[int, str]:
         """Return the processes of the namespace, and those that libvirtd has started."""
-        namespace = Path(f"/proc/{self._keeper.pid}/ns/mnt").readlink()
-        found = descendants(self._keeper.pid)
+        namespace = Path(f"/proc/{self.keeper_pid}/ns/mnt").readlink()
+        found = descendants(self.keeper_pid)
         for entry in Path("/proc").iterdir():
             with suppress(OSError):
                 if entry.name.isdecimal() and (entry / "ns/mnt").readlink() == namespace:
                     found[int(entry.name)] = command_line(int(entry.name))
-        found.pop(self._keeper.pid, None)
+        found.pop(self.keeper_pid, None)
         return found
 
     def _end_keeper(self) -> None:
@@ -295,4 +307,4 @@ class Libvirtd:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         eventually(lambda: not any(description(pid) for pid in left), "what was left inside has ended")
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
