@@ -164,7 +164,7 @@ class Libvirtd:
     def command(self, *argv: str | Path) -> list[str]:
         """Return the command that runs `argv` inside, without what the fixtures tell vmmback by the environment."""
         unset = ["env", "--unset=VMMBACK_RUNTIME_DIR", "--unset=VMMBACK_BROKER"]
-        enter = ["nsenter", f"--target={self.keeper_pid}", "--mount", f"--wdns={Path.cwd()}", "--"]
+        enter = ["nsenter", f"--target={self.keeper_pid}", "--mount", "--root", f"--wdns={Path.cwd()}", "--"]
         return [*enter, *unset, *(str(argument) for argument in argv)]
 
     def run(
@@ -262,7 +262,7 @@ class Libvirtd:
         (etc / "qemu.conf").write_text(_QEMU_CONF)
         (self._logs / "qemu").mkdir()
         boot = self.inside / str(BOOT)[1:]
-        boot.mkdir(parents=True)
+        boot.mkdir()
         for file in (capabilities.KERNEL, capabilities.INITRD):
             shutil.copy(file, boot)
         self.begin()

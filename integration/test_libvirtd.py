@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,8 @@ def test_what_runs_inside_has_folders_of_its_own(libvirtd: Libvirtd) -> None:
     assert (libvirtd.inside / "run/vmmback-broker").is_dir()
     assert not [path for path in ("/etc/vmmback-test", "/var/lib/vmmback-test") if Path(path).exists()]
     assert libvirtd.run("virsh", "--connect", libvirtd.uri, "uri").stdout.strip() == libvirtd.uri
+    as_qemu = ["setpriv", "--reuid=libvirt-qemu", "--regid=libvirt-qemu", "--init-groups"]
+    assert libvirtd.run(*as_qemu, sys.executable, "-c", "import vmmback; print(vmmback.__name__)").stdout == "vmmback\n"
     ended = libvirtd.run("sh", "-c", "echo a word >&2; exit 3", check=False)
     assert (ended.returncode, ended.stderr) == (3, "a word\n")
     program = libvirtd.start("sh", "-c", "echo up; exec sleep 100")
