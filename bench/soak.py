@@ -16,7 +16,7 @@ _A_MINUTE = 1000
 _MINUTES = 10
 _SIZE = 1 * MIB
 _READY = 20
-_FIRST = 500  # leases before it is looked at the first time: Python's own memory has its size by then
+_FIRST = 4000  # leases before it is looked at the first time: what waits for a full collection has its most by then
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ class PassedOn:
         self._connection.close()
 
 
+DOCUMENTED = {"org.vmmback.Broker": "docs/BROKER.md", "org.vmmback.Domains": "docs/LIBVIRT.md"}
+
+
 def definitions(text: str) -> set[str]:
     """Return the definitions of an interface, without comments and whatever their order."""
     lines = re.sub(r"#.*", "", text).splitlines()
@@ -57,8 +60,8 @@ def test_another_implementation_of_varlink_calls_it_and_finds_the_documented_int
     with varlink.Client.new_with_address(f"unix:{brokers.socket}") as foreign:
         with foreign.open("org.varlink.service") as service:
             info = service.GetInfo()
-            assert info["interfaces"] == ["org.varlink.service", "org.vmmback.Broker"]
-            described = service.GetInterfaceDescription("org.vmmback.Broker")["description"]
+            assert info["interfaces"] == ["org.varlink.service", "org.vmmback.Broker", "org.vmmback.Domains"]
+            described = {name: service.GetInterfaceDescription(name)["description"] for name in DOCUMENTED}
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(brokers.socket))
             passed = PassedOn(connection)
@@ -76,11 +79,10 @@ def test_another_implementation_of_varlink_calls_it_and_finds_the_documented_int
                 assert broker.Release(answer["lease"]) == {"ended": True}
                 for descriptor in passed.descriptors:
                     os.close(descriptor)
-    documented = re.search(
-        r"```\n(interface org\.vmmback\.Broker\n.*?)```", (ROOT / "docs/BROKER.md").read_text(), re.S
-    )
-    assert documented is not None
-    assert definitions(described) == definitions(documented[1])
+    for name, page in DOCUMENTED.items():
+        documented = re.search(rf"```\n(interface {re.escape(name)}\n.*?)```", (ROOT / page).read_text(), re.S)
+        assert documented is not None
+        assert definitions(described[name]) == definitions(documented[1])
 
 
 # --- Nonsense ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Held for milliseconds; but many launches at once wait for each other, and for the processors.
 _LOCK_TIMEOUT_S = 120.0
 _PROMISE_FILE = "promise.json"
+_MORE_PROMISES = "promise-*.json"
 # The file is written anew after so much more has been touched; until then that counts twice.
 _STEP_BYTES = 64 << 20
 _LATER_S = 1.0
@@ -59,11 +60,19 @@ class Record:
 class Promise:
     """What one guest was promised and has not touched yet. Made by `admit`; gone with the guest's folder."""
 
-    def __init__(self, folder: Path, backing: Backing) -> None:
-        self._file, self._backing = folder / _PROMISE_FILE, backing
+    def __init__(self, folder: Path, backing: Backing, *, file: str = _PROMISE_FILE) -> None:
+        self._file, self._backing = folder / file, backing
         self._record = Record(os.getpid(), 0, 0, 0, [], backing)
         self._later: TimerHandle | None = None
         self._before = 0  # touched when the RAM was added that is prefaulted now
+
+    def beside(self, number: int) -> Promise:
+        """Return one more of the same folder, which can be extended at the same time, and lasts until `forget`."""
+        return Promise(self._file.parent, self._backing, file=_MORE_PROMISES.replace("*", str(number)))
+
+    def forget(self) -> None:
+        """Remove it: another has what was promised, or it was given back."""
+        self._file.unlink(missing_ok=True)
 
     async def extend(self, size: int, group: str | None = None) -> None:
         """Promise `size` bytes (more), for which the memory cgroup with this path pays, this process's own without one.
@@ -115,6 +124,11 @@ class Promise:
         self._record.touched -= size
         self._before -= size
         self._record.inodes.remove(inode)
+        self._record.lent.append(inode)
+        self._tell_later()
+
+    def lends(self, inode: int) -> None:
+        """Say that a file of another promise is lent, all of it present; it is written as what is handed on."""
         self._record.lent.append(inode)
         self._tell_later()
 
@@ -249,8 +263,11 @@ def promises() -> dict[str, Record]:
 
     Raises HostUnfit, UsageError.
     """
-    names = [*live_guests(), BROKER]  # the folder of a dead broker is gone by then, as those of dead guests
-    return {name: record for name in names if (record := _read(runtime_folder() / name))}
+    base = runtime_folder()
+    files = {name: base / name / _PROMISE_FILE for name in (*live_guests(), BROKER)}
+    # The folder of a dead broker is gone by then, as those of dead guests.
+    files |= {f"{BROKER}/{file.stem}": file for file in (base / BROKER).glob(_MORE_PROMISES)}
+    return {name: record for name, file in files.items() if (record := _read(file))}
 
 
 def outstanding(records: Collection[Record], files: Mapping[int, SecretFile]) -> int:
@@ -274,10 +291,10 @@ def _untouched(record: Record, files: Mapping[int, SecretFile]) -> int:
     return with_page_tables(max(0, record.size - max(record.touched, present))) + record.overhead
 
 
-def _read(folder: Path) -> Record | None:
-    """Return a guest's record; None where it has none yet, or has no folder any more."""
+def _read(file: Path) -> Record | None:
+    """Return a record; None where there is none yet, or no folder any more."""
     with suppress(OSError, ValueError, TypeError):
-        return Record(**json.loads((folder / _PROMISE_FILE).read_text()))
+        return Record(**json.loads(file.read_text()))
     return None
 
 

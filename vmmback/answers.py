@@ -24,6 +24,7 @@ _PATH_MAX = 4096  # with the NUL; limits.h
 # its size to see whether it must grow, and maps it (system/physmem.c, qemu_ram_alloc_from_fd). So it gets one that is
 # longer than any RAM block: only what is mapped counts as locked, and only what is touched takes memory.
 _AUXILIARY_BYTES = 4 << 30
+_ANY_BYTES = 1 << 63
 
 # How QEMU finds out what kinds of memfd there are (util/memfd.c); it maps none of these for a guest.
 _MEMFD_PROBE = b"test"
@@ -34,13 +35,20 @@ _MEMFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 class Answers:
     """What one listener's notifications are answered with. It owns neither the listener nor what is offered."""
 
-    def __init__(self, is_qemu: Callable[[int], bool], *, secret_memfds: bool) -> None:
+    def __init__(
+        self, is_qemu: Callable[[int], bool], *, secret_memfds: bool, more: Callable[[int], int] | None = None
+    ) -> None:
         """Answer with descriptors the threads that `is_qemu` tells by their ids, and nobody else.
 
-        With `secret_memfds` every memfd that it makes is one of memfd_secret(2), of which no copy stays here.
+        With `secret_memfds` every memfd that it makes is one of memfd_secret(2), of which no copy stays here. `more`
+        returns a descriptor of so many bytes of secret RAM, to be closed here, for memory that is plugged in while the
+        guest runs; it raises OSError where there is none to be had.
         """
         self._is_qemu = is_qemu
         self._secret_memfds = secret_memfds
+        self._more = more
+        self._wanted = set[int]()
+        """The inodes of files without a size that stand for memory which is not mapped yet."""
         self._offers: dict[bytes, int] = {}
         self._folders: set[bytes] = set()
         self._memfds: dict[bytes, list[int]] = {}
@@ -92,7 +100,9 @@ class Answers:
             self._answer_open(listener, notification)
         elif notification.number == numbers.memfd_create:
             self._answer_memfd_create(listener, notification)
-        elif (inode := _secret_inode(notification)) in self._longest:
+        elif notification.number == numbers.mmap:
+            self._answer_mmap(listener, notification)
+        elif (inode := _secret_inode(notification, 0)) in self._longest:
             self._answer_change(listener, notification, self._longest[inode])
         else:
             seccomp.answer_continue(listener, notification)
@@ -105,11 +115,54 @@ class Answers:
             # A signal may interrupt QEMU's open before the answer; the kernel then makes it again (seccomp_unotify(2)).
             if _give(listener, notification, self._offers[path]):
                 del self._offers[path]
-        elif any(path.startswith(folder) for folder in self._folders):
+        elif self._more and self._is_in_our_folders(path) and self._is_qemu(notification.tid):
+            self._promise(listener, notification)
+        elif self._is_in_our_folders(path):
             # QEMU would make an ordinary file of any mem-path that does not exist (system/physmem.c, file_ram_open).
             seccomp.answer_error(listener, notification, errno.EACCES)
         else:
             seccomp.answer_continue(listener, notification)
+
+    def _is_in_our_folders(self, path: bytes) -> bool:
+        return any(path.startswith(folder) for folder in self._folders)
+
+    def _promise(self, listener: int, notification: seccomp.Notification) -> None:
+        """Give QEMU a file without a size: what it is to hold, QEMU says when it maps it (_answer_mmap)."""
+        try:
+            descriptor = memfd_secret()
+            try:
+                inode = os.fstat(descriptor).st_ino
+                if _give(listener, notification, descriptor):
+                    self._wanted.add(inode)
+                    self._longest[inode] = _ANY_BYTES
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            seccomp.answer_error(listener, notification, error.errno or errno.ENOMEM)
+
+    def _answer_mmap(self, listener: int, notification: seccomp.Notification) -> None:
+        """Put RAM of the size that is mapped in the place of a file without one, and let it be mapped.
+
+        A file without a size would end QEMU at the first touch (SIGBUS). QEMU does not look at the size that a
+        secretmem file has (lseek is ESPIPE), nor at its inode, so it does not notice that it has another one.
+        """
+        inode = _secret_inode(notification, 4)
+        if inode not in self._wanted or not self._more or not self._is_qemu(notification.tid):
+            seccomp.answer_continue(listener, notification)
+            return
+        try:
+            descriptor = self._more(notification.arguments[1])
+        except OSError as error:
+            seccomp.answer_error(listener, notification, error.errno or errno.ENOMEM)
+            return
+        try:
+            if seccomp.replace_descriptor(listener, notification, descriptor, notification.arguments[4]):
+                self._wanted.discard(inode)
+                seccomp.answer_continue(listener, notification)
+        except OSError as error:
+            seccomp.answer_error(listener, notification, error.errno or errno.EMFILE)
+        finally:
+            os.close(descriptor)
 
     def _answer_memfd_create(self, listener: int, notification: seccomp.Notification) -> None:
         """Give QEMU secret memory for whatever it wants a memfd for: a RAM block, a picture of the guest's screen.
@@ -138,8 +191,14 @@ class Answers:
 
     def _answer_offered_memfd(self, listener: int, notification: seccomp.Notification, offers: list[int]) -> None:
         """Give QEMU the next of the descriptors that are offered for memfds of this name; it is of no other kind."""
-        if not offers or notification.arguments[1] & ~_MEMFD_FLAGS or not self._is_qemu(notification.tid):
+        if notification.arguments[1] & ~_MEMFD_FLAGS or not self._is_qemu(notification.tid):
             seccomp.answer_error(listener, notification, errno.EACCES)
+            return
+        if not offers:
+            if self._more:
+                self._promise(listener, notification)
+            else:
+                seccomp.answer_error(listener, notification, errno.EACCES)
             return
         status = os.fstat(offers[0])
         if _give(listener, notification, offers[0]):
@@ -168,9 +227,9 @@ def _give(listener: int, notification: seccomp.Notification, descriptor: int) ->
         return False
 
 
-def _secret_inode(notification: seccomp.Notification) -> int:
-    """Return the inode of the secret file that the call's first argument is a descriptor of, 0 if it is none."""
-    link = Path(f"/proc/{notification.tid}/fd/{notification.arguments[0]}")
+def _secret_inode(notification: seccomp.Notification, argument: int) -> int:
+    """Return the inode of the secret file that an argument of the call is a descriptor of, 0 if it is none."""
+    link = Path(f"/proc/{notification.tid}/fd/{notification.arguments[argument]}")
     try:
         return link.stat().st_ino if str(link.readlink()) == procfs.SECRETMEM else 0
     except OSError:

@@ -4,9 +4,9 @@ What such a program has in its memory, and the descriptors that it sends, may be
 answers: who reads the one, or closes the other, waits for ever then, and not even SIGKILL ends him (fs/fuse/dev.c,
 request_wait_answer; fs/fuse/file.c, fuse_flush). That must not be the broker, nor the worker of another guest.
 
-Run as `python -I -S -c START FOLDER CHANNEL PIDFD PID`, see handoffs.py: the descriptors of a socket, at which one
-Varlink call is answered, and of the process PID, the caller. It ends with the caller, or with the last task under his
-filter; the broker's end is none of its business, so that QEMU goes on as it was.
+Run as `python -I -S -c START FOLDER CHANNEL`, see handoffs.py: the descriptor of a socket. There the broker says first
+who calls, with a descriptor of that process, and then the caller makes one Varlink call. It ends with the caller, or
+with the last task under his filter; the broker's end is none of its business, so that QEMU goes on as it was.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vmmback.answers import Answers
+from vmmback.broker.more_ram import More
 from vmmback.errors import UsageError, VmmbackError
 from vmmback.linux import capabilities, dumpable, procfs
 from vmmback.linux.memfd_secret import memfd_secret
@@ -40,23 +41,29 @@ _LISTENER = "anon_inode:seccomp notify"  # kernel/seccomp.c, init_listener
 
 def main() -> None:
     """Answer until the caller, or all that it filters, has ended."""
-    channel, pidfd, pid = (int(argument) for argument in sys.argv[1:])
     dumpable.forbid()
     capabilities.keep(_RIGHTS)
-    threading.Thread(target=_end_with, args=(pidfd,), daemon=True).start()
-
-    def is_caller(tid: int) -> bool:
-        """Tell whether the thread is the caller's: while he has not ended, his pid is nobody else's."""
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
         try:
-            return procfs.thread_group(tid) == pid and not _has_ended(pidfd, 0)
-        except OSError:
-            return False
+            text, (pidfd,) = _message(connection)  # when there is a caller: a domain of libvirt's has none for a while
+        except (OSError, ValueError):  # the broker has ended, or nobody has called
+            return
+        who = json.loads(text)
+        pid: int = who["pid"]
+        threading.Thread(target=_end_with, args=(pidfd,), daemon=True).start()
 
-    with socket.socket(fileno=channel) as connection:
+        def is_caller(tid: int) -> bool:
+            """Tell whether the thread is the caller's: while he has not ended, his pid is nobody else's."""
+            try:
+                return procfs.thread_group(tid) == pid and not _has_ended(pidfd, 0)
+            except OSError:
+                return False
+
+        more = More(pid, **who["more"]) if who["more"] else None
         connection.settimeout(_CALL_TIMEOUT_S)
         try:
             parameters, descriptors = _call(connection)
-            listener, answers = _agreed(parameters, descriptors, is_caller)
+            listener, answers = _agreed(parameters, descriptors, is_caller, more)
             connection.sendall(b'{"parameters": {}}\0')
         except VmmbackError as error:
             refusal = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
@@ -65,10 +72,10 @@ def main() -> None:
             return
         except OSError:  # the caller says nothing, or takes no answer
             return
-    _answer(listener, answers, set(descriptors) - {listener})
+    _answer(listener, answers, set(descriptors) - {listener}, more)
 
 
-def _answer(listener: int, answers: Answers, held: set[int]) -> None:
+def _answer(listener: int, answers: Answers, held: set[int], more: More | None) -> None:
     """Answer as long as there is a task under the filter; close those of `held` that are no more on offer."""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
@@ -76,7 +83,11 @@ def _answer(listener: int, answers: Answers, held: set[int]) -> None:
         for descriptor in held - answers.on_offer:
             os.close(descriptor)
         held &= answers.on_offer
-        if not any(events & select.POLLIN for _, events in poll.poll()):
+        stopped = poll.poll(more.look_again_ms if more else None)
+        if more and not stopped:
+            more.release_unplugged()
+            continue
+        if not any(events & select.POLLIN for _, events in stopped):
             return
         answers.answer_next(listener)
 
@@ -93,16 +104,23 @@ def _has_ended(pidfd: int, timeout_ms: int | None) -> bool:
     return bool(poll.poll(timeout_ms))
 
 
-def _call(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Return the parameters of the call, and the descriptors that came with it. Raises OSError, UsageError."""
+def _message(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """Return one message, without the NUL at its end, and the descriptors that came with it. Raises OSError."""
     received, descriptors = b"", list[int]()
     while not received.endswith(b"\0"):
+        # A read ends with the message that brings descriptors (net/unix/af_unix.c, unix_stream_read_generic).
         data, passed, _, _ = socket.recv_fds(connection, _MOST_BYTES, _MOST_DESCRIPTORS)
         received, descriptors = received + data, descriptors + passed
         if not data or len(received) > _MOST_BYTES or len(descriptors) > _MOST_DESCRIPTORS:
             raise ConnectionAbortedError
+    return received[:-1], descriptors
+
+
+def _call(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Return the parameters of the call, and the descriptors that came with it. Raises OSError, UsageError."""
+    text, descriptors = _message(connection)
     try:
-        call = json.loads(received[:-1])
+        call = json.loads(text)
         _require(call["method"] == METHOD and isinstance(call["parameters"], dict))
     except (ValueError, RecursionError, LookupError, TypeError):
         raise UsageError(f"this channel is for one call of {METHOD}", _SEE) from None
@@ -110,7 +128,7 @@ def _call(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def _agreed(
-    parameters: dict[str, Any], descriptors: list[int], is_caller: Callable[[int], bool]
+    parameters: dict[str, Any], descriptors: list[int], is_caller: Callable[[int], bool], more: More | None
 ) -> tuple[int, Answers]:
     """Return the listener, and what its notifications are answered with. Raises UsageError."""
     try:
@@ -127,7 +145,7 @@ def _agreed(
         raise UsageError("the descriptor is not the listener of a seccomp filter", _SEE)
     if len({name for call, name in names if call == "open"}) != [call for call, _ in names].count("open"):
         raise UsageError("one path is offered twice", _SEE)
-    answers = Answers(is_caller, secret_memfds=secret_memfds)
+    answers = Answers(is_caller, secret_memfds=secret_memfds, more=more.of_size if more else None)
     for call, name, descriptor in offers:
         _check_secret(descriptor, name)
         if call == "open":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from pathlib import Path
 
 import vmmback
@@ -34,13 +37,21 @@ class Handoffs:
         """
         if rule:
             self._check(caller.uid, rule, now_s)
+        channel = self.start(caller.uid)
+        try:
+            tell(channel, caller.pid, pidfd)
+        except OSError:
+            os.close(channel)
+            raise
+        return channel
+
+    def start(self, uid: int) -> int:
+        """Start a worker for a process of a user's; return its channel, for `tell`. Raises OSError."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            descriptors = theirs.fileno(), pidfd
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", handoff_worker.START, _PACKAGES, *map(str, descriptors),
-                 str(caller.pid)],
-                pass_fds=descriptors,
+                [sys.executable, "-I", "-S", "-c", handoff_worker.START, _PACKAGES, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 env={},
                 start_new_session=True,  # it outlives the broker, and a Ctrl-C on its terminal
@@ -51,7 +62,7 @@ class Handoffs:
                 process.kill()
                 process.wait()
                 raise
-            self._workers[watched] = process, caller.uid
+            self._workers[watched] = process, uid
             asyncio.get_running_loop().add_reader(watched, self._ended, watched)
             return ours.detach()
 
@@ -82,3 +93,14 @@ class Handoffs:
         process.wait()
         asyncio.get_running_loop().remove_reader(watched)
         os.close(watched)
+
+
+def tell(channel: int, pid: int, pidfd: int, more: Mapping[str, object] | None = None) -> None:
+    """Tell a worker by its channel who its caller is: a pid, and a descriptor of that process. Raises OSError.
+
+    `more` says what may be plugged in later (more_ram.py).
+    """
+    with socket.socket(fileno=os.dup(channel)) as connection:
+        text = json.dumps({"pid": pid, "more": more}).encode() + b"\0"
+        if socket.send_fds(connection, [text], [pidfd], socket.MSG_DONTWAIT) != len(text):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

@@ -16,7 +16,7 @@ from vmmback.broker.closing import Closer, Lent
 from vmmback.broker.config import BrokerConfig
 from vmmback.broker.handoffs import Handoffs
 from vmmback.broker.journal import Journal
-from vmmback.broker.ledger import Caller, Lease, Ledger
+from vmmback.broker.ledger import Caller, Lease, Ledger, NotAllowed
 from vmmback.broker.pool import Pool, Ready
 from vmmback.broker.service import NotReady
 from vmmback.errors import VmmbackError
@@ -83,13 +83,40 @@ class Broker:
             self._unwatch(caller.pid, caller.started, number)
             self.not_ready += 1
             raise NotReady(size=size)
-        lease = Lease(number, size, ready.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds"))
+        return self._lent(number, ready, caller, pidfd, purpose, numbers=caller.uid == 0)
+
+    def hand_over(self, ready: Ready, caller: Caller, pidfd: int, purpose: str) -> tuple[Lease, Lent, int]:
+        """Lend what was reserved for a caller, whom another rule lets have it; as `lend`, with numbers of frames."""
+        number = self.ledger.next_number()
+        try:
+            self._watch(caller.pid, caller.started, pidfd, number)
+        except OSError:
+            self.pool.ended(ready.size, ready.inode)
+            ready.close()
+            raise
+        return self._lent(number, ready, caller, pidfd, purpose, numbers=True)
+
+    def _lent(
+        self, number: int, ready: Ready, caller: Caller, pidfd: int, purpose: str, *, numbers: bool
+    ) -> tuple[Lease, Lent, int]:
+        lease = Lease(number, ready.size, ready.inode, *caller, purpose, datetime.now(UTC).isoformat(" ", "seconds"))
         self.ledger.add(lease, time.monotonic())
         if self._journal:
             self._journal.add(lease)
         self._let_lock(caller, pidfd)
-        memory, frames = ready.give(numbers=caller.uid == 0)
+        memory, frames = ready.give(numbers=numbers)
         return lease, Lent(memory, self._closer), frames
+
+    async def make(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, Lent, int]:
+        """Lend a file, which is made where none is ready: for root alone. Raises VmmbackError, OSError."""
+        if caller.uid != 0:
+            raise NotAllowed(f"uid {caller.uid} may not have RAM made", "take what is ready: Acquire")
+        reserved = self.pool.reserve(size, self.ledger.next_number())
+        try:
+            await reserved.admitted()
+            return self.hand_over(await reserved.given(), caller, pidfd, purpose)
+        finally:
+            await reserved.give_up()
 
     def _let_lock(self, caller: Caller, pidfd: int) -> None:
         """Let a process, and what it starts, map all that it has borrowed; it will say itself if it may not."""

@@ -170,6 +170,17 @@ class Pool:
                 return ready
         return None
 
+    def reserve(self, size: int, number: int) -> Reserved:
+        """Keep a file for somebody who comes later, made for him where none is ready; call `admitted` of it.
+
+        `number` is nobody else's. Raises OSError as `take`.
+        """
+        return Reserved(self, size, self.take(size), self._promise.beside(number))
+
+    def lends(self, ready: Ready) -> None:
+        """Say that a file that was not the pool's is lent."""
+        self._promise.lends(ready.inode)
+
     def ended(self, size: int, inode: int) -> None:
         """Make one more of this size, at once: the lease of a file has ended, and its memory may be free.
 
@@ -257,3 +268,46 @@ class Pool:
             self._promise.backed_by(memory.inode)
             await memory.prefault(self._promise.touched, idle=True, anew=self._promise.anew)
             return Ready.of(memory, others=self._others)
+
+
+class Reserved:
+    """A file for somebody who comes later. Made by Pool.reserve; `given` or `give_up` is its end."""
+
+    def __init__(self, pool: Pool, size: int, ready: Ready | None, promise: Promise) -> None:
+        self._pool, self.size, self._ready, self._promise = pool, size, ready, promise
+        self._made: asyncio.Task[Ready] | None = None
+
+    async def admitted(self) -> None:
+        """Begin to make it where it is not ready. Raises AdmissionRefused where it does not fit, HostUnfit."""
+        if not self._ready:
+            await self._promise.extend(self.size)
+            self._made = asyncio.create_task(self._make())
+
+    async def given(self) -> Ready:
+        """Return the file, the caller's from now on, once it is there. Raises VmmbackError, OSError."""
+        ready = self._ready
+        if not ready:
+            assert self._made is not None
+            ready = await asyncio.shield(self._made)
+            self._promise.forget()
+            self._pool.lends(ready)
+        self._ready = self._made = None
+        return ready
+
+    async def give_up(self) -> None:
+        """Give its memory back to the kernel, unless it was given."""
+        if self._ready:
+            self._pool.ended(self.size, self._ready.inode)
+            self._ready.close()
+        elif self._made:
+            self._made.cancel()
+            with suppress(asyncio.CancelledError, VmmbackError, OSError):
+                (await self._made).close()
+        self._promise.forget()
+        self._ready = self._made = None
+
+    async def _make(self) -> Ready:
+        with SecretRam(self.size) as memory:
+            self._promise.backed_by(memory.inode)
+            await memory.prefault(self._promise.touched, anew=self._promise.anew)
+            return Ready.of(memory, others=False)

@@ -10,7 +10,7 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
 from asyncvarlink.util import get_listen_fd
@@ -22,7 +22,7 @@ from vmmback.broker.config import BrokerConfig
 from vmmback.broker.journal import Journal
 from vmmback.broker.lending import Broker
 from vmmback.broker.pool import Ready
-from vmmback.broker.server import serve
+from vmmback.broker.server import Interfaces, serve
 from vmmback.errors import GuestNameTaken, HostUnfit, UsageError
 from vmmback.linux import capabilities, dumpable
 from vmmback.notify import notify, stored
@@ -37,13 +37,17 @@ RIGHTS = (
     "CAP_SYS_RESOURCE",  # raise RLIMIT_MEMLOCK of who borrows
 )
 
+Extension = Callable[[Broker], AbstractAsyncContextManager[Interfaces]]
+
 _BACKLOG = 128
 _JOURNAL = f"{BROKER}-leases"
 _NOT_EXECUTABLE = 0o111  # else for all: who may borrow is for the broker to say, which knows its callers
 
 
-async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
+async def run(config: BrokerConfig, note: Callable[[str], None], more: Extension | None = None) -> None:
     """Lend until SIGTERM or SIGINT; `note` is told what goes wrong. Raises HostUnfit, UsageError.
+
+    `more` serves one more interface beside the broker's own, as long as it is open.
 
     What is lent lives on: its borrowers have it, and the next broker counts it. What is ready goes back to the kernel,
     unless a service manager keeps it for the next broker.
@@ -59,7 +63,10 @@ async def run(config: BrokerConfig, note: Callable[[str], None]) -> None:
         with guest_folder(BROKER) as folder, _listening() as listening:
             broker = Broker(config, Promise(folder, "secret"), note)
             broker.recover(Journal(folder.with_name(_JOURNAL)), Ready.kept(stored()))
-            async with serve(listening, broker) as tasks, metrics.served(config.metrics, broker):
+            async with AsyncExitStack() as stack:
+                interfaces = await stack.enter_async_context(more(broker)) if more else None
+                tasks = await stack.enter_async_context(serve(listening, broker, interfaces))
+                await stack.enter_async_context(metrics.served(config.metrics, broker))
                 gc.freeze()  # a look through all that was imported would keep callers waiting (gc.freeze)
                 notify("READY=1")
                 # Without one of its tasks it would look alive, and lend nothing.

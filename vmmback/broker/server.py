@@ -16,6 +16,7 @@ from typing import Any
 
 from asyncvarlink import (
     FileDescriptorArray,
+    VarlinkInterface,
     VarlinkInterfaceRegistry,
     VarlinkInterfaceServerProtocol,
     VarlinkMethodReply,
@@ -39,6 +40,10 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"))
 # Of a socket that has it off the kernel takes no descriptors, and who accepts inherits that: Linux 6.16
 # (include/uapi/asm-generic/socket.h, net/unix/af_unix.c).
 _SO_PASSRIGHTS = 83
+
+
+Interfaces = Callable[[Caller, int], VarlinkInterface]
+"""Makes what a caller may ask, of himself and a descriptor of his process, which is open as long as he is connected."""
 
 
 class _Transport(VarlinkTransport):
@@ -92,10 +97,14 @@ class _Connection(VarlinkInterfaceServerProtocol):
     last call was answered, and the answer taken.
     """
 
-    def __init__(self, connection: socket.socket, broker: Broker, caller: Caller, pidfd: int) -> None:
+    def __init__(
+        self, connection: socket.socket, broker: Broker, caller: Caller, pidfd: int, more: Interfaces | None
+    ) -> None:
         self._socket, self._broker, self._pidfd = connection, broker, pidfd
         registry = VarlinkInterfaceRegistry()
         registry.register_interface(BrokerInterface(broker, caller, pidfd))
+        if more:
+            registry.register_interface(more(caller, pidfd))
         registry.register_interface(VarlinkServiceInterface("vmmback", "vmmback broker", __version__, "", registry))
         super().__init__(registry)
         self._calls = deque[tuple[bytes, FileDescriptorArray | None, Future[None]]]()
@@ -186,8 +195,8 @@ class _Connection(VarlinkInterfaceServerProtocol):
 class _Clients:
     """All connections that there are."""
 
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
+    def __init__(self, broker: Broker, more: Interfaces | None) -> None:
+        self._broker, self._more = broker, more
         self._uids: dict[VarlinkTransport, int] = {}
 
     def add(self, connection: socket.socket) -> None:
@@ -205,7 +214,7 @@ class _Clients:
             # Without a predictor it reads once when there is something to read, and not until there is nothing more.
             client = _Transport(
                 asyncio.get_running_loop(), connection, connection,
-                _Connection(connection, self._broker, caller, pidfd), boundary_predictor=None,
+                _Connection(connection, self._broker, caller, pidfd, self._more), boundary_predictor=None,
             )  # fmt: skip
         except BaseException:
             close(pidfd)
@@ -230,15 +239,18 @@ class _Clients:
 
 
 @asynccontextmanager
-async def serve(listening: socket.socket, broker: Broker) -> AsyncIterator[list[Task[Any]]]:
+async def serve(
+    listening: socket.socket, broker: Broker, more: Interfaces | None = None
+) -> AsyncIterator[list[Task[Any]]]:
     """Answer on a socket that listens until the exit; the pool is filled meanwhile.
 
-    Yields the tasks that do it; should one of them end before, the exit raises its error.
+    `more` makes one more interface for each caller, beside the broker's own. Yields the tasks that do it; should one of
+    them end before, the exit raises its error.
     """
     listening.setblocking(False)
     with suppress(OSError):  # an older kernel: see _Transport
         listening.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
-    clients = _Clients(broker)
+    clients = _Clients(broker, more)
     async with AsyncExitStack() as stack:
         stack.callback(broker.close)
         filling = await stack.enter_async_context(broker.pool.filled())

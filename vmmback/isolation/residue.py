@@ -53,7 +53,10 @@ class FreedFramesProbe(FrameProbe[Frames]):
     source = "mm/secretmem.c, secretmem_free_folio: zeroed"
 
     def __init__(self, guest_ram: Sequence[Ram], entries: array[int], fingerprint: str | None) -> None:
-        """`guest_ram` is closed right before its frames, `entries`, are read, so that few of them are in use again."""
+        """`guest_ram` is closed right before its frames, `entries`, are read, so that few of them are in use again.
+
+        It is empty where others held the RAM, which was secret.
+        """
         self._ram = guest_ram
         self._entries = entries
         self._fingerprint = fingerprint
@@ -61,7 +64,8 @@ class FreedFramesProbe(FrameProbe[Frames]):
     def target(self, target: Target) -> Frames:  # noqa: ARG002 (the guest is gone: all that is left are its frames)
         for memory in self._ram:
             memory.close()
-        return Frames(self._entries, self._fingerprint, self._ram[0].backing)
+        backing = self._ram[0].backing if self._ram else "secret"
+        return Frames(self._entries, self._fingerprint, backing)
 
     def control(self, target: Target) -> Frames:  # noqa: ARG002
         canary = os.urandom(CANARY_BYTES)

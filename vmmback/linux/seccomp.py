@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import select
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmmback.linux import arch
@@ -24,10 +24,12 @@ _SECCOMP_FILTER_FLAG_NEW_LISTENER = 1 << 3
 _SECCOMP_RET_ALLOW = 0x7FFF0000
 _SECCOMP_RET_USER_NOTIF = 0x7FC00000
 _USER_NOTIF_FLAG_CONTINUE = 1
-_ADDFD_FLAG_SEND = 1 << 1
+_ADDFD_FLAG_SETFD, _ADDFD_FLAG_SEND = 1 << 0, 1 << 1
 
 # struct seccomp_data: int nr; __u32 arch; __u64 instruction_pointer; __u64 args[6];
 _NR, _ARCH, _ARGS = 0, 4, 16
+_INSTRUCTION_BYTES = 8  # struct sock_filter
+_MAP_FIXED = 0x10  # include/uapi/asm-generic/mman-common.h
 
 _BPF_LD_W_ABS, _BPF_JEQ, _BPF_RET = 0x20, 0x15, 0x06
 
@@ -95,22 +97,32 @@ class Notification(NamedTuple):
     arguments: tuple[int, ...]
 
 
-def install_listener(*, memfds: bool = False) -> int:
-    """Put the calling *thread*, and what it will execute, under a filter; return the listener's descriptor.
+def program(*, memfds: bool = False, mappings: bool = False) -> bytes:
+    """Return a filter (an array of struct sock_filter) that stops calls until the holder of its listener answers.
 
-    The filter stops each openat(2) whose flags are exactly O_RDWR, as QEMU's memory-backend-file makes it
-    (system/physmem.c, file_ram_open), until the holder of the listener answers. With `memfds` it also stops
-    memfd_create(2), and what QEMU does next to such a descriptor: ftruncate(2) and fcntl(2) with F_ADD_SEALS
-    (util/memfd.c, qemu_memfd_create). It is no sandbox: system calls of another ABI (x32, i386) pass it. Sets
-    no_new_privs on the thread. The descriptor is close-on-exec. Raises OSError.
+    It stops each openat(2) whose flags are exactly O_RDWR, as QEMU's memory-backend-file makes it (system/physmem.c,
+    file_ram_open). With `memfds` it also stops memfd_create(2), and what QEMU does next to such a descriptor:
+    ftruncate(2) and fcntl(2) with F_ADD_SEALS (util/memfd.c, qemu_memfd_create). With `mappings`, mmap(2) as QEMU maps
+    shared RAM, which tells its size (util/mmap-alloc.c, mmap_activate). It is no sandbox: system calls of another ABI
+    (x32, i386) pass it.
     """
     numbers = arch.current()
     stopped = _stop(numbers.openat, (2, os.O_RDWR))
     if memfds:
         stopped += _stop(numbers.memfd_create) + _stop(numbers.ftruncate) + _stop(numbers.fcntl, (1, fcntl.F_ADD_SEALS))
+    if mappings:
+        stopped += _stop(numbers.mmap, (3, mmap.MAP_SHARED | _MAP_FIXED))
     allow = _return(_SECCOMP_RET_ALLOW)
     checked = [_load(_ARCH), _skip_unless_equal(numbers.audit_arch, 1 + len(stopped)), _load(_NR), *stopped, allow]
-    return _install(checked, _SECCOMP_FILTER_FLAG_NEW_LISTENER)
+    return b"".join(checked)
+
+
+def install_listener(*, memfds: bool = False, mappings: bool = False) -> int:
+    """Put the calling *thread*, and what it will execute, under `program`; return the listener's descriptor.
+
+    Sets no_new_privs on the thread. The descriptor is close-on-exec. Raises OSError.
+    """
+    return _install(program(memfds=memfds, mappings=mappings), _SECCOMP_FILTER_FLAG_NEW_LISTENER)
 
 
 def receive(listener: int) -> Notification | None:
@@ -147,6 +159,15 @@ def answer_descriptor(listener: int, notification: Notification, descriptor: int
     One atomic step (SECCOMP_ADDFD_FLAG_SEND, Linux 5.14). Returns False when the caller is gone.
     """
     addfd = _NotifAddfd(notification.id, _ADDFD_FLAG_SEND, descriptor, 0, os.O_CLOEXEC)
+    return _answer(listener, _NOTIF_ADDFD, addfd)
+
+
+def replace_descriptor(listener: int, notification: Notification, descriptor: int, number: int) -> bool:
+    """Put a close-on-exec copy of `descriptor` in the place of the caller's `number`; its call still waits.
+
+    Returns False when the caller is gone. Raises OSError, the caller's EMFILE among them.
+    """
+    addfd = _NotifAddfd(notification.id, _ADDFD_FLAG_SETFD, descriptor, number, os.O_CLOEXEC)
     return _answer(listener, _NOTIF_ADDFD, addfd)
 
 
@@ -189,12 +210,12 @@ def _stop(number: int, argument: tuple[int, int] | None = None) -> list[bytes]:
     return [_skip_unless_equal(number, len(only_with_it)), *only_with_it]
 
 
-def _install(filter_: Sequence[bytes], flags: int) -> int:
-    code = ctypes.create_string_buffer(b"".join(filter_))
-    program = _SockFprog(len(filter_), ctypes.addressof(code))
+def _install(filter_: bytes, flags: int) -> int:
+    code = ctypes.create_string_buffer(filter_)
+    fprog = _SockFprog(len(filter_) // _INSTRUCTION_BYTES, ctypes.addressof(code))
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
-    return syscall(arch.current().seccomp, _SECCOMP_SET_MODE_FILTER, flags, program)
+    return syscall(arch.current().seccomp, _SECCOMP_SET_MODE_FILTER, flags, fprog)
 
 
 def _load(offset: int) -> bytes:

@@ -1,0 +1,155 @@
+"""A domain's isolation, measured: the probes of a guest's audit, and QEMU's monitor as libvirt passes it on.
+
+Which files are the domain's is the broker's word (its leases), or where that is gone what it wrote down when it lent
+(records.py). Nothing of the domain's XML is believed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from array import array
+from collections.abc import Mapping
+from itertools import chain
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from vmmback import report
+from vmmback.broker import client
+from vmmback.errors import HostUnfit, QemuFailed
+from vmmback.host.qemu import kernel_release
+from vmmback.isolation import audit
+from vmmback.isolation.probe import Target
+from vmmback.isolation.qmp_proof import Hmp
+from vmmback.isolation.residue import FreedFramesProbe
+from vmmback.libvirt import records
+from vmmback.libvirt.domains import purpose
+from vmmback.linux.procfs import PAGE_SIZE
+from vmmback.report import Exposure, IsolationReport
+
+_API = (
+    ("dump", "core-dump", "virsh dump, also with --memory-only, writes all of the guest's memory to a file"),
+    (
+        "save",
+        "hibernate",
+        "virsh save and managedsave write the guest's memory to a file",
+    ),
+    ("snapshot", "snapshot", "virsh snapshot-create with memory writes the guest's memory to a file"),
+    (
+        "migrate",
+        "migrate",
+        "virsh migrate sends the guest's memory to another host",
+    ),
+    ("peek", "mem-read", "virDomainMemoryPeek returns the guest's memory"),
+    ("monitor", "write", "virsh qemu-monitor-command passes on any command of QEMU's monitor, such as memsave"),
+)
+
+
+class Subject(NamedTuple):
+    """A domain that runs: `pid` is QEMU's."""
+
+    name: str
+    uuid: str
+    type: str
+    pid: int
+
+
+async def examine(domain: Subject, hmp: Hmp) -> IsolationReport:
+    """Examine a running domain; the report is kept as its last. Raises HostUnfit, QemuFailed, OSError."""
+    started = time.perf_counter()
+    frames = records.frames(domain.uuid)
+    target = Target(domain.pid, await _ram_of(domain, frames))
+    evidence = await audit.audit(target, hmp, frames)
+    proof, pages = evidence.proof, evidence.pages
+    memory = report.Memory(
+        size=target.size, secret=proof.secret, present_pages=pages.present, checked_pages=pages.checked,
+        readable_pages=pages.readable,
+    )  # fmt: skip
+    probes = tuple(report.judge_probe(observation) for observation in evidence.observations)
+    verdict, reasons = report.judge_guest(memory, proof.ram_blocks, probes, audit.REQUIRED)
+    host = report.Host(kernel=kernel_release(), qemu=await _version(hmp), accel=_accel(domain.type))
+    found = IsolationReport(
+        guest=domain.name,
+        verdict=verdict,
+        validated_after="a request while it ran",
+        reasons=reasons,
+        memory=memory,
+        ram_blocks=proof.ram_blocks,
+        memory_map=proof.memory_map,
+        probes=probes,
+        exposures=(*evidence.exposures, *_api_exposures()),
+        drifts=(),
+        process=evidence.process,
+        direct_map=None,
+        host=replace(host, settings=evidence.settings),
+        denied_commands={},
+        timings={"validate": round(time.perf_counter() - started, 6)},
+    )
+    records.write(domain.uuid, found)
+    return found
+
+
+def observe_end(uuid: str) -> IsolationReport | None:
+    """Look at the former frames of a domain that has ended; the result is part of its last report from now on.
+
+    None for one that was never examined. Raises OSError.
+    """
+    found, frames = records.read(uuid), records.frames(uuid)
+    records.forget_frames(uuid)
+    if found is None or not frames:
+        return None
+    entries = array("Q", chain.from_iterable(frames.values()))
+    freed = report.judge_probe(FreedFramesProbe([], entries, None).observe(Target(0, {})))
+    probes = (*found.probes, freed)
+    required = audit.REQUIRED | {FreedFramesProbe.name}
+    verdict, reasons = report.judge_guest(found.memory, found.ram_blocks, probes, required)
+    found = replace(found, probes=probes, verdict=verdict, reasons=reasons)
+    records.write(uuid, found)
+    return found
+
+
+async def _ram_of(domain: Subject, frames: Mapping[int, array[int]]) -> dict[int, int]:
+    """Return the sizes of a domain's files, by inode. Raises HostUnfit where nobody knows any."""
+    ram = {inode: len(entries) * PAGE_SIZE for inode, entries in frames.items()}
+    async with client.connected() as lender:
+        if lender:
+            leases = await lender.leases()
+            ram |= {lease.inode: lease.size for lease in leases if lease.purpose == purpose(domain.name)}
+    if not ram:
+        raise HostUnfit(
+            f"nobody knows of secret RAM that domain {domain.name!a} has",
+            "was it enabled, and started since? vmmback libvirt enable DOMAIN",
+        )
+    return ram
+
+
+def _api_exposures() -> list[Exposure]:
+    """Return what libvirt's own interface gives away, and to whom: who may is libvirt's to say, not measured here."""
+    return [
+        Exposure(
+            name=f"libvirt-{name}",
+            holders=f"who may read and write at libvirt's socket; with its access driver, who has domain:{right}",
+            detail=detail,
+        )
+        for name, right, detail in _API
+    ]
+
+
+async def _version(hmp: Hmp) -> str:
+    return (await hmp("info version")).strip().partition("\r\n")[0].partition(" ")[0]
+
+
+def _accel(kind: str) -> str:
+    return "tcg" if kind == "qemu" else kind
+
+
+def end(pid: int) -> None:
+    """End a domain's QEMU, which libvirt then takes for crashed. Raises QemuFailed where it cannot be."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    except OSError as error:
+        raise QemuFailed(f"QEMU (pid {pid}) cannot be ended: {error.strerror}") from error

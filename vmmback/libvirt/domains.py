@@ -1,0 +1,231 @@
+"""Domains of libvirt that ask for secret RAM, as the broker knows them: announced by the hook, claimed by the wrapper.
+
+The hook announces a domain before libvirt starts it, which is when its XML is judged and its RAM is got ready. What
+libvirt starts then in QEMU's place (emulator.py) claims that RAM, once: nobody else can, for libvirt, which is root,
+writes the pid of what it starts to a file that only root can write. docs/LIBVIRT.md has the interface.
+"""
+
+# The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
+import asyncio
+import os
+import time
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
+
+from vmmback.broker import handoffs
+from vmmback.broker.client import socket_path
+from vmmback.broker.closing import Lent
+from vmmback.broker.ledger import Caller
+from vmmback.broker.lending import Broker
+from vmmback.broker.pool import Ready, Reserved
+from vmmback.broker.server import Interfaces
+from vmmback.broker.service import Refused, held, refusing
+from vmmback.errors import AdmissionRefused, ConfigError
+from vmmback.libvirt import domain_refusals, domain_xml, records
+from vmmback.libvirt.domain_xml import Domain
+from vmmback.linux import kvm, page_file, seccomp
+from vmmback.threads import in_thread
+
+# Where libvirt's QEMU driver writes pids (virPidFileBuildPath; src/qemu/qemu_conf.c, stateDir).
+_PIDFILES = Path("/run/libvirt/qemu")
+# Between the hook's `prepare` and the start of the emulator are milliseconds, and on a busy host seconds.
+_CLAIM_TIMEOUT_S = 120.0
+
+
+class Claimed(TypedDict):
+    """What `Claim` returns."""
+
+    channel: FileDescriptor
+    filter: str
+    memory: list[FileDescriptor]
+
+
+class DomainsInterface(VarlinkInterface, name="org.vmmback.Domains"):
+    """What libvirt's hook and emulators may ask."""
+
+    errors = (Refused,)
+
+    def __init__(self, domains: "Domains", caller: Caller, pidfd: int) -> None:
+        self._domains, self._caller, self._pidfd = domains, caller, pidfd
+
+    @varlinkmethod
+    async def Announce(self, xml: str) -> None:  # noqa: N802 (Varlink's spelling)
+        """Judge a domain that is about to start, and get its RAM ready, which goes back unless it is claimed. Root's.
+
+        A domain that does not ask for secret RAM is none of ours.
+        """
+        with refusing("the domain cannot have secret RAM"):
+            self._by_root()
+            await self._domains.announce(xml)
+
+    @varlinkmethod
+    async def Claim(self, name: str, sizes: list[int]) -> Claimed:  # noqa: N802
+        """Take over the RAM of a domain that was announced: files of these sizes, and who answers its QEMU's calls.
+
+        `filter` is the program (hex) for seccomp(2), whose listener goes to `channel` with the files that are offered
+        (org.vmmback.Handoff). For the process that libvirt has started for this domain alone, and once.
+        """
+        with refusing("the domain cannot have its RAM"), held(self._pidfd) as pidfd:
+            channel, memory = await self._domains.claim(name, sizes, self._caller, pidfd)
+            return {
+                "channel": FileDescriptor(channel, should_close=True),
+                "filter": seccomp.program(memfds=True, mappings=True).hex(),
+                "memory": [FileDescriptor(each, should_close=True) for each in memory],
+            }
+
+    @varlinkmethod
+    async def Withdraw(self, name: str) -> None:  # noqa: N802
+        """Give the RAM of a domain back that was announced and will not be claimed any more. Root's."""
+        with refusing("the domain cannot be withdrawn"):
+            self._by_root()
+            await self._domains.withdraw(name)
+
+    def _by_root(self) -> None:
+        if self._caller.uid != 0:
+            raise AdmissionRefused(
+                f"uid {self._caller.uid} may not speak for libvirt", "the hook does, which is root's"
+            )
+
+
+@dataclass
+class _Announced:
+    """A domain whose RAM is ready, or will be."""
+
+    domain: Domain
+    channel: int
+    """That of the worker which will answer its QEMU's calls."""
+    until_s: float
+    ram: list[Reserved] = field(default_factory=list)
+
+    async def close(self) -> None:
+        """Give all of it back that was not claimed."""
+        for reserved in self.ram:
+            await reserved.give_up()
+        if self.channel >= 0:
+            os.close(self.channel)
+
+
+class Domains:
+    """All that were announced and not claimed yet."""
+
+    def __init__(self, broker: Broker, wrapper: Callable[[Path], Path]) -> None:
+        """Know none; `wrapper` tells which emulator a domain must have whose QEMU is at a path."""
+        self._broker, self._wrapper = broker, wrapper
+        self._announced: dict[str, _Announced] = {}
+
+    async def announce(self, xml: str) -> None:
+        """See DomainsInterface.Announce. Raises ConfigError, AdmissionRefused, HostUnfit, OSError."""
+        domain = domain_xml.read(xml)
+        if domain is None:
+            return
+        kvm_works = domain.type == "kvm" and (await in_thread(kvm.can_map_secret_ram)).usable
+        problems = domain_refusals.refusals(xml, self._wrapper(domain.policy.emulator), kvm_works)
+        if problems:
+            raise domain_refusals.refused(xml, problems)
+        await self.withdraw(domain.name)  # of an earlier start that came to nothing
+        async with AsyncExitStack() as failed:
+            channel = self._broker.handoffs.start(0)
+            announced = _Announced(domain, channel, time.monotonic() + _CLAIM_TIMEOUT_S)
+            failed.push_async_callback(announced.close)
+            for block in domain.ram:
+                reserved = self._broker.pool.reserve(block.size, self._broker.ledger.next_number())
+                announced.ram.append(reserved)
+                await reserved.admitted()
+            await in_thread(lambda: records.begin(domain.uuid))
+            failed.pop_all()
+        self._announced[domain.name] = announced
+
+    async def claim(self, name: str, sizes: Sequence[int], caller: Caller, pidfd: int) -> tuple[int, list[Lent]]:
+        """See DomainsInterface.Claim; channel and files are the caller's to close. Raises VmmbackError, OSError."""
+        announced = self._announced.get(name)
+        if announced is None:
+            raise AdmissionRefused(
+                f"no domain {name!a} was announced to the broker, or it has its RAM already",
+                "start it by libvirt, with vmmback's hook in place: vmmback libvirt install",
+            )
+        if _pid_of(name) != caller.pid:
+            raise AdmissionRefused(
+                f"process {caller.pid} is not the one that libvirt has started for domain {name!a}",
+                "only libvirt starts a domain's emulator",
+            )
+        wanted = [reserved.size for reserved in announced.ram]
+        if list(sizes) != wanted:
+            raise ConfigError(
+                f"domain {name!a} was announced with RAM blocks of {wanted} bytes, and its QEMU wants {list(sizes)}",
+                "report this, with the domain's XML",
+            )
+        del self._announced[name]
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(announced.close)
+            ready = [await reserved.given() for reserved in announced.ram]
+            memory = await self._hand_over(announced, ready, caller, pidfd)
+            more = {"broker": str(socket_path()), "purpose": purpose(name), "room": announced.domain.room}
+            handoffs.tell(announced.channel, caller.pid, pidfd, more)
+            channel, announced.channel = announced.channel, -1
+            return channel, memory
+
+    async def _hand_over(self, announced: _Announced, ready: Sequence[Ready], caller: Caller, pidfd: int) -> list[Lent]:
+        memory = list[Lent]()
+        domain = announced.domain
+        frames: dict[int, array[int]] = {}
+        for each in ready:
+            inode = each.inode
+            _, lent, entries = self._broker.hand_over(each, caller, pidfd, purpose(domain.name))
+            memory.append(lent)
+            try:
+                frames[inode] = page_file.entries_in(entries)
+            finally:
+                os.close(entries)
+        await in_thread(lambda: records.write_frames(domain.uuid, frames))
+        return memory
+
+    async def withdraw(self, name: str) -> None:
+        """Give the RAM of a domain back that was announced."""
+        if announced := self._announced.pop(name, None):
+            await announced.close()
+
+    async def close(self) -> None:
+        """Give back all."""
+        for name in list(self._announced):
+            await self.withdraw(name)
+
+    async def expire(self) -> None:
+        """Give back for ever what nobody has claimed in time."""
+        while True:
+            await asyncio.sleep(_CLAIM_TIMEOUT_S / 4)
+            for name, announced in list(self._announced.items()):
+                if time.monotonic() > announced.until_s:
+                    await self.withdraw(name)
+
+
+def purpose(name: str) -> str:
+    """Return the purpose of the leases of a domain."""
+    return f"domain {name}"
+
+
+@asynccontextmanager
+async def served(broker: Broker, wrapper: Callable[[Path], Path]) -> AsyncIterator[Interfaces]:
+    """Serve libvirt's domains beside the broker while the block runs."""
+    domains = Domains(broker, wrapper)
+    expiring = asyncio.create_task(domains.expire())
+    try:
+        yield lambda caller, pidfd: DomainsInterface(domains, caller, pidfd)
+    finally:
+        expiring.cancel()
+        with suppress(asyncio.CancelledError):
+            await expiring
+        await domains.close()
+
+
+def _pid_of(name: str) -> int:
+    """Return the pid of what libvirt has started for a domain, -1 where it has not."""
+    try:
+        return int((_PIDFILES / f"{name}.pid").read_text())
+    except (OSError, ValueError):
+        return -1

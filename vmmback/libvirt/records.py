@@ -1,0 +1,80 @@
+"""What is kept of a domain of libvirt while it runs, and of its last run: where its RAM lies, and what audits found.
+
+Of root alone, below places.RECORDS. Frames are written by the broker, as the process that touched them is the one that
+could tell where all of them are; who audits reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from array import array
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from vmmback.libvirt.places import RECORDS
+from vmmback.report import IsolationReport
+
+_OWN = 0o700
+
+
+def begin(uuid: str) -> None:
+    """Forget the domain's last run. Raises OSError."""
+    RECORDS.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    RECORDS.mkdir(mode=_OWN, exist_ok=True)
+    forget_frames(uuid)
+    _report(uuid).unlink(missing_ok=True)
+
+
+def write_frames(uuid: str, frames: Mapping[int, array[int]]) -> None:
+    """Write where RAM lies: the pagemap entries (procfs.pagemap) of all pages, by inode. Raises OSError."""
+    folder = _frames(uuid)
+    folder.mkdir(mode=_OWN, exist_ok=True)
+    for inode, entries in frames.items():
+        _write(folder / str(inode), entries.tobytes())
+
+
+def frames(uuid: str) -> dict[int, array[int]]:
+    """Return where RAM lies; nothing for a domain that does not run."""
+    found = {}
+    with suppress(FileNotFoundError):
+        for file in _frames(uuid).iterdir():
+            if file.name.isdecimal():
+                found[int(file.name)] = array("Q", file.read_bytes())
+    return found
+
+
+def forget_frames(uuid: str) -> None:
+    """Remove where RAM lay."""
+    shutil.rmtree(_frames(uuid), ignore_errors=True)
+
+
+def write(uuid: str, report: IsolationReport) -> None:
+    """Keep a report as the domain's last. Raises OSError."""
+    _write(_report(uuid), report.as_json().encode())
+
+
+def read(uuid: str) -> IsolationReport | None:
+    """Return the domain's last report, None where there is none yet. Raises OSError."""
+    try:
+        return IsolationReport.from_json(_report(uuid).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Put a whole file in the place of the old one."""
+    new = file.with_suffix(".new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as output:
+        output.write(content)
+    new.replace(file)
+
+
+def _report(uuid: str) -> Path:
+    return RECORDS / f"{uuid}.json"
+
+
+def _frames(uuid: str) -> Path:
+    return RECORDS / f"{uuid}.frames"
