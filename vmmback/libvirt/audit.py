@@ -7,6 +7,7 @@ Which files are the domain's is the broker's word (its leases), or where that is
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 from array import array
@@ -60,8 +61,16 @@ async def examine(domain: Subject, hmp: Hmp) -> IsolationReport:
     """Examine a running domain; the report is kept as its last. Raises HostUnfit, QemuFailed, OSError."""
     started = time.perf_counter()
     frames = records.frames(domain.uuid)
-    target = Target(domain.pid, await _ram_of(domain, frames))
-    evidence = await audit.audit(target, hmp, frames)
+    ram, unplugged = await _ram_of(domain, frames), set[int]()
+    while True:
+        target = Target(domain.pid, {inode: size for inode, size in ram.items() if inode not in unplugged})
+        evidence = await audit.audit(target, hmp, frames)
+        # QEMU keeps memory that was unplugged mapped, and so leased, if a look at its flat views held it (LIBVIRT.md).
+        gone = {inode for inode in target.ram if inode not in frames and not evidence.proof.ours[inode]}
+        unplugged |= gone
+        before, ram = ram, await _ram_of(domain, frames)
+        if ram == before and not gone:  # else something was plugged in or out meanwhile
+            break
     proof, pages = evidence.proof, evidence.pages
     memory = report.Memory(
         size=target.size, secret=proof.secret, present_pages=pages.present, checked_pages=pages.checked,
@@ -143,6 +152,18 @@ async def _version(hmp: Hmp) -> str:
 
 def _accel(kind: str) -> str:
     return "tcg" if kind == "qemu" else kind
+
+
+def has_ended(pid: int, timeout_s: float) -> bool:
+    """Wait so long for the end of a domain's QEMU; tell whether it came. Raises OSError."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], timeout_s)[0])
+    finally:
+        os.close(pidfd)
 
 
 def end(pid: int) -> None:
