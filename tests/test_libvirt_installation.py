@@ -1,0 +1,285 @@
+"""Installing for libvirt below a folder: what is there then, what others have there, and that nothing stays."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vmmback.errors import HostUnfit, UsageError
+from vmmback.libvirt import installation, installed_files, lock_launcher
+from vmmback.libvirt.installed_files import Block, Host
+from vmmback.libvirt.places import LIBEXEC, PYTHON, Places
+
+QEMUS = ("/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-system-aarch64")
+PROGRAM = ("/opt/a b/python", "-m", "vmmback")
+
+
+def tree(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Return all that is below a folder: modes, contents, where links lead."""
+    found = {}
+    for path in root.rglob("*"):
+        content = str(path.readlink()).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+        found[str(path.relative_to(root))] = (path.lstat().st_mode, content)
+    return found
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    """The root of a host with libvirt, systemd, polkit and AppArmor, where others have put something, too."""
+    for folder in (
+        "usr/bin", "usr/local", "etc/libvirt/hooks/qemu.d", "etc/polkit-1/rules.d", "etc/systemd/system",
+        "run/systemd/system", "etc/apparmor.d/abstractions", "etc/apparmor.d/local/abstractions",
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir(parents=True)
+    for qemu in QEMUS:
+        (tmp_path / qemu[1:]).write_text("QEMU")
+        os.utime(tmp_path / qemu[1:], ns=(1, 1_600_000_000_123_456_789))
+    (tmp_path / "etc/libvirt/hooks/qemu.d/10-others").write_text("#!/bin/sh\n")
+    (tmp_path / "etc/apparmor.d/abstractions/libvirt-qemu").write_text("  capability chown,\n")
+    (tmp_path / "etc/apparmor.d/usr.sbin.libvirtd").write_text("profile libvirtd {}\n")
+    (tmp_path / "etc/apparmor.d/local/abstractions/libvirt-qemu").write_text("  /srv/** r, # without a line's end")
+    return Places(tmp_path)
+
+
+def host(*qemus: str) -> Host:
+    return Host([Path(qemu) for qemu in qemus or QEMUS], PROGRAM, None)
+
+
+def test_what_is_installed_is_removed_again_to_the_last_byte(places: Places) -> None:
+    before = tree(places.root)
+    changed = installation.install(places, host())
+    after = tree(places.root)
+    assert {f"/{path.relative_to(places.root)}" for path in changed} == {
+        "/etc/libvirt/hooks/qemu.d/50-vmmback",
+        "/usr/local/libexec/vmmback/qemu-system-x86_64",
+        "/usr/local/libexec/vmmback/qemu-system-aarch64",
+        *(f"/usr/local/libexec/vmmback/lib/vmmback/{name}" for name in installed_files.COPIED),
+        "/usr/local/libexec/vmmback/hook.py",
+        "/usr/local/libexec/vmmback/emulator.py",
+        "/etc/polkit-1/rules.d/00-vmmback.rules",
+        "/etc/systemd/system/vmmback-broker.service",
+        "/etc/systemd/system/vmmback-broker.socket",
+        "/etc/tmpfiles.d/vmmback-libvirt.conf",
+        "/etc/apparmor.d/local/abstractions/libvirt-qemu",
+        "/etc/apparmor.d/local/usr.sbin.libvirtd",
+    }
+    others = {name: what for name, what in before.items() if not name.endswith("local/abstractions/libvirt-qemu")}
+    assert others.items() <= after.items()
+    assert not [name for name in after if name.endswith(".vmmback")]  # drafts
+    (places.root / "run/vmmback-libvirt/secret").mkdir(parents=True)  # as the hook makes it
+    (places.root / "run/vmmback-libvirt/secret/a-uuid").touch()
+    installation.uninstall(places)
+    assert tree(places.root) == before
+    assert installation.uninstall(places) == []
+
+
+def test_the_files_are_for_root_to_write_and_for_qemus_user_to_read(places: Places) -> None:
+    for path in installation.install(places, host()):
+        assert stat.S_IMODE(path.stat().st_mode) in {0o644, 0o755}
+        for folder in path.relative_to(places.root).parents:
+            assert (places.root / folder).stat().st_mode & 0o022 == 0
+    assert os.access(places.hook, os.X_OK)
+    assert not os.access(places.libexec / "hook.py", os.X_OK)
+
+
+def test_a_wrapper_has_the_time_and_the_path_of_its_qemu(places: Places) -> None:
+    installation.install(places, host())
+    for qemu in QEMUS:
+        wrapper = places.below(LIBEXEC / Path(qemu).name)
+        assert wrapper.stat().st_mtime_ns == places.below(qemu).stat().st_mtime_ns
+        assert installed_files.qemu_of(wrapper.read_text()) == Path(qemu)
+
+
+def test_installing_again_changes_nothing_and_repairs_what_is_not_as_it_was(places: Places) -> None:
+    installation.install(places, host())
+    once = tree(places.root)
+    assert installation.install(places, host()) == []
+    assert tree(places.root) == once
+    places.hook.chmod(0o600)
+    (places.libexec / "hook.py").unlink()
+    (places.libexec / "emulator.py").write_text("something else")
+    repaired = installation.install(places, host())
+    assert {path.name for path in repaired} == {"50-vmmback", "hook.py", "emulator.py"}
+    assert tree(places.root) == once
+
+
+def test_a_qemu_that_is_gone_takes_its_wrapper_along(places: Places) -> None:
+    before = tree(places.root)
+    installation.install(places, host())
+    changed = installation.install(places, host(QEMUS[0]))
+    assert changed == [places.libexec / "qemu-system-aarch64"]
+    assert not changed[0].exists()
+    installation.uninstall(places)
+    assert tree(places.root) == before
+
+
+def test_what_others_put_beside_ours_since_stays(places: Places) -> None:
+    installation.install(places, host())
+    (places.libexec / "others").write_text("theirs")
+    profile = places.apparmor / "local/usr.sbin.libvirtd"
+    profile.write_text(profile.read_text() + "  /srv/** r,\n")
+    installation.uninstall(places)
+    assert tree(places.libexec) == {"others": (places.libexec.joinpath("others").stat().st_mode, b"theirs")}
+    assert profile.read_text() == "  /srv/** r,\n"
+
+
+def test_a_file_of_somebody_else_is_neither_replaced_nor_removed(places: Places) -> None:
+    places.hook.write_text("#!/bin/sh\n# not vmmback's\n")
+    before = tree(places.root)
+    with pytest.raises(UsageError, match="50-vmmback is there, and is not ours"):
+        installation.install(places, host())
+    assert tree(places.root) == before
+    places.hook.unlink()
+    # The same unit, put there by hand.
+    unit = places.units / "vmmback-broker.socket"
+    unit.write_bytes((installed_files.CONFIGS / "systemd" / unit.name).read_bytes())
+    unit.chmod(0o644)
+    assert unit not in installation.install(places, host())
+    installation.uninstall(places)
+    assert unit.exists()
+
+
+@pytest.mark.parametrize("fails_at", range(13))
+def test_an_installation_that_fails_at_any_file_leaves_all_as_it_was(
+    places: Places, fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installation.install(places, host(QEMUS[0]))
+    (places.libexec / "hook.py").write_text("of an older version")
+    places.hook.unlink()
+    before = tree(places.root)
+    real, count = Path.replace, 0
+
+    def replace(path: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count == fails_at + 1:
+            raise OSError(28, "No space left on device")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    if fails_at < 4:  # the manifest, and three files that are not as they are to be
+        with pytest.raises(HostUnfit, match="No space left on device"):
+            installation.install(places, host())
+        assert tree(places.root) == before
+    else:
+        installation.install(places, host())
+        assert count == 4
+
+
+def test_a_manifest_comes_first_so_that_nothing_is_forgotten(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle: what is there is known, and removed."""
+    before = tree(places.root)
+    real, count = installation._write, 0
+
+    def write(*arguments: object) -> None:
+        nonlocal count
+        count += 1
+        if count == 4:
+            os._exit(9)
+        real(*arguments)  # type: ignore[arg-type]
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(installation, "_write", write)
+        installation.install(places, host())
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert tree(places.root) != before
+    installation.uninstall(places)
+    assert tree(places.root) == before
+
+
+def test_all_is_copied_that_the_programs_import() -> None:
+    """And nothing besides: what comes with Python they have."""
+    package = installed_files.CONFIGS.parent
+    needed, left = set[str](), [f"libvirt/{name}.py" for name in installed_files.PROGRAMS]
+    while left:
+        path = left.pop()
+        needed |= {path, *(f"{folder}/__init__.py".removeprefix("./") for folder in Path(path).parents)}
+        for node in ast.walk(ast.parse((package / path).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vmmback."):
+                left += {f"{node.module.removeprefix('vmmback.').replace('.', '/')}.py"} - needed
+            assert not (isinstance(node, ast.Import) and any(name.name.startswith("vmmback") for name in node.names))
+    assert needed == set(installed_files.COPIED)
+
+
+@pytest.mark.parametrize("program", installed_files.PROGRAMS)
+def test_what_is_copied_runs_by_itself(places: Places, program: str) -> None:
+    """As the hook and the wrapper start it, without a broker: it says so, and what it needed was there."""
+    installation.install(places, host())
+    script = places.libexec / f"{program}.py"
+    script.write_text(script.read_text().replace(str(LIBEXEC), str(places.libexec)))
+    arguments = ["prepare", "name"] if program == "hook" else [QEMUS[0], "-name", "guest=name"]
+    compiled = sorted(places.libexec.rglob("*.pyc"))
+    argv = [str(PYTHON), "-I", "-S", "-v", str(script), *arguments]
+    done = subprocess.run(argv, input="<domain/>", capture_output=True, text=True, timeout=30, check=False)
+    ours = re.findall(
+        r"^import 'vmmback[^']*' # <.*'(/\S+)'|^# \S*code object from '?(/\S+vmmback/\S+pyc)", done.stderr, re.M
+    )
+    assert "vmmback: error: " in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(compiled) == len(installed_files.COPIED)
+    assert ours
+    assert all(str(places.libexec) in path for pair in ours for path in pair if path)
+
+
+def test_where_there_is_no_systemd_polkit_or_apparmor_nothing_is_put_there(tmp_path: Path) -> None:
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    (tmp_path / QEMUS[0][1:]).touch()
+    installation.install(Places(tmp_path), host(QEMUS[0]))
+    assert sorted(path.name for path in (tmp_path / "etc").rglob("*") if path.is_file()) == ["50-vmmback"]
+    installation.uninstall(Places(tmp_path))
+    assert list(tree(tmp_path)) == ["usr", "usr/bin", "usr/bin/qemu-system-x86_64"]
+
+
+@pytest.mark.parametrize("path", ["/usr/bin/qemu system", "/usr/bin/$(qemu)", "/usr/bin/qemu\n", "qemu-system", "/kvm"])
+def test_a_qemu_whose_path_a_shell_would_take_apart_is_refused(path: str) -> None:
+    with pytest.raises(UsageError, match="cannot be wrapped"):
+        installed_files.wrapper(Path(path))
+
+
+def test_two_qemus_of_one_name_are_refused(places: Places) -> None:
+    with pytest.raises(UsageError, match="two QEMUs are called qemu-system-x86_64"):
+        installation.install(places, host(QEMUS[0], "/opt/bin/qemu-system-x86_64"))
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    values = {"QEMU": QEMUS[0], "VMMBACK": "vmmback", "MODULE": "hook"}
+    for path in (installed_files.CONFIGS / "libvirt").iterdir():
+        assert not re.search("@[A-Z]+@", installed_files.filled(path.name, **values))
+
+
+def test_a_block_keeps_what_is_around_it() -> None:
+    block = Block(Path("file"), "ours\n")
+    once = block.in_place_of_old(b"theirs\nwithout an end")
+    assert once.endswith(b"# END vmmback\ntheirs\nwithout an end")
+    assert Block(Path("file"), "new\n").in_place_of_old(once).count(b"vmmback\n") == 1
+    assert Block(Path("file"), "").in_place_of_old(once) == b"theirs\nwithout an end"
+
+
+def test_the_launchers_capability_is_the_one_alone() -> None:
+    # struct vfs_cap_data, include/uapi/linux/capability.h: revision 2, effective; CAP_IPC_LOCK is bit 14.
+    assert lock_launcher.CAPABILITY.hex() == "01000002" + "00400000" + "00" * 12
+
+
+@pytest.mark.parametrize(
+    ("conf", "expected"),
+    [('user = "root"\ngroup = "root"\n', (0, 0)), ('#user = "none"\nuser = "+0"\n group = "12"\n', (0, 12))],
+)
+def test_qemus_user_is_the_one_that_libvirt_is_told(tmp_path: Path, conf: str, expected: tuple[int, int]) -> None:
+    (tmp_path / "etc/libvirt").mkdir(parents=True)
+    (tmp_path / "etc/libvirt/qemu.conf").write_text(conf)
+    assert lock_launcher.qemu_user(Places(tmp_path)) == expected
+
+
+def test_a_user_that_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "etc/libvirt").mkdir(parents=True)
+    (tmp_path / "etc/libvirt/qemu.conf").write_text('user = "no-such-user-here"\n')
+    with pytest.raises(HostUnfit, match="the user as whom libvirt runs QEMU is not known"):
+        lock_launcher.qemu_user(Places(tmp_path))

@@ -1,0 +1,130 @@
+"""What is installed for libvirt, file by file: made of what is in configs/, for this host."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vmmback.errors import UsageError
+from vmmback.libvirt import lock_launcher
+from vmmback.libvirt.lock_launcher import QemuUser
+from vmmback.libvirt.places import LIBEXEC, PYTHON, RECORDS, RUN, SECRET, Places
+from vmmback.toml_errors import quote
+
+_PACKAGE = Path(__file__).parents[1]
+CONFIGS = _PACKAGE / "configs"
+
+# What the hook and the emulator execute, with all that it imports: QEMU's user may not look into our own folder.
+PROGRAMS = ("hook", "emulator")
+COPIED = (
+    "__init__.py", "libvirt/__init__.py", "libvirt/broker_call.py", "libvirt/hook.py", "libvirt/emulator.py",
+    "linux/__init__.py", "linux/bare_filter.py",
+)  # fmt: skip
+
+_BEGIN, _END = b"# BEGIN vmmback: added and removed by `vmmback libvirt`\n", b"# END vmmback\n"
+_BLOCK = re.compile(re.escape(_BEGIN) + b".*?" + re.escape(_END), re.DOTALL)
+
+# Local additions of an administrator to profiles that libvirt's package brings, by the profile.
+_APPARMOR = {
+    "abstractions/libvirt-qemu": "apparmor-qemu",
+    "usr.sbin.libvirtd": "apparmor-libvirtd",
+    "usr.sbin.virtqemud": "apparmor-libvirtd",
+}
+
+
+class Host(NamedTuple):
+    """What is asked of a host before anything is installed on it."""
+
+    qemus: Sequence[Path]
+    program: Sequence[str]
+    """The command that is vmmback, as libvirt's hook is to start it."""
+    user: QemuUser | None
+    """As whom QEMU runs, where it needs a launcher to lock memory."""
+
+
+class File(NamedTuple):
+    """A file of ours."""
+
+    path: Path
+    content: bytes
+    mode: int
+    gid: int | None = None
+    mtime_ns: int = 0
+    capability: bytes = b""
+
+
+class Block(NamedTuple):
+    """Our part of a file that is others'."""
+
+    path: Path
+    text: str
+
+    def in_place_of_old(self, content: bytes) -> bytes:
+        """Return a file's content with this block, at its beginning, and no other of ours."""
+        block = _BEGIN + self.text.encode() + _END if self.text else b""
+        return block + _BLOCK.sub(b"", content)
+
+
+def filled(name: str, **values: str) -> str:
+    """Return a file of configs/libvirt with what is this host's in place of @NAMES@."""
+    values |= {"LIBEXEC": str(LIBEXEC), "PYTHON": str(PYTHON)} | values
+    values |= {"RUN": str(RUN), "SECRET": str(SECRET), "RECORDS": str(RECORDS)} | values
+    text = (CONFIGS / "libvirt" / name).read_text()
+    return re.sub("@([A-Z]+)@", lambda found: values[found[1]], text)
+
+
+def copies(places: Places) -> Path:
+    """Return the folder of copied modules, and of what Python makes of them."""
+    return places.libexec / "lib"
+
+
+def wrapper(qemu: Path) -> str:
+    """Return the text of a QEMU's wrapper. Raises UsageError."""
+    if not re.fullmatch(r"/[A-Za-z0-9/._+-]+", str(qemu)) or not qemu.name.startswith("qemu"):
+        raise UsageError(f"{quote(str(qemu))} cannot be wrapped", "give the plain absolute path of a program qemu…")
+    return filled("emulator", QEMU=str(qemu))
+
+
+def qemu_of(wrapper: str) -> Path | None:
+    """Return which QEMU a wrapper executes, by its text."""
+    found = re.search(r"^qemu=(/.+)$", wrapper, re.MULTILINE)
+    return Path(found[1]) if found else None
+
+
+def files(places: Places, host: Host) -> Iterator[File]:
+    """Yield what is to be installed on this host. Raises UsageError, OSError."""
+    names = [qemu.name for qemu in host.qemus]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two QEMUs are called {twice[0]}", "name one of them: --emulator PATH")
+    for qemu in host.qemus:
+        # libvirt looks at the wrapper's times, not at QEMU's: they are the same, and the hook keeps them so.
+        mtime_ns = places.below(qemu).stat().st_mtime_ns
+        yield File(places.libexec / qemu.name, wrapper(qemu).encode(), 0o755, mtime_ns=mtime_ns)
+    for name in COPIED:
+        yield File(copies(places) / "vmmback" / name, (_PACKAGE / name).read_bytes(), 0o644)
+    for module in PROGRAMS:
+        yield File(places.libexec / f"{module}.py", filled("program", MODULE=module).encode(), 0o644)
+    if host.user:
+        yield File(
+            places.lock_launcher, lock_launcher.program(), 0o750, host.user.gid, capability=lock_launcher.CAPABILITY
+        )
+    if places.polkit_rules.parent.is_dir():
+        yield File(places.polkit_rules, filled("00-vmmback.rules").encode(), 0o644)
+    if places.below("/run/systemd/system").is_dir():
+        for unit in ("vmmback-broker.service", "vmmback-broker.socket"):
+            yield File(places.units / unit, (CONFIGS / "systemd" / unit).read_bytes(), 0o644)
+        yield File(places.tmpfiles, filled("tmpfiles.conf").encode(), 0o644)
+    # The last one: what it calls is there.
+    yield File(places.hook, filled("hook", VMMBACK=shlex.join(host.program)).encode(), 0o755)
+
+
+def blocks(places: Places) -> list[Block]:
+    """Return what is to be added to files of others on this host."""
+    return [
+        Block(places.apparmor / "local" / profile, filled(name))
+        for profile, name in _APPARMOR.items()
+        if (places.apparmor / profile).exists()
+    ]

@@ -1,0 +1,94 @@
+"""What starts QEMU's wrapper with the right to lock memory, CAP_IPC_LOCK, where nobody may raise the limit for it.
+
+Secret RAM counts as locked memory (mm/secretmem.c). Who has CAP_SYS_RESOURCE raises the limit of another process
+(prlimit(2)); where the host's root has not, as in many containers, a copy of setpriv with a file capability does it,
+which QEMU's group alone may execute. Sources: capabilities(7), include/uapi/linux/capability.h.
+"""
+
+from __future__ import annotations
+
+import grp
+import pwd
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from vmmback.errors import HostUnfit
+from vmmback.libvirt.places import Places
+from vmmback.linux import capabilities, procfs
+
+_IPC_LOCK = 14
+_REVISION_2, _EFFECTIVE = 0x02000000, 1
+
+# struct vfs_cap_data: effective, and permitted; nothing inheritable.
+CAPABILITY = struct.pack("<5I", _REVISION_2 | _EFFECTIVE, 1 << _IPC_LOCK, 0, 0, 0)
+
+RAISE = ("--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock", "--")
+"""The launcher's arguments, before the command that it is to execute."""
+
+# As whom QEMU runs where qemu.conf does not say: Debian's and Fedora's.
+_USERS = ("libvirt-qemu", "qemu")
+_ENDS_S = 5.0
+
+
+class QemuUser(NamedTuple):
+    """As whom libvirt starts QEMU."""
+
+    uid: int
+    gid: int
+
+
+def needed() -> bool:
+    """Tell whether this process, and so the broker, cannot raise the limits of others."""
+    return "CAP_SYS_RESOURCE" not in capabilities.names(int(procfs.status("self")["CapEff"], 16))
+
+
+def qemu_user(places: Places) -> QemuUser:
+    """Return as whom libvirt starts QEMU. Raises HostUnfit."""
+    conf = places.below("/etc/libvirt/qemu.conf")
+    text = conf.read_text() if conf.exists() else ""
+    said = {key: found[1] for key in ("user", "group") if (found := re.search(_setting(key), text, re.MULTILINE))}
+    for name in [said["user"]] if "user" in said else _USERS:
+        try:
+            user = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+            group = said.get("group", str(user.pw_gid))
+            return QemuUser(user.pw_uid, int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid)
+        except KeyError:
+            continue
+    raise HostUnfit("the user as whom libvirt runs QEMU is not known", f"name it in {conf}: user, group")
+
+
+def _setting(key: str) -> str:
+    return rf"""^\s*{key}\s*=\s*["']\+?([^"']+)["']"""
+
+
+def program() -> bytes:
+    """Return the program that the launcher is a copy of. Raises HostUnfit."""
+    if not (found := shutil.which("setpriv")):
+        raise HostUnfit("setpriv was not found on PATH", "install it: apt-get install util-linux")
+    return Path(found).read_bytes()
+
+
+def verify(launcher: Path, user: QemuUser | None) -> None:
+    """See that a program started by it as QEMU's user has the capability, and no other. Raises HostUnfit."""
+    assert user
+    try:
+        ended = subprocess.run(
+            [launcher, *RAISE, "/bin/cat", "/proc/self/status"], user=user.uid, group=user.gid, extra_groups=[],
+            capture_output=True, text=True, timeout=_ENDS_S, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        raise HostUnfit(f"QEMU's user cannot lock memory by {launcher}: {said.strip()}", _HINT) from error
+    found = re.findall(r"^Cap(Prm|Eff|Amb):\s*([0-9a-f]+)", ended.stdout, re.MULTILINE)
+    if {mask for _, mask in found} != {f"{1 << _IPC_LOCK:016x}"}:
+        raise HostUnfit(f"QEMU's user gets other capabilities by {launcher}: {dict(found)}", _HINT)
+
+
+_HINT = (
+    "give the broker CAP_SYS_RESOURCE, or have /usr/local on a file system without nosuid; run vmmback libvirt install "
+    "again"
+)
