@@ -33,7 +33,8 @@ class Row(NamedTuple):
 
 
 def all_rows() -> list[Row]:
-    lines = (ROOT / "docs/LIBVIRT.md").read_text().splitlines()
+    section = (ROOT / "docs/LIBVIRT.md").read_text().split("## What the XML may not have")[1].split("\n## ")[0]
+    lines = section.splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
     assert [row for row in cells if len(row) != 3] == []
     return [Row(*row[:2]) for row in cells]

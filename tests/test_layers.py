@@ -41,7 +41,8 @@ def imported(source: str) -> Iterator[str]:
         ("qemu", ("monitor.py",)),
         ("jinja2", ("render/",)),
         ("pyroute2", ("network.py",)),
-        ("libvirt", ("libvirt/",)),
+        ("libvirt", ("libvirt/domain.py",)),
+        ("libvirt_qemu", ("libvirt/domain.py",)),
     ],
 )
 def test_a_foreign_library_is_imported_in_its_one_place(library: str, where: tuple[str, ...]) -> None:

@@ -28,6 +28,7 @@ _MODULES = {
     "grow": "grow",
     "disk": "disk",
     "host": "host",
+    "libvirt": "libvirt",
     "broker": "broker",
     "pool": "broker",
     "schema": "schema",

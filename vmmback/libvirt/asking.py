@@ -1,0 +1,96 @@
+"""Whether a domain of libvirt's asks for secret RAM, and having it ask: what is said of it before it starts."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from vmmback.errors import ConfigError, UsageError
+from vmmback.libvirt import domain_edit, domain_xml
+from vmmback.libvirt.domain import Domain
+from vmmback.libvirt.domain_refusals import refusals, refused
+from vmmback.libvirt.domain_xml import OnExposed, Source
+from vmmback.libvirt.installed_files import qemu_of
+from vmmback.libvirt.places import RECORDS, Places, wrapper_of
+from vmmback.linux import kvm
+from vmmback.toml_errors import ascii_path
+
+
+class Standing(NamedTuple):
+    """A domain, as a list shows it."""
+
+    name: str
+    uuid: str
+    state: str
+    asks: bool
+    source: str
+    """What backs its RAM, or would: file, memfd, or nothing."""
+    against: tuple[str, ...]
+    """Places in its XML that speak against secret RAM, were it to ask."""
+    verdict: str
+    """What the last audit on this host said; nothing if there was none."""
+
+
+def enabled(domain: Domain, on_exposed: OnExposed, source: Source | None, places: Places | None) -> str:
+    """Return a domain's XML such that it asks for secret RAM. Raises ConfigError, UsageError.
+
+    `places` are those of the host where it runs, if that is this one: what is there is looked at.
+    """
+    wrapper = wrapper_of(_qemu(domain.xml))
+    xml = domain_edit.enabled(domain.xml, wrapper, on_exposed, source)
+    if problems := refusals(xml, wrapper, _kvm_maps_secret(xml, is_here=places is not None)):
+        raise refused(xml, problems)
+    if places:
+        _see_wrapper(places, wrapper, _qemu(domain.xml))
+    return xml
+
+
+def standing(domain: Domain, places: Places | None) -> Standing:
+    """Return what is to be said of a domain, of its RAM and of what speaks against its being secret."""
+    verdict = _last_verdict(places, domain.uuid) if places else ""
+    asks, source, against = False, "", tuple[str, ...]()
+    try:
+        asks = domain_xml.policy_of(domain_xml.parse(domain.xml)) is not None
+        xml = domain.xml if asks else domain_edit.enabled(domain.xml, wrapper_of(_qemu(domain.xml)), "kill")
+        found = domain_xml.read(xml)
+        assert found
+        source = found.source or ""
+        problems = refusals(xml, wrapper_of(found.policy.emulator), _kvm_maps_secret(xml, is_here=places is not None))
+        against = tuple(problem.place for problem in problems)
+    except ConfigError as error:
+        asks = asks or domain.may_ask
+        against = (error.message.splitlines()[0],)
+    return Standing(domain.name, domain.uuid, domain.state, asks, source, against, verdict)
+
+
+def _qemu(xml: str) -> Path:
+    """Return the QEMU of a domain, whether it asks already or not."""
+    root = domain_xml.parse(xml)
+    policy = domain_xml.policy_of(root)
+    # One that has none is told so by whoever changes it.
+    return policy.emulator if policy else Path((root.findtext("devices/emulator") or "").strip() or "/none")
+
+
+def _kvm_maps_secret(xml: str, *, is_here: bool) -> bool:
+    """Tell whether KVM of the domain's host can map secret RAM; of another host its own hook has to find out."""
+    return not is_here or domain_xml.parse(xml).get("type") != "kvm" or kvm.can_map_secret_ram().usable
+
+
+def _see_wrapper(places: Places, wrapper: Path, qemu: Path) -> None:
+    text = ""
+    with suppress(OSError):
+        text = places.below(wrapper).read_text()
+    if (wrapped := qemu_of(text)) != qemu:
+        what = f"is the wrapper of {ascii_path(wrapped)}" if wrapped else "is not there"
+        raise UsageError(
+            f"{ascii_path(wrapper)} {what}, and the domain's QEMU is {ascii_path(qemu)}",
+            f"run vmmback libvirt install --emulator {ascii_path(qemu)}",
+        )
+
+
+def _last_verdict(places: Places, uuid: str) -> str:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((places.below(RECORDS) / f"{uuid}.json").read_text())["verdict"])
+    return ""
