@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import platform
+import pwd
 import subprocess
 import sys
 import tempfile
@@ -170,6 +171,13 @@ def _libvirt() -> None:
         subprocess.run([*alone, "sh", "-c", overlay, folder], check=True, capture_output=True, timeout=30)
 
 
+def _polkit() -> None:
+    subprocess.run(["dbus-daemon", "--version"], check=True, capture_output=True, timeout=30)
+    subprocess.run(["/usr/lib/polkit-1/polkitd", "--help"], check=True, capture_output=True, timeout=30)
+    for name in ("polkitd", "messagebus"):
+        pwd.getpwnam(name)
+
+
 SECRETMEM = Capability("memfd_secret(2)", _secretmem)
 SECCOMP_NOTIFICATION = Capability("seccomp user notification", _seccomp_notification)
 DIRECT_MAP = Capability("BPF programs, and frame numbers in pagemap", _direct_map)
@@ -198,6 +206,7 @@ LIBVIRT = Capability(
     "them)",
     _libvirt,
 )
+POLKIT = Capability("polkitd and dbus-daemon, with their users (./dev test installs them)", _polkit)
 MEMORY_GROUP = Capability("a memory cgroup of our own", _memory_group, required=False)
 
 
