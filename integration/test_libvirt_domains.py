@@ -153,6 +153,16 @@ def test_one_that_runs_goes_on_and_one_that_is_transient_is_left_alone(installed
     assert installed.virsh("list", "--persistent", "--name").split() == ["runs"]
 
 
+def test_one_that_was_saved_would_start_as_it_was(installed: Libvirtd) -> None:
+    installed.define(installed.domain_xml("saved", MEMFD))
+    installed.virsh("start", "saved")
+    installed.virsh("managedsave", "saved")
+    assert "saved with its memory" in vmmback(installed, "enable", "saved", exit_code=2).stderr
+    assert listed(installed) == []
+    installed.virsh("managedsave-remove", "saved")
+    vmmback(installed, "enable", "saved")
+
+
 def test_uninstall_does_not_take_away_what_domains_need(installed: Libvirtd) -> None:
     installed.define(installed.domain_xml("needs", MEMFD))
     vmmback(installed, "enable", "needs")

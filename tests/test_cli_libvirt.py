@@ -35,7 +35,7 @@ PLAIN = f"""<domain type='qemu'>
 
 def made_up(name: str, xml: str = PLAIN, *, active: bool = False) -> Domain:
     state = "running" if active else "shut off"
-    return Domain(name, UUID, state, active, True, xml.replace("NAME", name))
+    return Domain(name, UUID, state, active, True, False, xml.replace("NAME", name))
 
 
 def asks(name: str) -> Domain:

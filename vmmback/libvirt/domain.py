@@ -37,6 +37,8 @@ class Domain(NamedTuple):
     state: str
     is_active: bool
     is_persistent: bool
+    is_saved: bool
+    """Whether it will start from what `virsh managedsave` has written, and from the XML in there."""
     xml: str
     """With the secrets in it, as it is to be given back."""
 
@@ -117,6 +119,11 @@ class Libvirt:
             raise UsageError(
                 f"domain {quote(domain.name)} is transient: libvirt forgets it when it ends",
                 "define it first: virsh dumpxml, virsh define",
+            )
+        if domain.is_saved:
+            raise UsageError(
+                f"domain {quote(domain.name)} has been saved with its memory, and would start from that as it was",
+                "start it and shut it down, or virsh managedsave-remove, then try again",
             )
         with self._errors(f"domain {quote(domain.name)}"):
             self._connection.defineXML(xml)
@@ -204,6 +211,7 @@ class Libvirt:
             state = _word(_STATES, domain.state()[0])
             return Domain(
                 domain.name(), domain.UUIDString(), state, bool(domain.isActive()), bool(domain.isPersistent()),
+                bool(domain.hasManagedSaveImage()),
                 domain.XMLDesc(flags),
             )  # fmt: skip
 
