@@ -65,8 +65,9 @@ def as_nobody(libvirtd: Libvirtd, *arguments: str) -> str:
 def guarded(libvirtd: Libvirtd) -> Iterator[Libvirtd]:
     """A libvirtd that asks polkit, with a domain on secret RAM and an ordinary one, which run."""
     capabilities.require(capabilities.POLKIT)
-    with (libvirtd.inside / "etc/libvirt/libvirtd.conf").open("a") as conf:
-        conf.write(CONF)
+    conf = libvirtd.inside / "etc/libvirt/libvirtd.conf"
+    before = conf.read_text()
+    conf.write_text(before + CONF)
     for folder in ("actions", "dbus"):
         (libvirtd.inside / "run" / folder).mkdir()
     # virt-install asks for far more than these tests are about.
@@ -77,7 +78,8 @@ def guarded(libvirtd: Libvirtd) -> Iterator[Libvirtd]:
     (libvirtd.inside / "etc/polkit-1/rules.d/10-administrator.rules").write_text(ALLOWED)
     bus = libvirtd.start("dbus-daemon", "--system", "--nofork", "--nopidfile", "--nosyslog", "--print-address")
     bus.wait_for("unix:path=/run/dbus/system_bus_socket")
-    libvirtd.start("/usr/lib/polkit-1/polkitd").wait_for("Acquired the name org.freedesktop.PolicyKit1")
+    polkitd = libvirtd.start("/usr/lib/polkit-1/polkitd")
+    polkitd.wait_for("Acquired the name org.freedesktop.PolicyKit1")
     (libvirtd.inside / "run/broker.toml").touch()
     broker = libvirtd.start(sys.executable, "-m", "vmmback", "broker", "/run/broker.toml")
     broker.wait_until((libvirtd.inside / "run/vmmback-broker/socket").exists, "the broker listens")
@@ -88,9 +90,14 @@ def guarded(libvirtd: Libvirtd) -> Iterator[Libvirtd]:
     for name in xml:
         libvirtd.virsh("start", name)
     yield libvirtd
-    libvirtd.virsh("destroy", "secret")
-    broker.signal(signal.SIGTERM)
-    broker.ended()
+    for name in libvirtd.virsh("list", "--name").split():
+        libvirtd.virsh("destroy", name)
+    conf.write_text(before)
+    libvirtd.stop()  # it ends with its message bus
+    for program in (broker, polkitd, bus):
+        program.signal(signal.SIGTERM)
+        program.ended()
+    libvirtd.begin()
 
 
 def test_memory_of_a_domain_on_secret_ram_is_exported_by_root_alone(guarded: Libvirtd) -> None:
