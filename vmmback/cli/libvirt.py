@@ -61,6 +61,8 @@ def install(emulators: tuple[Path, ...], *, as_json: bool) -> None:
     host = host_checks.host(places, emulators)
     steps = host_checks.next_steps(places)
     changed = installation.install(places, host)
+    for doubt in host_checks.doubts(host.program):
+        show(sys.stderr, f"vmmback: warning: {doubt}\n")
     _print_changes("installed", changed, steps if changed else [], as_json=as_json)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,17 @@ def next_steps(places: Places) -> list[str]:
     if (places.apparmor / "abstractions/libvirt-qemu").exists():
         steps.append("systemctl reload apparmor: domains get their new profiles when they start")
     return steps
+
+
+def doubts(program: Sequence[str]) -> list[str]:
+    """Return what is not as safe as it should be: libvirt's hook executes us as root, so nobody else may change us."""
+    for path in (Path(program[0]), Path(__file__)):
+        for place in (path.absolute(), *path.absolute().parents):
+            status = place.stat()
+            in_others_hands = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+            if status.st_uid != 0 or in_others_hands:
+                return [f"{place} is not for root alone to change, and libvirt's hook executes {path} as root"]
+    return []
 
 
 def stop_units(places: Places) -> None:

@@ -1,0 +1,73 @@
+"""What is asked of a host before something is installed for libvirt, and what is said afterwards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vmmback.libvirt import host_checks, installed_files, lock_launcher
+from vmmback.libvirt.places import LIBEXEC, Places
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    return Places(tmp_path)
+
+
+def program(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def found(places: Places, monkeypatch: pytest.MonkeyPatch) -> Places:
+    """A host that has libvirt and two QEMUs."""
+    monkeypatch.setattr(host_checks, "_see_libvirt", lambda: None)
+    monkeypatch.setattr(lock_launcher, "needed", lambda: False)
+    for name in ("qemu-system-x86_64", "qemu-system-arm"):
+        program(places.root / "usr/bin" / name)
+    (places.root / "usr/bin/qemu-system-none").touch()  # cannot be executed
+    return places
+
+
+def test_all_qemus_are_wrapped_and_those_that_were_named_stay(found: Places, tmp_path: Path) -> None:
+    usual = [Path("/usr/bin/qemu-system-arm"), Path("/usr/bin/qemu-system-x86_64")]
+    assert host_checks.host(found, []).qemus == usual
+    own = program(tmp_path / "own/qemu-kvm")
+    assert host_checks.host(found, [own]).qemus == [*usual, own]
+    # Of two of one name it is the one that was named, also when it was named at an earlier time.
+    other = program(found.root / "opt/qemu-system-arm")
+    program(found.root / str(LIBEXEC)[1:] / "qemu-system-arm", installed_files.wrapper(Path("/opt/qemu-system-arm")))
+    assert host_checks.host(found, []).qemus == [Path("/opt/qemu-system-arm"), usual[1]]
+    other.unlink()
+    assert host_checks.host(found, []).qemus == usual
+
+
+def test_a_hook_that_was_there_needs_no_restart(places: Places) -> None:
+    assert any("restart libvirtd" in step for step in host_checks.next_steps(places))
+    (places.hooks / "qemu.d").mkdir(parents=True)
+    (places.hooks / "qemu.d/README").touch()
+    assert any("restart libvirtd" in step for step in host_checks.next_steps(places))
+    program(places.hooks / "qemu.d/10-others")
+    assert not any("restart libvirtd" in step for step in host_checks.next_steps(places))
+
+
+def test_who_else_could_change_what_root_will_execute_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = program(tmp_path / "opt/bin/python")
+    monkeypatch.setattr(host_checks, "__file__", str(ours))
+    if os.geteuid() != 0:
+        assert "is not for root alone to change" in host_checks.doubts([str(ours)])[0]
+        return
+    assert host_checks.doubts([str(ours)]) == []  # /tmp is sticky
+    (tmp_path / "opt").chmod(0o775)
+    assert host_checks.doubts([str(ours)]) == [
+        f"{tmp_path}/opt is not for root alone to change, and libvirt's hook executes {ours} as root"
+    ]
+    (tmp_path / "opt").chmod(0o755)
+    os.chown(ours, 1000, 1000)
+    assert host_checks.doubts(["/usr/bin/env"])[0].startswith(f"{ours} is not")  # where our modules are
