@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vmmback.cli import libvirt_audit
 from vmmback.cli.output import print_result, show
 from vmmback.errors import HostUnfit, UsageError
 
@@ -174,6 +175,9 @@ def watch(uri: str | None, *, everything: bool, as_json: bool) -> None:
     with stopped("while it watched"), Libvirt(uri) as connection:
         show(sys.stderr, f"vmmback: watching {connection.uri} until Ctrl-C\n")
         connection.watch(tell, everything=everything)
+
+
+libvirt.add_command(libvirt_audit.audit)
 
 
 def _see_root(command: str) -> None:

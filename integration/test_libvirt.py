@@ -1,0 +1,419 @@
+"""Domains of a real libvirtd on secret RAM: hook, emulator and broker, each with what must not work beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from integration.conftest import MIB, Supervisor, eventually
+from vmmback.linux import procfs
+
+if TYPE_CHECKING:
+    from integration.libvirtd import Libvirtd
+
+READY = "GUEST READY"
+SIZE = 96 * MIB
+WRAPPER = Path("/usr/local/libexec/vmmback/qemu-system-x86_64")
+CPU = "--cpu=mode=maximum,disable=erms,disable=fsrm"
+TWO_CELLS = f"{CPU},numa.cell0.memory=49152,numa.cell0.cpus=0,numa.cell1.memory=49152,numa.cell1.cpus=1"
+ROOMY = 160 * MIB  # what a guest can grow from that has to describe more memory than it has
+ONE_CELL = f"{CPU},numa.cell0.memory={ROOMY >> 10},numa.cell0.cpus=0"
+CAN_GROW = ("--xml=./maxMemory=524288", "--xml=./maxMemory/@slots=2", ONE_CELL)
+DIMM_BYTES = 128 * MIB
+DIMM = "<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target></memory>"
+BROKER = '[[pool]]\nsize = "96MiB"\ncount = 1\n'
+
+
+def vmmback(libvirtd: Libvirtd, *arguments: str | Path, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
+    ended = libvirtd.run(sys.executable, "-m", "vmmback", *arguments, check=False)
+    assert ended.returncode == exit_code, (ended.returncode, ended.stdout, ended.stderr)
+    return ended
+
+
+class Host:
+    """A host with libvirt, vmmback installed for it, and a broker, all private to the test."""
+
+    def __init__(self, libvirtd: Libvirtd) -> None:
+        self.libvirtd = libvirtd
+        self.broker: Supervisor | None = None
+        (libvirtd.inside / "run/broker.toml").write_text(BROKER)
+        vmmback(libvirtd, "libvirt", "install")
+        libvirtd.restart()
+
+    def start_broker(self, *, filled: bool = True) -> None:
+        self.broker = self.libvirtd.start(sys.executable, "-m", "vmmback", "broker", "/run/broker.toml")
+        self.broker.wait_until(self._answers, "the broker answers")
+        if filled:
+            eventually(lambda: all(each["ready"] >= each["wanted"] for each in self.pool()["pool"]), "it is filled", 60)
+
+    def _answers(self) -> bool:
+        return (self.libvirtd.inside / "run/vmmback-broker/socket").is_socket() and self.libvirtd.run(
+            sys.executable, "-m", "vmmback", "pool", "--json", check=False
+        ).returncode == 0
+
+    def close(self) -> None:
+        """End the domains, and see that nothing of theirs is left in the broker."""
+        if self.broker and self.broker.process.poll() is None:
+            for name in self.libvirtd.virsh("list", "--name").split():
+                self.libvirtd.virsh("destroy", name)
+            eventually(lambda: self.leases() == [], "all leases have ended")
+            self.end_broker(signal.SIGTERM)
+
+    @property
+    def broker_pid(self) -> int:
+        assert self.broker is not None
+        return self.broker.process.pid
+
+    def end_broker(self, signum: signal.Signals = signal.SIGKILL) -> None:
+        assert self.broker is not None
+        os.kill(self.broker_pid, signum)
+        self.broker.ended()
+
+    def pool(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(vmmback(self.libvirtd, "pool", "--json").stdout)
+        return found
+
+    def leases(self) -> list[tuple[str, int]]:
+        """Return purpose and size of each lease."""
+        return sorted((lease["purpose"], lease["size"]) for lease in self.pool()["leases"])
+
+    def define_roomy(self, name: str, source: str = "memfd") -> None:
+        """Define a domain that memory can be plugged into."""
+        self.define(name, *CAN_GROW, source=source, memory_mib=ROOMY >> 20)
+
+    def define(self, name: str, *options: str, source: str = "memfd", memory_mib: int = 96, vcpus: int = 1) -> None:
+        self.libvirtd.define(self.libvirtd.domain_xml(name, *options, memory_mib=memory_mib, vcpus=vcpus))
+        vmmback(self.libvirtd, "libvirt", "enable", name, "--source", source)
+
+    def refused(self, name: str) -> str:
+        """Return why a domain does not start, in libvirt's own words; nothing of it is left."""
+        ended = self.libvirtd.virsh_ended("start", name)
+        assert ended.returncode == 1, ended.stdout
+        assert self.libvirtd.qemu_pid(name) == 0
+        return ended.stderr
+
+    def report(self, name: str, exit_code: int = 0) -> dict[str, Any]:
+        done = vmmback(self.libvirtd, "libvirt", "audit", name, "--json", exit_code=exit_code)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def recorded(self, name: str) -> str:
+        """Return the verdict of the last audit that nobody asked for."""
+        (row,) = [row for row in json.loads(vmmback(self.libvirtd, "libvirt", "list", "--json").stdout)
+                  if row["name"] == name]  # fmt: skip
+        return str(row["verdict"])
+
+
+@pytest.fixture
+def host(libvirtd: Libvirtd) -> Iterator[Host]:
+    """It has no broker yet."""
+    host = Host(libvirtd)
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def ready(host: Host) -> Host:
+    host.start_broker()
+    return host
+
+
+def secret_bytes(pid: int) -> int:
+    mappings = [each for each in procfs.maps(pid) if each.path == procfs.SECRETMEM]
+    return sum(each.size for each in mappings)
+
+
+@pytest.mark.parametrize("source", ["memfd", "file"])
+@pytest.mark.parametrize("cells", [(), (TWO_CELLS,)], ids=["no-cells", "two-cells"])
+def test_a_domain_of_virt_install_boots_on_secret_ram_and_is_isolated(
+    ready: Host, source: str, cells: tuple[str, ...]
+) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one", *cells, source=source, vcpus=2 if cells else 1)
+    libvirtd.virsh("start", "one")
+    libvirtd.wait_for("one", READY)
+    pid = libvirtd.qemu_pid("one")
+    assert secret_bytes(pid) == SIZE
+    assert sum(size for purpose, size in ready.leases() if purpose == "domain one") == SIZE
+    report = ready.report("one")
+    assert (report["verdict"], report["reasons"]) == ("isolated", [])
+    assert report["memory"] == {
+        "size": SIZE, "secret": SIZE, "present_pages": SIZE // 4096, "checked_pages": SIZE // 4096, "readable_pages": 0,
+    }  # fmt: skip
+    assert {each["name"] for each in report["exposures"]} >= {"libvirt-dump", "libvirt-save", "libvirt-migrate"}
+    assert set(report["process"]["capabilities"]) <= {"CAP_IPC_LOCK"}
+    libvirtd.virsh("destroy", "one")
+    eventually(lambda: ready.leases() == [], "its leases have ended")
+
+
+ON_ORDINARY = """
+import asyncio, sys
+from vmmback.libvirt import audit, records
+from vmmback.libvirt.domain import Libvirt
+from vmmback.isolation.direct_map import pagemap_entries
+uuid, pid, inode, size = sys.argv[1], *map(int, sys.argv[2:])
+records.begin(uuid)
+records.write_frames(uuid, {inode: pagemap_entries(pid, inode)})
+with Libvirt(None) as connection:
+    report = asyncio.run(audit.examine(audit.Subject("plain", uuid, "qemu", pid), connection.hmp("plain")))
+print(report.as_json())
+"""
+
+
+def test_the_same_on_ordinary_memory_is_exposed(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    libvirtd.define(
+        libvirtd.domain_xml("plain", "--memorybacking=source.type=memfd,access.mode=shared,allocation.mode=immediate")
+    )
+    libvirtd.virsh("start", "plain")
+    libvirtd.wait_for("plain", READY)
+    pid = libvirtd.qemu_pid("plain")
+    (memory,) = [each for each in procfs.maps(pid) if each.path.startswith("/memfd:memory-backend-memfd")]
+    uuid = libvirtd.virsh("domuuid", "plain")
+    done = libvirtd.run(sys.executable, "-c", ON_ORDINARY, uuid, str(pid), str(memory.inode), str(SIZE))
+    report = json.loads(done.stdout)
+    assert report["verdict"] == "exposed"
+    readable = {probe["name"] for probe in report["probes"] if probe["verdict"] == "readable"}
+    assert readable >= {"direct-map", "qmp-proof", "proc-mem", "process-vm-readv"}
+    assert ready.leases() == []
+    refused = vmmback(libvirtd, "libvirt", "audit", "plain", exit_code=2)
+    assert "does not ask for secret RAM" in refused.stderr
+
+
+def normal(argv: list[str]) -> list[str]:
+    """Return an argv without what differs at each start: the domain's number, and descriptors."""
+    return [re.sub(r"fd=\d+", "fd=N", re.sub(r"domain-\d+-|/ram/\d+-", "N-", word)) for word in argv]
+
+
+def test_a_domain_that_did_not_ask_is_as_it_was(libvirtd: Libvirtd) -> None:
+    libvirtd.define(libvirtd.domain_xml("plain", "--memorybacking=source.type=file,access.mode=shared"))
+    libvirtd.virsh("start", "plain")
+    before = libvirtd.argv("plain")
+    libvirtd.virsh("destroy", "plain")
+    host = Host(libvirtd)
+    libvirtd.virsh("start", "plain")  # no broker is there
+    assert normal(libvirtd.argv("plain")) == normal(before)
+    libvirtd.virsh("destroy", "plain")
+    host.start_broker(filled=False)
+    host.define("asks")
+    libvirtd.virsh("start", "asks")
+    libvirtd.virsh("start", "plain")
+    assert normal(libvirtd.argv("plain")) == normal(before)
+    assert secret_bytes(libvirtd.qemu_pid("plain")) == 0
+    assert [purpose for purpose, _ in host.leases()] == ["domain asks"]
+    host.close()
+
+
+RECORDS = """#!/bin/sh
+cat >/dev/null
+echo "$2" >>/run/calls
+"""
+
+
+def test_leases_follow_the_domain_through_its_life(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    record = libvirtd.hooks / "qemu.d/90-record"
+    record.write_text(RECORDS)
+    record.chmod(0o755)
+    called = libvirtd.inside / "run/calls"
+
+    def calls() -> list[str]:
+        found = called.read_text().split() if called.exists() else []
+        called.unlink(missing_ok=True)
+        return found
+
+    def leased(*sizes: int) -> None:
+        eventually(lambda: ready.leases() == sorted(("domain one", size) for size in sizes), f"leases are {sizes}", 30)
+
+    ready.define_roomy("one")
+    dimm = libvirtd.folder / "dimm.xml"
+    dimm.write_text(DIMM)
+    libvirtd.virsh("start", "one")
+    assert calls() == ["prepare", "start", "started"]
+    leased(ROOMY)
+    libvirtd.wait_for("one", READY)
+
+    for _ in range(2):
+        libvirtd.virsh("attach-device", "one", dimm)
+        leased(ROOMY, DIMM_BYTES)
+        assert secret_bytes(libvirtd.qemu_pid("one")) == ROOMY + DIMM_BYTES
+        libvirtd.virsh("detach-device", "one", dimm)
+        leased(ROOMY)
+    assert calls() == []
+
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        libvirtd.restart(signum)
+        leased(ROOMY)
+    eventually(lambda: calls()[-1:] == ["reconnect"], "libvirtd has found its domain again")
+    assert ready.report("one")["verdict"] == "isolated"
+    calls()
+
+    saved = libvirtd.inside / "run/saved"
+    libvirtd.virsh("save", "one", "/run/saved")
+    assert saved.exists()
+    leased()
+    libvirtd.virsh("restore", "/run/saved")
+    leased(ROOMY)
+    assert calls() == ["stopped", "release", "restore", "prepare", "start", "started"]
+    assert secret_bytes(libvirtd.qemu_pid("one")) == ROOMY
+    saved.unlink()
+
+    os.kill(libvirtd.qemu_pid("one"), signal.SIGKILL)
+    leased()
+    eventually(lambda: called.exists() and called.read_text().split() == ["stopped", "release"], "it has ended")
+    calls()
+
+    libvirtd.virsh("start", "one")
+    leased(ROOMY)
+    libvirtd.virsh("destroy", "one")
+    leased()
+    assert calls() == ["prepare", "start", "started", "stopped", "release"]
+
+
+def test_what_was_plugged_in_is_proved_and_leased_as_long_as_qemu_has_it(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define_roomy("one", "file")
+    libvirtd.virsh("start", "one")
+    libvirtd.wait_for("one", READY)
+    dimm = libvirtd.folder / "dimm.xml"
+    dimm.write_text(DIMM)
+    libvirtd.virsh("attach-device", "one", dimm)
+    grown = ready.report("one")
+    assert (grown["verdict"], grown["memory"]["secret"]) == ("isolated", ROOMY + DIMM_BYTES)
+    # The look at QEMU's flat views keeps it mapped: system/memory.c, mtree_info, drops one reference of several.
+    libvirtd.virsh("detach-device", "one", dimm)
+    pid = libvirtd.qemu_pid("one")
+    time.sleep(2)
+    mapped = secret_bytes(pid)
+    assert sum(size for _, size in ready.leases()) == mapped
+    after = ready.report("one")
+    assert (after["verdict"], after["memory"]["secret"]) == ("isolated", ROOMY)
+    libvirtd.virsh("destroy", "one")
+    eventually(lambda: ready.leases() == [], "its leases have ended")
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_broker_that_answers_a_domain_does_not_start(host: Host) -> None:
+    host.libvirtd.define(host.libvirtd.domain_xml("one"))
+    vmmback(host.libvirtd, "libvirt", "enable", "one")
+    assert "no broker can be reached at /run/vmmback-broker/socket" in host.refused("one")
+
+    host.start_broker()
+    os.kill(host.broker_pid, signal.SIGSTOP)
+    started = time.monotonic()
+    assert "the broker did not answer" in host.refused("one")
+    assert time.monotonic() - started < 20
+    os.kill(host.broker_pid, signal.SIGCONT)
+    eventually(lambda: host.leases() == [], "nothing is lent")
+    host.libvirtd.virsh("start", "one")
+
+    host.end_broker()
+    host.libvirtd.wait_for("one", READY)  # it lives on
+    assert secret_bytes(host.libvirtd.qemu_pid("one")) == SIZE
+    host.start_broker(filled=False)
+    assert host.leases() == [("domain one", SIZE)]
+    assert host.report("one")["verdict"] == "isolated"
+
+
+def test_a_domain_that_does_not_fit_is_refused_with_the_reason(ready: Host) -> None:
+    ready.define("large", memory_mib=1 << 20)
+    error = ready.refused("large")
+    assert re.search(r"vmmback: error: .* does not fit|not enough|1048576 MiB", error), error
+    assert ready.leases() == []
+
+
+def test_what_speaks_against_a_domain_is_in_libvirts_error(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one")
+    xml = libvirtd.virsh("dumpxml", "--inactive", "one")
+    libvirtd.define(xml.replace("</devices>", "<video><model type='vga'/></video></devices>"))
+    assert "devices/video[0]/model" in ready.refused("one")
+    libvirtd.define(xml.replace(str(WRAPPER), "/usr/bin/qemu-system-x86_64", 1))
+    assert "vmmback libvirt enable" in ready.refused("one")
+
+
+BY_HAND = ["-name", "guest=one,debug-threads=on", "-object"]
+BACKEND = json.dumps({"qom-type": "memory-backend-memfd", "id": "pc.ram", "size": SIZE})
+
+
+def test_nobody_but_what_libvirt_starts_gets_a_domains_ram(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one")
+    as_qemu = ["setpriv", "--reuid=libvirt-qemu", "--regid=libvirt-qemu", "--clear-groups"]
+    by_hand = libvirtd.run(*as_qemu, WRAPPER, *BY_HAND, BACKEND, check=False)
+    assert by_hand.returncode == 4
+    assert "no domain 'one' was announced" in by_hand.stderr
+
+    # Between the hook and the emulator: libvirt's emulator waits, and others try.
+    slow = libvirtd.inside / str(WRAPPER)[1:]
+    text = slow.read_text()
+    slow.write_text(
+        text.replace("*memory-backend-*) ;;", "*memory-backend-*) while [ ! -e /run/go ]; do sleep 0.1; done ;;")
+    )
+    program = libvirtd.start("virsh", "-c", libvirtd.uri, "start", "one")
+    eventually(lambda: libvirtd.qemu_pid("one") != 0, "libvirt has started its emulator")
+    quick = libvirtd.inside / "usr/local/libexec/vmmback/qemu-of-a-test"
+    quick.write_text(text)
+    quick.chmod(0o755)
+    for user in (as_qemu, ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"], ["env"]):
+        stolen = libvirtd.run(*user, "/usr/local/libexec/vmmback/qemu-of-a-test", *BY_HAND, BACKEND, check=False)
+        assert stolen.returncode in (4, 126), stolen.stderr
+        assert "is not the one that libvirt has started" in stolen.stderr or "Permission denied" in stolen.stderr
+    (libvirtd.inside / "run/go").touch()
+    program.wait_until(lambda: "started" in program.stdout, "it starts")
+    libvirtd.wait_for("one", READY)
+    # Its own claim cannot be made twice.
+    again = libvirtd.run(*as_qemu, WRAPPER, *BY_HAND, BACKEND, check=False)
+    assert "no domain 'one' was announced" in again.stderr
+    assert ready.leases() == [("domain one", SIZE)]
+
+
+def test_more_memory_waits_for_the_next_broker_or_is_refused(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define_roomy("one")
+    libvirtd.virsh("start", "one")
+    libvirtd.wait_for("one", READY)
+    dimm = libvirtd.folder / "dimm.xml"
+    dimm.write_text(DIMM)
+    ready.end_broker()
+    refused = libvirtd.virsh_ended("attach-device", "one", dimm)
+    assert refused.returncode == 1
+    assert "Cannot allocate memory" in refused.stderr
+    pid = libvirtd.qemu_pid("one")
+    assert secret_bytes(pid) == ROOMY
+    assert not [
+        each for each in procfs.maps(pid) if each.size >= DIMM_BYTES and each.path.startswith(("/memfd", "/var"))
+    ]
+
+    attaching = libvirtd.start("virsh", "-c", libvirtd.uri, "attach-device", "one", str(dimm))
+    ready.start_broker(filled=False)
+    attaching.wait_until(lambda: "attached" in attaching.stdout, "it is attached")
+    eventually(lambda: ready.leases() == sorted([("domain one", ROOMY), ("domain one", DIMM_BYTES)]), "it is lent")
+    assert ready.report("one")["verdict"] == "isolated"
+
+
+def test_the_hook_has_it_audited_and_what_was_its_ram_looked_at(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one")
+    libvirtd.virsh("start", "one")
+    eventually(lambda: ready.recorded("one") == "isolated", "the hook's audit is there", 60)
+    uuid = libvirtd.virsh("domuuid", "one")
+    records = libvirtd.inside / "run/vmmback-libvirt"
+    assert (records / "secret" / uuid).exists()
+    assert (records / "records" / f"{uuid}.frames").is_dir()
+    libvirtd.virsh("destroy", "one")
+    eventually(lambda: not (records / "records" / f"{uuid}.frames").exists(), "its frames are forgotten", 30)
+    eventually(lambda: "freed-frames" in (records / "records" / f"{uuid}.json").read_text(), "they were looked at", 30)
+    assert not (records / "secret" / uuid).exists()
