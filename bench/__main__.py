@@ -30,6 +30,7 @@ from bench import broker
 from bench import direct_map as bench_direct_map
 from bench.figures import MIB, Figure, in_turn, run_s, say, show, timed
 from bench.guests import bare_command, end, guest_file, supervised
+from bench.libvirt import libvirt_starts
 from bench.many import GUESTS, MORE_GUESTS, cost, many_guests
 from bench.prefault import THREADS, linear, prefaults
 from bench.soak import soak
@@ -311,6 +312,7 @@ def resident_bytes(pid: int) -> int:
 _KINDS: dict[str, Callable[[Path, int], Iterable[Figure]]] = {
     "prefault": prefaults,
     "linear": linear,
+    "libvirt": libvirt_starts,
     "broker-launch": broker.launches,
     "broker-acquire": broker.acquire,
     "broker-splits": broker.splits,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from integration.conftest import MIB, Supervisor, eventually
+from vmmback import tiny_guest
 from vmmback.linux import procfs
 
 if TYPE_CHECKING:
@@ -417,3 +418,37 @@ def test_the_hook_has_it_audited_and_what_was_its_ram_looked_at(ready: Host) -> 
     eventually(lambda: not (records / "records" / f"{uuid}.frames").exists(), "its frames are forgotten", 30)
     eventually(lambda: "freed-frames" in (records / "records" / f"{uuid}.json").read_text(), "they were looked at", 30)
     assert not (records / "secret" / uuid).exists()
+
+
+AT_ONCE = 20
+SMALL = 32 * MIB
+
+
+@pytest.mark.timeout_s(240)
+def test_many_domains_that_start_at_once_are_all_isolated(host: Host) -> None:
+    """Tiny guests, whose boot takes nothing from the others: a ROM that fills its RAM, says READY and halts."""
+    libvirtd = host.libvirtd
+    rom = libvirtd.inside / "var/lib/libvirt/boot/tiny.rom"
+    rom.write_bytes(tiny_guest.rom())
+    (libvirtd.inside / "run/broker.toml").write_text(f'[[pool]]\nsize = "{SMALL >> 20}MiB"\ncount = {AT_ONCE // 2}\n')
+    host.start_broker()  # half of them are ready, the others are made
+    xml = libvirtd.domain_xml("0", memory_mib=SMALL >> 20)
+    xml = re.sub(
+        r"<kernel>.*?</cmdline>", "<loader type='rom'>/var/lib/libvirt/boot/tiny.rom</loader>", xml, flags=re.S
+    )
+    names = [f"n{number}" for number in range(AT_ONCE)]
+    for name in names:
+        own = re.sub("<uuid>.*?</uuid>", "", xml).replace("<name>0<", f"<name>{name}<")
+        libvirtd.define(own.replace("/0.serial", f"/{name}.serial"))
+        vmmback(libvirtd, "libvirt", "enable", name)
+    starting = [libvirtd.start("virsh", "-c", libvirtd.uri, "start", name) for name in names]
+    for name, start in zip(names, starting, strict=True):
+        assert start.process.wait(120) == 0, (name, start.stderr)
+    assert host.leases() == sorted((f"domain {name}", SMALL) for name in names)
+
+    def verdicts() -> set[str]:
+        rows = json.loads(vmmback(libvirtd, "libvirt", "list", "--json").stdout)
+        return {row["verdict"] for row in rows}
+
+    eventually(lambda: verdicts() == {"isolated"}, "all were audited", 120)
+    assert all("READY" in libvirtd.console(name) for name in names)

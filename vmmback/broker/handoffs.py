@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -104,3 +105,10 @@ def tell(channel: int, pid: int, pidfd: int, more: Mapping[str, object] | None =
         text = json.dumps({"pid": pid, "more": more}).encode() + b"\0"
         if socket.send_fds(connection, [text], [pidfd], socket.MSG_DONTWAIT) != len(text):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def has_ended(channel: int) -> bool:
+    """Tell whether the worker of a channel, which was told nothing yet, is gone."""
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    return bool(poll.poll(0))

@@ -36,6 +36,8 @@ from vmmback.threads import in_thread
 _PIDFILES = Path("/run/libvirt/qemu")
 # Between the hook's `prepare` and the start of the emulator are milliseconds, and on a busy host seconds.
 _CLAIM_TIMEOUT_S = 120.0
+# A domain that starts has the processors first.
+_UP_S = 2.0
 
 
 class Claimed(TypedDict):
@@ -118,6 +120,9 @@ class Domains:
         """Know none; `wrapper` tells which emulator a domain must have whose QEMU is at a path."""
         self._broker, self._wrapper = broker, wrapper
         self._announced: dict[str, _Announced] = {}
+        self._closed = False
+        self._spare = -1
+        """The channel of a worker that waits for the next domain: to start one takes longer than a claim."""
 
     async def announce(self, xml: str) -> None:
         """See DomainsInterface.Announce. Raises ConfigError, AdmissionRefused, HostUnfit, OSError."""
@@ -130,16 +135,31 @@ class Domains:
             raise domain_refusals.refused(xml, problems)
         await self.withdraw(domain.name)  # of an earlier start that came to nothing
         async with AsyncExitStack() as failed:
-            channel = self._broker.handoffs.start(0)
+            channel = self._worker()
             announced = _Announced(domain, channel, time.monotonic() + _CLAIM_TIMEOUT_S)
             failed.push_async_callback(announced.close)
             for block in domain.ram:
                 reserved = self._broker.pool.reserve(block.size, self._broker.ledger.next_number())
                 announced.ram.append(reserved)
                 await reserved.admitted()
-            await in_thread(lambda: records.begin(domain.uuid))
+            records.begin(domain.uuid)
             failed.pop_all()
         self._announced[domain.name] = announced
+
+    def _worker(self) -> int:
+        """Return the channel of a worker, and have a new one started once this domain is up. Raises OSError."""
+        channel, self._spare = self._spare, -1
+        asyncio.get_running_loop().call_later(_UP_S, self._start_spare)
+        if channel >= 0 and not handoffs.has_ended(channel):
+            return channel
+        if channel >= 0:
+            os.close(channel)
+        return self._broker.handoffs.start(0)
+
+    def _start_spare(self) -> None:
+        if self._spare < 0 and not self._closed:
+            with suppress(OSError):  # the next domain will have one started
+                self._spare = self._broker.handoffs.start(0)
 
     async def claim(self, name: str, sizes: Sequence[int], caller: Caller, pidfd: int) -> tuple[int, list[Lent]]:
         """See DomainsInterface.Claim; channel and files are the caller's to close. Raises VmmbackError, OSError."""
@@ -182,7 +202,7 @@ class Domains:
                 frames[inode] = page_file.entries_in(entries)
             finally:
                 os.close(entries)
-        await in_thread(lambda: records.write_frames(domain.uuid, frames))
+        records.write_frames(domain.uuid, frames)
         return memory
 
     async def withdraw(self, name: str) -> None:
@@ -192,6 +212,10 @@ class Domains:
 
     async def close(self) -> None:
         """Give back all."""
+        self._closed = True
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
         for name in list(self._announced):
             await self.withdraw(name)
 

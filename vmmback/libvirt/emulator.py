@@ -6,11 +6,10 @@ gave. Whatever goes wrong, QEMU is not executed: there is no other memory to fal
 error is in libvirt's error. `vmmback libvirt install` puts a copy of it where QEMU's user finds it.
 """
 
-import json
 import os
 import sys
 
-from vmmback.libvirt.broker_call import Failed, call, connected, socket_of
+from vmmback.libvirt.broker_call import Failed, call, connected, decoded, socket_of
 from vmmback.linux.bare_filter import listener_of
 
 _ANSWER_S, _A_GIB_S = 15.0, 10.0
@@ -66,7 +65,7 @@ def blocks_of(arguments: list[str]) -> list[tuple[str, str, int]]:
         if option != "-object" or "memory-backend-" not in value:
             continue
         try:
-            backend = json.loads(value)
+            backend = decoded(value)
             kind, size = backend["qom-type"], backend["size"]
             if kind == _MEMFD and not backend.get("hugetlb"):
                 blocks.append(("memfd_create", _MEMFD, size))
