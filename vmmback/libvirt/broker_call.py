@@ -1,14 +1,13 @@
 """One call of the broker, for the programs that hold up a domain's start: the hook and the emulator.
 
 Standard library only, and little of it, since they are started anew each time: Python alone takes 7 ms, and as much
-again each of the modules `socket`, `typing` and `json` (which needs `re`). What these are made of takes a tenth of that.
+again each of the modules `socket`, `typing` and `json` (which needs `re`). What these are made of takes a tenth.
 `vmmback libvirt install` puts copies where QEMU's user finds them, which may not look into this package.
 """
 
 from __future__ import annotations
 
 import _socket
-import array
 import sys
 from _json import encode_basestring_ascii, make_scanner
 
@@ -20,6 +19,7 @@ BROKER = "/run/vmmback-broker/socket"
 REFUSED = "org.vmmback.Broker.Refused"
 
 _MOST_BYTES, _MOST_DESCRIPTORS = 1 << 16, 64
+_INT_BYTES = 4  # a descriptor, as the kernel passes it (cmsg(3))
 _MSG_CMSG_CLOEXEC = 0x40000000  # include/linux/socket.h
 _START = "start it: systemctl start vmmback-broker.socket, or: vmmback broker FILE"
 
@@ -71,19 +71,19 @@ def call(
 ) -> tuple[dict[str, Any], list[int]]:
     """Make one Varlink call; return the parameters of the answer, and its descriptors, close-on-exec. Raises Failed."""
     text = encoded({"method": method, "parameters": parameters}).encode() + b"\0"
-    passed = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    received, gotten = b"", array.array("i")
+    passed = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _words(descriptors))] if descriptors else []
+    received, gotten = b"", b""
     try:
         sent = connection.sendmsg([text], passed)
         while sent < len(text):
             sent += connection.send(text[sent:])
         while not received.endswith(b"\0"):
             data, ancillary, _, _ = connection.recvmsg(
-                _MOST_BYTES, _socket.CMSG_SPACE(_MOST_DESCRIPTORS * gotten.itemsize), _MSG_CMSG_CLOEXEC
+                _MOST_BYTES, _socket.CMSG_SPACE(_MOST_DESCRIPTORS * _INT_BYTES), _MSG_CMSG_CLOEXEC
             )
             for level, kind, content in ancillary:
                 if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
-                    gotten.frombytes(content[: len(content) - len(content) % gotten.itemsize])
+                    gotten += content[: len(content) - len(content) % _INT_BYTES]
             if not data:
                 raise Failed("the broker hung up", "look at its messages")
             received += data
@@ -97,7 +97,12 @@ def call(
         raise Failed(told["message"], told["hint"], told["exit_code"])
     if "error" in answer:
         raise Failed(f"the broker knows no {method}: {answer['error']}", "is it of the same version as the hook?")
-    return told, gotten.tolist()
+    words = [gotten[start : start + _INT_BYTES] for start in range(0, len(gotten), _INT_BYTES)]
+    return told, [int.from_bytes(word, sys.byteorder) for word in words]
+
+
+def _words(numbers: tuple[int, ...]) -> bytes:
+    return b"".join([number.to_bytes(_INT_BYTES, sys.byteorder) for number in numbers])
 
 
 def encoded(value: object) -> str:
