@@ -44,6 +44,8 @@ class Running:
     present: int = 0
     processes: int = 0
     alive: bool = True
+    before: int = 0
+    """Of its RAM, what was promised before the last time."""
 
 
 class Host:
@@ -136,7 +138,7 @@ class AnyOrder(RuleBasedStateMachine):
         if guest and guest.alive:
             guest.present = max(guest.present, int(guest.size * share) // 4096 * 4096)
             if told:
-                guest.promise.touched(guest.present)
+                guest.promise.touched(guest.present - guest.before)
 
     @rule(guest=guests)
     def settle(self, guest: Running | None) -> None:
@@ -147,11 +149,12 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(guest=guests, size=st.integers(1, 10))
     def grow(self, guest: Running | None, size: int) -> None:
         if guest and guest.alive and guest.present == guest.size:
-            guest.promise.touched(guest.present)
+            guest.promise.touched(guest.present - guest.before)
             try:
                 asyncio.run(guest.promise.extend(size * 128 * MIB))
             except AdmissionRefused:
                 return
+            guest.before = guest.size
             guest.size += size * 128 * MIB
 
     @rule(guest=consumes(guests))
