@@ -215,6 +215,24 @@ def test_a_domain_that_did_not_ask_is_as_it_was(libvirtd: Libvirtd) -> None:
     host.close()
 
 
+def test_qemus_arguments_are_those_that_libvirt_gave(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("secret", "--sysinfo=system.manufacturer=a b 'c' \"d\"", TWO_CELLS, vcpus=2)
+    libvirtd.virsh("start", "secret")
+    argv = libvirtd.argv("secret")
+    xml = libvirtd.virsh("dumpxml", "--inactive", "secret")
+    libvirtd.virsh("destroy", "secret")
+    vmmback(libvirtd, "libvirt", "disable", "secret")
+    # The same domain on ordinary memory, of the kind that was asked for.
+    stock = re.sub(r"<metadata>.*?</metadata>", "", xml, flags=re.DOTALL).replace(
+        str(WRAPPER), "/usr/bin/qemu-system-x86_64"
+    )
+    libvirtd.define(stock)
+    libvirtd.virsh("start", "secret")
+    assert secret_bytes(libvirtd.qemu_pid("secret")) == 0
+    assert normal(libvirtd.argv("secret")) == normal(argv)
+
+
 RECORDS = """#!/bin/sh
 cat >/dev/null
 echo "$2" >>/run/calls

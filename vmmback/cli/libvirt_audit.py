@@ -30,8 +30,8 @@ _BOOTED_S = 10.0
 @click.option("--connect", "-c", "uri", metavar="URI", help='Which libvirt of this host (default "qemu:///system").')
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document; all else goes to stderr.")
 @report_files
-@click.option("--started", "when", flag_value="started", hidden=True, help="Of the hook: it has just started.")
-@click.option("--ended", "when", flag_value="ended", hidden=True, help="Of the hook: it has ended; DOMAIN is its UUID.")
+@click.option("--started", "when", flag_value="started", help="It has just started: now, and 10 s later (the hook).")
+@click.option("--ended", "when", flag_value="ended", help="It has ended; DOMAIN is its UUID (the hook).")
 def audit(domain: str, uri: str | None, files: ReportFiles, when: str | None, *, as_json: bool) -> None:
     """Try every vector that is safe on a live guest on the domain DOMAIN, and report what was measured.
 
