@@ -164,7 +164,7 @@ from vmmback.libvirt.domain import Libvirt
 from vmmback.isolation.direct_map import pagemap_entries
 uuid, pid, inode, size = sys.argv[1], *map(int, sys.argv[2:])
 records.begin(uuid)
-records.write_frames(uuid, {inode: pagemap_entries(pid, inode)})
+records.write_frames(uuid, pid, {inode: pagemap_entries(pid, inode)})
 with Libvirt(None) as connection:
     report = asyncio.run(audit.examine(audit.Subject("plain", uuid, "qemu", pid), connection.hmp("plain")))
 print(report.as_json())
@@ -431,9 +431,10 @@ def test_the_hook_has_it_audited_and_what_was_its_ram_looked_at(ready: Host) -> 
     uuid = libvirtd.virsh("domuuid", "one")
     records = libvirtd.inside / "run/vmmback-libvirt"
     assert (records / "secret" / uuid).exists()
-    assert (records / "records" / f"{uuid}.frames").is_dir()
+    frames = records / "records" / f"{uuid}.{libvirtd.qemu_pid('one')}.frames"
+    assert frames.is_dir()
     libvirtd.virsh("destroy", "one")
-    eventually(lambda: not (records / "records" / f"{uuid}.frames").exists(), "its frames are forgotten", 30)
+    eventually(lambda: not frames.exists(), "its frames are forgotten", 30)
     eventually(lambda: "freed-frames" in (records / "records" / f"{uuid}.json").read_text(), "they were looked at", 30)
     assert not (records / "secret" / uuid).exists()
 
@@ -470,3 +471,79 @@ def test_many_domains_that_start_at_once_are_all_isolated(host: Host) -> None:
 
     eventually(lambda: verdicts() == {"isolated"}, "all were audited", 120)
     assert all("READY" in libvirtd.console(name) for name in names)
+
+
+def test_a_name_is_a_name_whatever_signs_are_in_it(ready: Host) -> None:
+    name = 'a\'b "c" & <d>, e'
+    xml = ready.libvirtd.domain_xml("plain")
+    written = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    ready.libvirtd.define(re.sub("<uuid>.*?</uuid>", "", xml).replace("<name>plain<", f"<name>{written}<"))
+    vmmback(ready.libvirtd, "libvirt", "enable", name)
+    ready.libvirtd.virsh("start", name)
+    assert ready.leases() == [(f"domain {name}", SIZE)]
+    assert ready.report(name)["verdict"] == "isolated"
+    ready.libvirtd.virsh("destroy", name)
+
+
+def test_what_nobody_can_tell_of_a_domain_is_no_verdict_on_it(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define_roomy("one")
+    libvirtd.virsh("start", "one")
+    libvirtd.wait_for("one", READY)
+    dimm = libvirtd.folder / "dimm.xml"
+    dimm.write_text(DIMM)
+    libvirtd.virsh("attach-device", "one", dimm)
+    ready.end_broker()
+    refused = vmmback(libvirtd, "libvirt", "audit", "one", exit_code=3)
+    assert "no broker says whose it is" in refused.stderr
+    assert libvirtd.virsh("domstate", "one") == "running"
+    ready.start_broker(filled=False)
+    assert ready.report("one")["verdict"] == "isolated"
+
+
+def secret_files(pid: int) -> int:
+    """Return how many descriptors of secret RAM a process has."""
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    return sum(str(link.readlink()) == procfs.SECRETMEM for link in links if link.is_symlink())
+
+
+def test_a_start_that_fails_half_way_keeps_no_memory(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one", TWO_CELLS, vcpus=2)
+    records = libvirtd.inside / "run/vmmback-libvirt/records"
+    records.parent.mkdir(exist_ok=True)
+    records.write_text("in the way")
+    for _ in range(2):
+        assert "vmmback: error" in ready.refused("one")
+    records.unlink()
+
+    def as_much_as_is_ready() -> bool:
+        pool = ready.pool()
+        ready_files = sum(each["ready"] for each in pool["pool"])
+        return not pool["leases"] and secret_files(ready.broker_pid) == int(ready_files)
+
+    eventually(as_much_as_is_ready, "the broker has nothing but its pool", 30)
+    libvirtd.virsh("start", "one")
+    assert len(ready.leases()) == 2
+
+
+def test_what_was_found_is_of_the_run_that_it_is_shown_for(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one")
+    libvirtd.virsh("start", "one")
+    eventually(lambda: ready.recorded("one") == "isolated", "the hook's audit is there", 60)
+    libvirtd.virsh("destroy", "one")
+    libvirtd.virsh("start", "one")  # before anybody looked at what was its RAM
+    frames = f"{libvirtd.virsh('domuuid', 'one')}.{libvirtd.qemu_pid('one')}.frames"
+    records = libvirtd.inside / "run/vmmback-libvirt/records"
+    eventually(
+        lambda: [each.name for each in records.glob("*.frames")] == [frames], "the first run's are forgotten", 30
+    )
+    eventually(lambda: ready.recorded("one") == "isolated", "the second run is audited", 60)
+    libvirtd.virsh("destroy", "one")
+
+    vmmback(libvirtd, "libvirt", "disable", "one")
+    libvirtd.virsh("start", "one")
+    vmmback(libvirtd, "libvirt", "enable", "one")  # for its next start
+    assert secret_bytes(libvirtd.qemu_pid("one")) == 0
+    assert ready.recorded("one") == ""

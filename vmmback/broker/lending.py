@@ -91,8 +91,7 @@ class Broker:
         try:
             self._watch(caller.pid, caller.started, pidfd, number)
         except OSError:
-            self.pool.ended(ready.size, ready.inode)
-            ready.close()
+            self.pool.not_lent(ready)
             raise
         return self._lent(number, ready, caller, pidfd, purpose, numbers=True)
 

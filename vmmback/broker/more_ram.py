@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from vmmback.linux import procfs
@@ -21,6 +22,8 @@ _RESTART_S = 10.0
 _A_GIB_S = 10.0
 """How long it may take for each GiB besides, which it may have to touch first."""
 _TRY_AGAIN_S = 0.1
+_RELEASE_S = 1.0
+"""How long it may take to give back: QEMU waits meanwhile if it stops, and it is tried again."""
 _MOST_ANSWER_BYTES = 1 << 16
 
 
@@ -66,15 +69,16 @@ class More:
         return descriptors[0]
 
     def release_unplugged(self) -> None:
-        """Give back what QEMU did not map at two looks: at one it may not map it yet."""
+        """Give back what QEMU had not at two looks: at one it may not have it yet. What it holds open it has."""
         try:
             mapped = {mapping.inode for mapping in procfs.maps(self._pid)}
+            held = _open_inodes(self._pid)
         except OSError:  # it ends
             return
-        missing = self._leases.keys() - mapped
+        missing = self._leases.keys() - mapped - held
         for inode in missing & self._missing:
             with suppress(OSError):  # without a broker: the next one is told at the next look
-                self._call(_RELEASE, _RESTART_S, lease=self._leases[inode][0])
+                self._call(_RELEASE, _RELEASE_S, lease=self._leases[inode][0])
                 del self._leases[inode]
         self._missing = missing
 
@@ -91,3 +95,12 @@ class More:
                 if not data:
                     raise ConnectionAbortedError(errno.ECONNABORTED, "the broker hung up")
         return dict(json.loads(received[:-1])), descriptors
+
+
+def _open_inodes(pid: int) -> set[int]:
+    """Return the inodes of what a process has open. Raises OSError."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            found.add(link.stat().st_ino)
+    return found

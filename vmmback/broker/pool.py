@@ -181,6 +181,11 @@ class Pool:
         """Say that a file that was not the pool's is lent."""
         self._promise.lends(ready.inode)
 
+    def not_lent(self, ready: Ready) -> None:
+        """Give back a file that was taken, and that nobody has got."""
+        self.ended(ready.size, ready.inode)
+        ready.close()
+
     def ended(self, size: int, inode: int) -> None:
         """Make one more of this size, at once: the lease of a file has ended, and its memory may be free.
 
@@ -297,12 +302,12 @@ class Reserved:
     async def give_up(self) -> None:
         """Give its memory back to the kernel, unless it was given."""
         if self._ready:
-            self._pool.ended(self.size, self._ready.inode)
-            self._ready.close()
+            self._pool.not_lent(self._ready)
         elif self._made:
             self._made.cancel()
+            await asyncio.wait({self._made})
             with suppress(asyncio.CancelledError, VmmbackError, OSError):
-                (await self._made).close()
+                self._made.result().close()
         self._promise.forget()
         self._ready = self._made = None
 

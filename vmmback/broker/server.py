@@ -33,7 +33,7 @@ from vmmback.linux import peer
 
 # Root is held to neither: its guests have a connection each, and others must not keep them from it.
 _MOST_CLIENTS, _MOST_OF_A_USER = 512, 64
-_MOST_CALL_BYTES = 1 << 16
+_MOST_CALL_BYTES, _MOST_OF_ROOT_BYTES = 1 << 16, 1 << 22  # libvirt's hook sends a domain's XML
 _ACCEPT_AGAIN_S = 0.1
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
@@ -111,11 +111,12 @@ class _Connection(VarlinkInterfaceServerProtocol):
         self._unfinished = 0
         """Calls that are not answered yet, and answers that are not taken; no other call is heard meanwhile."""
         self._arrived_s = 0.0
+        self._most_bytes = _MOST_CALL_BYTES if caller.uid else _MOST_OF_ROOT_BYTES
 
     def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
         self._arrived_s = time.monotonic()
         *calls, self._recv_buffer = (self._recv_buffer + data).split(b"\0")
-        if len(self._recv_buffer) > _MOST_CALL_BYTES:
+        if len(self._recv_buffer) > self._most_bytes:
             return self._hang_up()
         for call in calls:
             used = asyncio.get_running_loop().create_future()

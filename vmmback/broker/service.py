@@ -102,13 +102,13 @@ class BrokerInterface(VarlinkInterface, name="org.vmmback.Broker"):
         without the frame's number for callers who may not know it. The lease ends when the caller ends, or by Release.
         """
         with refusing("nothing can be lent"):
-            return _lent(self._broker.lend(self._caller, self._pidfd, _checked(size), _shown(purpose)))
+            return _lent(self._broker.lend(self._caller, self._pidfd, _checked(size), shown(purpose)))
 
     @varlinkmethod
     async def Make(self, size: int, purpose: str) -> Lent:  # noqa: N802
         """Lend as Acquire does; what is not ready is made, by the same admission, while the caller waits. Root's."""
         with refusing("nothing can be made"), held(self._pidfd) as pidfd:
-            return _lent(await self._broker.make(self._caller, pidfd, _checked(size), _shown(purpose)))
+            return _lent(await self._broker.make(self._caller, pidfd, _checked(size), shown(purpose)))
 
     @varlinkmethod(return_parameter="channel")
     def Serve(self) -> FileDescriptor:  # noqa: N802
@@ -156,7 +156,8 @@ def _checked(size: int) -> int:
     return size
 
 
-def _shown(purpose: str) -> str:
+def shown(purpose: str) -> str:
+    """Return what is kept of a purpose."""
     return "".join(char for char in purpose[:_MOST_PURPOSE_CHARS] if char.isprintable())
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -15,7 +17,6 @@ from vmmback.cli.signals import stopped
 
 if TYPE_CHECKING:
     from vmmback.libvirt.domain import Libvirt
-    from vmmback.libvirt.domain_xml import OnExposed
     from vmmback.report import IsolationReport
 
 # Firmware has run, and has set up the guest's memory map, by then.
@@ -75,8 +76,8 @@ async def _started(connection: Libvirt, name: str) -> None:
 
 
 async def _examined(connection: Libvirt, name: str) -> IsolationReport:
-    from vmmback.errors import UsageError
-    from vmmback.libvirt import audit
+    from vmmback.errors import NoSuchGuest, UsageError
+    from vmmback.libvirt import audit, records
     from vmmback.libvirt.domain_xml import parse, policy_of
     from vmmback.report import GuestVerdict
 
@@ -88,25 +89,37 @@ async def _examined(connection: Libvirt, name: str) -> IsolationReport:
     if policy is None:
         raise UsageError(f"domain {domain.name} does not ask for secret RAM", "vmmback libvirt enable DOMAIN")
     pid = _pid_of(domain.name)
-    subject = audit.Subject(domain.name, domain.uuid, root.get("type", ""), pid)
-    report = await audit.examine(subject, connection.hmp(domain.name))
-    if report.verdict is GuestVerdict.EXPOSED:
-        _answer(policy.on_exposed, domain.name, pid)
+    with _held(pid) as pidfd:
+        subject = audit.Subject(domain.name, domain.uuid, root.get("type", ""), pid)
+        report = await audit.examine(subject, connection.hmp(domain.name))
+        if audit.has_ended(pid, 0) or _pid_of(domain.name) != pid:
+            raise NoSuchGuest(f"domain {domain.name} ended during the audit", "start it, then audit again")
+        records.write(domain.uuid, report)
+        if report.verdict is GuestVerdict.EXPOSED and policy.on_exposed == "kill":
+            show(sys.stderr, f"vmmback: domain {domain.name} is exposed and is ended (on-exposed is kill)\n")
+            audit.end(pidfd)
     return report
+
+
+@contextmanager
+def _held(pid: int) -> Iterator[int]:
+    """Hold a descriptor of a process: nobody else is meant by it, whoever gets its pid."""
+    from vmmback.errors import NoSuchGuest
+
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise NoSuchGuest("the domain has ended", "start it: virsh start DOMAIN") from None
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
 
 
 def _pid_of(name: str) -> int:
     from vmmback.errors import NoSuchGuest
+    from vmmback.libvirt.domains import pid_of
 
-    try:
-        return int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
-    except (OSError, ValueError):
-        raise NoSuchGuest(f"domain {name} does not run", "start it: virsh start DOMAIN") from None
-
-
-def _answer(on_exposed: OnExposed, name: str, pid: int) -> None:
-    from vmmback.libvirt import audit
-
-    if on_exposed == "kill":
-        show(sys.stderr, f"vmmback: domain {name} is exposed and is ended (on-exposed is kill)\n")
-        audit.end(pid)
+    if (pid := pid_of(name)) < 0:
+        raise NoSuchGuest(f"domain {name} does not run", "start it: virsh start DOMAIN")
+    return pid

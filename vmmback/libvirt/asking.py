@@ -13,7 +13,7 @@ from vmmback.libvirt.domain import Domain
 from vmmback.libvirt.domain_refusals import refusals, refused
 from vmmback.libvirt.domain_xml import OnExposed, Source
 from vmmback.libvirt.installed_files import qemu_of
-from vmmback.libvirt.places import RECORDS, Places, wrapper_of
+from vmmback.libvirt.places import RECORDS, SECRET, Places, wrapper_of
 from vmmback.linux import kvm
 from vmmback.toml_errors import ascii_path
 
@@ -49,7 +49,9 @@ def enabled(domain: Domain, on_exposed: OnExposed, source: Source | None, places
 
 def standing(domain: Domain, places: Places | None) -> Standing:
     """Return what is to be said of a domain, of its RAM and of what speaks against its being secret."""
-    verdict = _last_verdict(places, domain.uuid) if places else ""
+    # One that runs and was not announced has ordinary memory, whatever an earlier run had.
+    is_of_this_run = places and (not domain.is_active or (places.below(SECRET) / domain.uuid).exists())
+    verdict = _last_verdict(places, domain.uuid) if places and is_of_this_run else ""
     asks, source, against = False, "", tuple[str, ...]()
     try:
         asks = domain_xml.policy_of(domain_xml.parse(domain.xml)) is not None

@@ -27,6 +27,7 @@ from vmmback.isolation.qmp_proof import Hmp
 from vmmback.isolation.residue import FreedFramesProbe
 from vmmback.libvirt import records
 from vmmback.libvirt.domains import purpose
+from vmmback.linux import procfs
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Exposure, IsolationReport
 
@@ -58,9 +59,9 @@ class Subject(NamedTuple):
 
 
 async def examine(domain: Subject, hmp: Hmp) -> IsolationReport:
-    """Examine a running domain; the report is kept as its last. Raises HostUnfit, QemuFailed, OSError."""
+    """Examine a running domain. Raises HostUnfit, QemuFailed, OSError."""
     started = time.perf_counter()
-    frames = records.frames(domain.uuid)
+    frames = records.frames(domain.uuid, domain.pid)
     ram, unplugged = await _ram_of(domain, frames), set[int]()
     while True:
         target = Target(domain.pid, {inode: size for inode, size in ram.items() if inode not in unplugged})
@@ -79,7 +80,7 @@ async def examine(domain: Subject, hmp: Hmp) -> IsolationReport:
     probes = tuple(report.judge_probe(observation) for observation in evidence.observations)
     verdict, reasons = report.judge_guest(memory, proof.ram_blocks, probes, audit.REQUIRED)
     host = report.Host(kernel=kernel_release(), qemu=await _version(hmp), accel=_accel(domain.type))
-    found = IsolationReport(
+    return IsolationReport(
         guest=domain.name,
         verdict=verdict,
         validated_after="a request while it ran",
@@ -96,20 +97,22 @@ async def examine(domain: Subject, hmp: Hmp) -> IsolationReport:
         denied_commands={},
         timings={"validate": round(time.perf_counter() - started, 6)},
     )
-    records.write(domain.uuid, found)
-    return found
 
 
 def observe_end(uuid: str) -> IsolationReport | None:
     """Look at the former frames of a domain that has ended; the result is part of its last report from now on.
 
-    None for one that was never examined. Raises OSError.
+    None for one that was never examined, or runs again. Raises OSError.
     """
-    found, frames = records.read(uuid), records.frames(uuid)
-    records.forget_frames(uuid)
-    if found is None or not frames:
+    ended = [pid for pid in records.runs(uuid) if has_ended(pid, 0)]
+    runs_again = len(ended) < len(records.runs(uuid))
+    frames = [records.frames(uuid, pid) for pid in ended]
+    for pid in ended:
+        records.forget_frames(uuid, pid)
+    found = records.read(uuid)
+    if found is None or runs_again or len(ended) != 1:
         return None
-    entries = array("Q", chain.from_iterable(frames.values()))
+    entries = array("Q", chain.from_iterable(frames[0].values()))
     freed = report.judge_probe(FreedFramesProbe([], entries, None).observe(Target(0, {})))
     probes = (*found.probes, freed)
     required = audit.REQUIRED | {FreedFramesProbe.name}
@@ -120,18 +123,29 @@ def observe_end(uuid: str) -> IsolationReport | None:
 
 
 async def _ram_of(domain: Subject, frames: Mapping[int, array[int]]) -> dict[int, int]:
-    """Return the sizes of a domain's files, by inode. Raises HostUnfit where nobody knows any."""
+    """Return the sizes of a domain's files, by inode. Raises HostUnfit where nobody knows all that it maps."""
     ram = {inode: len(entries) * PAGE_SIZE for inode, entries in frames.items()}
     async with client.connected() as lender:
-        if lender:
-            leases = await lender.leases()
-            ram |= {lease.inode: lease.size for lease in leases if lease.purpose == purpose(domain.name)}
+        leases = await lender.leases() if lender else []
+    # What was plugged in is lent to who answers QEMU's calls, which is root's (more_ram.py).
+    own = [lease for lease in leases if lease.purpose == purpose(domain.name) and lease.uid in (0, _uid_of(domain.pid))]
+    ram |= {lease.inode: lease.size for lease in own}
+    secret = {mapping.inode for mapping in procfs.maps(domain.pid) if mapping.path == procfs.SECRETMEM}
+    if lender is None and secret - ram.keys():
+        raise HostUnfit(
+            f"domain {domain.name!a} has secret RAM that was plugged in, and no broker says whose it is",
+            "start the broker, then audit again",
+        )
     if not ram:
         raise HostUnfit(
             f"nobody knows of secret RAM that domain {domain.name!a} has",
             "was it enabled, and started since? vmmback libvirt enable DOMAIN",
         )
     return ram
+
+
+def _uid_of(pid: int) -> int:
+    return int(procfs.status(pid)["Uid"].split()[1])
 
 
 def _api_exposures() -> list[Exposure]:
@@ -166,11 +180,11 @@ def has_ended(pid: int, timeout_s: float) -> bool:
         os.close(pidfd)
 
 
-def end(pid: int) -> None:
+def end(pidfd: int) -> None:
     """End a domain's QEMU, which libvirt then takes for crashed. Raises QemuFailed where it cannot be."""
     try:
-        os.kill(pid, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except ProcessLookupError:
         return
     except OSError as error:
-        raise QemuFailed(f"QEMU (pid {pid}) cannot be ended: {error.strerror}") from error
+        raise QemuFailed(f"QEMU cannot be ended: {error.strerror}") from error

@@ -117,8 +117,8 @@ def parse(xml: str) -> ET.Element:
 
 
 def name_of(root: ET.Element) -> str:
-    """Return the domain's name."""
-    return _text(root, "name")
+    """Return the domain's name, blanks at its ends included: libvirt tells domains apart by them."""
+    return root.findtext("name") or ""
 
 
 def wrong_domain(name: str, problems: Iterable[tuple[str, str]], hint: str = "") -> ConfigError:

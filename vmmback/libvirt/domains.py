@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
+from xml.sax.saxutils import escape
 
 from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 
@@ -25,8 +26,8 @@ from vmmback.broker.ledger import Caller
 from vmmback.broker.lending import Broker
 from vmmback.broker.pool import Ready, Reserved
 from vmmback.broker.server import Interfaces
-from vmmback.broker.service import Refused, held, refusing
-from vmmback.errors import AdmissionRefused, ConfigError
+from vmmback.broker.service import Refused, held, refusing, shown
+from vmmback.errors import AdmissionRefused, ConfigError, VmmbackError
 from vmmback.libvirt import domain_refusals, domain_xml, records
 from vmmback.libvirt.domain_xml import Domain
 from vmmback.linux import kvm, page_file, seccomp
@@ -34,6 +35,7 @@ from vmmback.threads import in_thread
 
 # Where libvirt's QEMU driver writes pids (virPidFileBuildPath; src/qemu/qemu_conf.c, stateDir).
 _PIDFILES = Path("/run/libvirt/qemu")
+_QUOTES = {"'": "&apos;", '"': "&quot;"}
 # Between the hook's `prepare` and the start of the emulator are milliseconds, and on a busy host seconds.
 _CLAIM_TIMEOUT_S = 120.0
 # A domain that starts has the processors first.
@@ -135,16 +137,16 @@ class Domains:
             raise domain_refusals.refused(xml, problems)
         await self.withdraw(domain.name)  # of an earlier start that came to nothing
         async with AsyncExitStack() as failed:
-            channel = self._worker()
-            announced = _Announced(domain, channel, time.monotonic() + _CLAIM_TIMEOUT_S)
+            announced = _Announced(domain, self._worker(), time.monotonic() + _CLAIM_TIMEOUT_S)
             failed.push_async_callback(announced.close)
             for block in domain.ram:
                 reserved = self._broker.pool.reserve(block.size, self._broker.ledger.next_number())
                 announced.ram.append(reserved)
                 await reserved.admitted()
             records.begin(domain.uuid)
+            await self.withdraw(domain.name)  # of a hook that was ended meanwhile
             failed.pop_all()
-        self._announced[domain.name] = announced
+            self._announced[domain.name] = announced
 
     def _worker(self) -> int:
         """Return the channel of a worker, and have a new one started once this domain is up. Raises OSError."""
@@ -169,7 +171,7 @@ class Domains:
                 f"no domain {name!a} was announced to the broker, or it has its RAM already",
                 "start it by libvirt, with vmmback's hook in place: vmmback libvirt install",
             )
-        if _pid_of(name) != caller.pid:
+        if pid_of(name) != caller.pid:
             raise AdmissionRefused(
                 f"process {caller.pid} is not the one that libvirt has started for domain {name!a}",
                 "only libvirt starts a domain's emulator",
@@ -181,29 +183,33 @@ class Domains:
                 "report this, with the domain's XML",
             )
         del self._announced[name]
-        async with AsyncExitStack() as stack:
-            stack.push_async_callback(announced.close)
-            ready = [await reserved.given() for reserved in announced.ram]
-            memory = await self._hand_over(announced, ready, caller, pidfd)
-            more = {"broker": str(socket_path()), "purpose": purpose(name), "room": announced.domain.room}
-            handoffs.tell(announced.channel, caller.pid, pidfd, more)
-            channel, announced.channel = announced.channel, -1
-            return channel, memory
-
-    async def _hand_over(self, announced: _Announced, ready: Sequence[Ready], caller: Caller, pidfd: int) -> list[Lent]:
-        memory = list[Lent]()
         domain = announced.domain
-        frames: dict[int, array[int]] = {}
+        async with AsyncExitStack() as failed:
+            failed.push_async_callback(announced.close)
+            ready, memory = list[Ready](), list[Lent]()
+            failed.callback(self._not_lent, ready)
+            for reserved in announced.ram:
+                ready.append(await reserved.given())
+            frames: dict[int, array[int]] = {}
+            while ready:
+                inode = ready[0].inode
+                lease, lent, entries = self._broker.hand_over(ready.pop(0), caller, pidfd, purpose(name))
+                failed.callback(lent.close)
+                failed.callback(self._broker.end, lease.number)
+                memory.append(lent)
+                try:
+                    frames[inode] = page_file.entries_in(entries)
+                finally:
+                    os.close(entries)
+            records.write_frames(domain.uuid, caller.pid, frames)
+            more = {"broker": str(socket_path()), "purpose": purpose(name), "room": domain.room}
+            handoffs.tell(announced.channel, caller.pid, pidfd, more)
+            failed.pop_all()
+            return announced.channel, memory
+
+    def _not_lent(self, ready: Sequence[Ready]) -> None:
         for each in ready:
-            inode = each.inode
-            _, lent, entries = self._broker.hand_over(each, caller, pidfd, purpose(domain.name))
-            memory.append(lent)
-            try:
-                frames[inode] = page_file.entries_in(entries)
-            finally:
-                os.close(entries)
-        records.write_frames(domain.uuid, frames)
-        return memory
+            self._broker.pool.not_lent(each)
 
     async def withdraw(self, name: str) -> None:
         """Give the RAM of a domain back that was announced."""
@@ -225,12 +231,13 @@ class Domains:
             await asyncio.sleep(_CLAIM_TIMEOUT_S / 4)
             for name, announced in list(self._announced.items()):
                 if time.monotonic() > announced.until_s:
-                    await self.withdraw(name)
+                    with suppress(VmmbackError, OSError):
+                        await self.withdraw(name)
 
 
 def purpose(name: str) -> str:
-    """Return the purpose of the leases of a domain."""
-    return f"domain {name}"
+    """Return the purpose of the leases of a domain, as the broker keeps it."""
+    return shown(f"domain {name}")
 
 
 @asynccontextmanager
@@ -247,9 +254,13 @@ async def served(broker: Broker, wrapper: Callable[[Path], Path]) -> AsyncIterat
         await domains.close()
 
 
-def _pid_of(name: str) -> int:
-    """Return the pid of what libvirt has started for a domain, -1 where it has not."""
+def pid_of(name: str) -> int:
+    """Return the pid of what libvirt has started for a domain, -1 where it has not.
+
+    libvirt names the file by the domain's name as it is written in XML (src/qemu/qemu_process.c, virPidFileBuildPath of
+    a name that virDomainDefFormat has escaped).
+    """
     try:
-        return int((_PIDFILES / f"{name}.pid").read_text())
+        return int((_PIDFILES / f"{escape(name, _QUOTES)}.pid").read_text())
     except (OSError, ValueError):
         return -1

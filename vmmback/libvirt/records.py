@@ -20,34 +20,42 @@ _OWN = 0o700
 
 
 def begin(uuid: str) -> None:
-    """Forget the domain's last run. Raises OSError."""
+    """Forget what audits of the domain found. Raises OSError."""
     RECORDS.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     RECORDS.mkdir(mode=_OWN, exist_ok=True)
-    forget_frames(uuid)
     _report(uuid).unlink(missing_ok=True)
 
 
-def write_frames(uuid: str, frames: Mapping[int, array[int]]) -> None:
-    """Write where RAM lies: the pagemap entries (procfs.pagemap) of all pages, by inode. Raises OSError."""
-    folder = _frames(uuid)
-    folder.mkdir(mode=_OWN, exist_ok=True)
+def write_frames(uuid: str, pid: int, frames: Mapping[int, array[int]]) -> None:
+    """Write where the RAM of a run lies: the pagemap entries (procfs.pagemap) of all pages, by inode. Raises OSError.
+
+    `pid` is QEMU's.
+    """
+    folder = _frames(uuid, pid)
+    forget_frames(uuid, pid)
+    folder.mkdir(mode=_OWN)
     for inode, entries in frames.items():
         _write(folder / str(inode), entries.tobytes())
 
 
-def frames(uuid: str) -> dict[int, array[int]]:
-    """Return where RAM lies; nothing for a domain that does not run."""
+def frames(uuid: str, pid: int) -> dict[int, array[int]]:
+    """Return where the RAM of a run lies; nothing where that is not known."""
     found = {}
     with suppress(FileNotFoundError):
-        for file in _frames(uuid).iterdir():
+        for file in _frames(uuid, pid).iterdir():
             if file.name.isdecimal():
                 found[int(file.name)] = array("Q", file.read_bytes())
     return found
 
 
-def forget_frames(uuid: str) -> None:
-    """Remove where RAM lay."""
-    shutil.rmtree(_frames(uuid), ignore_errors=True)
+def runs(uuid: str) -> list[int]:
+    """Return the pids of the QEMUs of which it is written where the RAM lies, or lay."""
+    return [int(folder.suffixes[-2][1:]) for folder in RECORDS.glob(f"{uuid}.*.frames")]
+
+
+def forget_frames(uuid: str, pid: int) -> None:
+    """Remove where the RAM of a run lay."""
+    shutil.rmtree(_frames(uuid, pid), ignore_errors=True)
 
 
 def write(uuid: str, report: IsolationReport) -> None:
@@ -76,5 +84,5 @@ def _report(uuid: str) -> Path:
     return RECORDS / f"{uuid}.json"
 
 
-def _frames(uuid: str) -> Path:
-    return RECORDS / f"{uuid}.frames"
+def _frames(uuid: str, pid: int) -> Path:
+    return RECORDS / f"{uuid}.{pid}.frames"
