@@ -17,6 +17,7 @@ import pytest
 
 from integration.conftest import MIB, Supervisor, eventually
 from vmmback import tiny_guest
+from vmmback.libvirt import domain_edit
 from vmmback.linux import procfs
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ def test_a_domain_of_virt_install_boots_on_secret_ram_and_is_isolated(
     }  # fmt: skip
     assert {each["name"] for each in report["exposures"]} >= {"libvirt-dump", "libvirt-save", "libvirt-migrate"}
     assert set(report["process"]["capabilities"]) <= {"CAP_IPC_LOCK"}
+    vmmback(libvirtd, "libvirt", "disable", "one")  # for its next start: it runs as it was
+    assert ready.report("one")["verdict"] == "isolated"
     libvirtd.virsh("destroy", "one")
     eventually(lambda: ready.leases() == [], "its leases have ended")
 
@@ -459,7 +462,8 @@ def test_many_domains_that_start_at_once_are_all_isolated(host: Host) -> None:
     for name in names:
         own = re.sub("<uuid>.*?</uuid>", "", xml).replace("<name>0<", f"<name>{name}<")
         libvirtd.define(own.replace("/0.serial", f"/{name}.serial"))
-        vmmback(libvirtd, "libvirt", "enable", name)
+        defined = libvirtd.virsh("dumpxml", "--inactive", name)
+        libvirtd.define(domain_edit.enabled(defined, WRAPPER, "kill"))
     starting = [libvirtd.start("virsh", "-c", libvirtd.uri, "start", name) for name in names]
     for name, start in zip(names, starting, strict=True):
         assert start.process.wait(120) == 0, (name, start.stderr)

@@ -84,7 +84,7 @@ async def _examined(connection: Libvirt, name: str) -> IsolationReport:
     if not connection.is_here:
         raise UsageError(f"{connection.uri} is another host", "audit its domains there")
     domain = connection.domain(name)
-    root = parse(domain.xml)
+    root = parse(connection.running_xml(name))
     policy = policy_of(root)
     if policy is None:
         raise UsageError(f"domain {domain.name} does not ask for secret RAM", "vmmback libvirt enable DOMAIN")

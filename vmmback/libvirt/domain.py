@@ -113,6 +113,12 @@ class Libvirt:
         """Return a domain by its name or UUID. Raises NoSuchGuest, HostUnfit."""
         return self._read(self._found(name))
 
+    def running_xml(self, name: str) -> str:
+        """Return the XML by which a domain runs, or is defined where it does not. Raises NoSuchGuest, HostUnfit."""
+        domain = self._found(name)
+        with self._errors(f"domain {quote(name)}"):
+            return str(domain.XMLDesc(0))
+
     def define(self, domain: Domain, xml: str) -> None:
         """Define a domain anew; as it runs, it stays as it is. Raises UsageError, HostUnfit."""
         if not domain.is_persistent:
