@@ -232,7 +232,7 @@ class Libvirtd:
 
     def qemu_pid(self, name: str) -> int:
         """Return the pid of a domain's QEMU, as libvirt knows it: 0 if none runs."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # it is not there, or not written yet
             pid = int((self.inside / f"run/libvirt/qemu/{name}.pid").read_text())
             return pid if description(pid) else 0
         return 0
