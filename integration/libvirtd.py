@@ -31,7 +31,7 @@ _HERE = Path(__file__).parent
 _ANSWER_S = 20.0
 _ALL_ENDED_S = 5.0
 
-# Where people keep what libvirt boots: it makes QEMU's user the owner of both files.
+# Where people keep what libvirt boots.
 BOOT = Path("/var/lib/libvirt/boot")
 
 _LIBVIRTD_CONF = """\
@@ -196,10 +196,18 @@ class Libvirtd:
         # Without ports for devices that will never come Linux looks for none: a second less.
         argv += ["--graphics=none", "--controller=usb,model=none", "--controller=pci,model=pcie-root", "--console=none"]
         argv += [f"--serial=file,path={self._console(name)}"]
-        argv += [f"--boot=kernel={BOOT}/vmlinuz,initrd={BOOT}/initrd.img,kernel_args=console=ttyS0 panic=-1"]
+        kernel, initrd = self._boot_files(name)
+        argv += [f"--boot=kernel={kernel},initrd={initrd},kernel_args=console=ttyS0 panic=-1"]
         ended = subprocess.run([*argv, *options], capture_output=True, text=True, timeout=60, check=False)
         assert ended.returncode == 0, f"virt-install {options}: {ended.stderr}"
         return ended.stdout
+
+    def _boot_files(self, name: str) -> list[Path]:
+        """Make a kernel and an initrd of a domain's own: libvirt gives them to its user, who may be nobody else's."""
+        files = [BOOT / f"{name}-{file}" for file in ("vmlinuz", "initrd.img")]
+        for file, source in zip(files, (capabilities.KERNEL, capabilities.INITRD), strict=True):
+            shutil.copy(source, self.inside / str(file)[1:])
+        return files
 
     def define(self, xml: str) -> None:
         """Make a domain known; it does not start."""
@@ -261,10 +269,7 @@ class Libvirtd:
         (etc / "libvirtd.conf").write_text(_LIBVIRTD_CONF)
         (etc / "qemu.conf").write_text(_QEMU_CONF)
         (self._logs / "qemu").mkdir()
-        boot = self.inside / str(BOOT)[1:]
-        boot.mkdir()
-        for file in (capabilities.KERNEL, capabilities.INITRD):
-            shutil.copy(file, boot)
+        (self.inside / str(BOOT)[1:]).mkdir()
         self.begin()
 
     def _ended_in_order(self) -> dict[int, str]:

@@ -18,6 +18,8 @@ import pytest
 from integration.conftest import MIB, Supervisor, eventually
 from vmmback import tiny_guest
 from vmmback.libvirt import domain_edit
+from vmmback.libvirt.own_user import own_uid
+from vmmback.libvirt.places import PYTHON
 from vmmback.linux import procfs
 
 if TYPE_CHECKING:
@@ -156,6 +158,15 @@ def test_a_domain_of_virt_install_boots_on_secret_ram_and_is_isolated(
     assert set(report["process"]["capabilities"]) <= {"CAP_IPC_LOCK"}
     vmmback(libvirtd, "libvirt", "disable", "one")  # for its next start: it runs as it was
     assert ready.report("one")["verdict"] == "isolated"
+    assert report["process"]["capabilities"] == ["CAP_IPC_LOCK"]
+    libvirtd.define(libvirtd.domain_xml("plain"))
+    libvirtd.virsh("start", "plain")
+    # Its group is that of all domains, its user is not.
+    assert procfs.status(pid)["Uid"].split() == [str(own_uid(libvirtd.virsh("domuuid", "one")))] * 4
+    shared = procfs.status(libvirtd.qemu_pid("plain"))
+    assert shared["Uid"] != procfs.status(pid)["Uid"]
+    assert shared["Gid"] == procfs.status(pid)["Gid"]
+    libvirtd.virsh("destroy", "plain")
     libvirtd.virsh("destroy", "one")
     eventually(lambda: ready.leases() == [], "its leases have ended")
 
@@ -227,7 +238,7 @@ def test_qemus_arguments_are_those_that_libvirt_gave(ready: Host) -> None:
     libvirtd.virsh("destroy", "secret")
     vmmback(libvirtd, "libvirt", "disable", "secret")
     # The same domain on ordinary memory, of the kind that was asked for.
-    stock = re.sub(r"<metadata>.*?</metadata>", "", xml, flags=re.DOTALL).replace(
+    stock = re.sub(r"<(metadata|seclabel)\b.*?</\1>", "", xml, flags=re.DOTALL).replace(
         str(WRAPPER), "/usr/bin/qemu-system-x86_64"
     )
     libvirtd.define(stock)
@@ -400,6 +411,28 @@ def test_nobody_but_what_libvirt_starts_gets_a_domains_ram(ready: Host) -> None:
     again = libvirtd.run(*as_qemu, WRAPPER, *BY_HAND, BACKEND, check=False)
     assert "no domain 'one' was announced" in again.stderr
     assert ready.leases() == [("domain one", SIZE)]
+
+
+TAKES = """
+import ctypes, os, sys
+if ctypes.CDLL(None, use_errno=True).syscall(438, os.pidfd_open(int(sys.argv[1])), 0, 0) < 0:  # pidfd_getfd
+    sys.exit(os.strerror(ctypes.get_errno()))
+"""
+
+
+def test_nobody_but_root_takes_a_descriptor_of_qemus(ready: Host) -> None:
+    """Not who runs as other domains do, were it with the same capability, and not who runs as its own user."""
+    libvirtd = ready.libvirtd
+    ready.define("one")
+    libvirtd.virsh("start", "one")
+    pid = libvirtd.qemu_pid("one")
+    takes = [str(PYTHON), "-c", TAKES, str(pid)]
+    own = own_uid(libvirtd.virsh("domuuid", "one"))
+    launcher = [str(WRAPPER.with_name("setpriv")), "--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock", "--"]
+    for uid, by in (("libvirt-qemu", []), ("libvirt-qemu", launcher), (str(own), [])):
+        as_user = ["setpriv", f"--reuid={uid}", "--regid=libvirt-qemu", "--clear-groups", "--"]
+        assert libvirtd.run(*as_user, *by, *takes, check=False).stderr == "Operation not permitted\n"
+    libvirtd.run(*takes)
 
 
 def test_more_memory_waits_for_the_next_broker_or_is_refused(ready: Host) -> None:

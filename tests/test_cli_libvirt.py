@@ -138,6 +138,8 @@ def test_on_this_host_the_wrapper_must_be_there(
     monkeypatch.setattr("vmmback.cli.libvirt._places", lambda _: Places(tmp_path))
     wrapper = tmp_path / str(wrapper_of(QEMU))[1:]
     wrapper.parent.mkdir(parents=True)
+    (tmp_path / "etc/libvirt").mkdir(parents=True)
+    (tmp_path / "etc/libvirt/qemu.conf").write_text('user = "root"\n')
     if said == "another":
         wrapper.write_text(installed_files.wrapper(Path("/opt/bin/qemu-system-x86_64")))
     error = run("enable", "web1").exception

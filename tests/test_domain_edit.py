@@ -40,7 +40,7 @@ def test_a_user_sees_what_enable_changes_and_nothing_else() -> None:
         "+++ debian after",
         '+    <vmmback:secret-ram xmlns:vmmback="urn:vmmback:domain:1.0" on-exposed="warn" '
         'emulator="/usr/bin/qemu-system-x86_64">',
-        '+      <vmmback:before added="memoryBacking nosharepages source access"/>',
+        '+      <vmmback:before added="memoryBacking nosharepages source access seclabel"/>',
         "+    </vmmback:secret-ram>",
         "+  <memoryBacking>",
         "+    <nosharepages/>",
@@ -49,6 +49,9 @@ def test_a_user_sees_what_enable_changes_and_nothing_else() -> None:
         "+  </memoryBacking>",
         "-    <emulator>/usr/bin/qemu-system-x86_64</emulator>",
         "+    <emulator>/usr/local/libexec/vmmback/qemu</emulator>",
+        "+  <seclabel type='static' model='dac' relabel='yes'>",
+        "+    <label>+1885632029:libvirt-qemu</label>",
+        "+  </seclabel>",
     ]
     assert difference(DEBIAN, DEBIAN, "debian") == ""
 
@@ -105,6 +108,52 @@ def test_metadata_by_hand_has_nothing_to_put_back_but_the_emulator() -> None:
     assert disabled(xml) == DEBIAN
 
 
+APPARMOR = "  <seclabel type='dynamic' model='apparmor' relabel='yes'/>\n"
+
+
+def test_a_domain_gets_a_user_of_its_own_in_the_group_of_all_qemus() -> None:
+    xml = DEBIAN.replace("  <qemu:commandline>", f"{APPARMOR}  <qemu:commandline>")
+    made = enabled(xml, WRAPPER, "kill", group="+64055")
+    label = (
+        "  <seclabel type='static' model='dac' relabel='yes'>\n    <label>+1885632029:+64055</label>\n  </seclabel>\n"
+    )
+    assert f"</devices>\n{APPARMOR}{label}  <qemu:commandline>" in made  # as libvirt writes it
+    assert enabled(made, WRAPPER, "kill", group="+64055") == made
+    assert disabled(made) == xml
+    another = DEBIAN.replace("7464fd0f", "7464fd0e")
+    assert "<label>+1885632029:" not in enabled(another, WRAPPER, "kill")
+
+
+def test_a_copy_of_a_domain_gets_another_user_when_it_is_enabled() -> None:
+    another = DEBIAN.replace("7464fd0f", "7464fd0e")
+    made = enabled(DEBIAN, WRAPPER, "kill").replace("7464fd0f", "7464fd0e")
+    assert enabled(made, WRAPPER, "kill") == enabled(another, WRAPPER, "kill") != made
+
+
+def test_a_label_of_users_that_was_there_stays() -> None:
+    label = "  <seclabel type='static' model='dac' relabel='no'>\n    <label>web:web</label>\n  </seclabel>\n"
+    xml = DEBIAN.replace("  <qemu:commandline>", f"{label}  <qemu:commandline>")
+    made = enabled(xml, WRAPPER, "kill")
+    assert (made.count(label), made.count("<seclabel")) == (1, 1)
+    assert disabled(made) == xml
+
+
+def test_a_label_that_a_domain_had_while_it_ran_gives_way() -> None:
+    label = "<seclabel type='dynamic' model='dac' relabel='yes'>\n    <label>+64055:+64055</label>\n  </seclabel>"
+    xml = DEBIAN.replace("  <qemu:commandline>", f"  {label}\n  <qemu:commandline>")
+    made = enabled(xml, WRAPPER, "kill")
+    body = made.partition("</metadata>")[2]
+    assert body == enabled(DEBIAN, WRAPPER, "kill").partition("</metadata>")[2]
+    assert enabled(made, WRAPPER, "kill") == made
+    assert disabled(made) == xml
+
+
+def test_a_domain_without_a_uuid_is_to_be_defined_first() -> None:
+    for none in ("", "<uuid/>"):
+        with pytest.raises(ConfigError, match=r'^domain "debian": uuid: .*; define the domain first'):
+            enabled(re.sub("<uuid>.*</uuid>", none, DEBIAN), WRAPPER, "kill")
+
+
 def test_disabling_what_is_not_enabled_changes_nothing() -> None:
     assert disabled(DEBIAN) == DEBIAN
 
@@ -143,6 +192,12 @@ BACKING = [
     "<access mode = 'private'/>", "<access mode='shared'></access>",
 ]  # fmt: skip
 OTHERS = ["<o:thing xmlns:o='urn:o' a='&gt;>&quot;' b=\"'>\"/>", "<!-- > -->", "<o:é xmlns:o='urn:ö'>ü &lt;</o:é>"]
+LABELS = [
+    "<seclabel model='apparmor' />",
+    "<seclabel type='none' model='dac'/>",
+    "<seclabel  model='dac' type='dynamic'><label>+1:+1</label> </seclabel>",
+    "<!-- <seclabel model='dac'/> -->",
+]
 SPACES = st.sampled_from(["", " ", "\n", "\n  ", "\r\n\t", "\n\n    "])
 
 
@@ -167,12 +222,14 @@ def domains(draw: st.DrawFn) -> str:
     parts = [
         draw(st.sampled_from(["", "<?xml version='1.0'?>\n"])) + "<domain type='kvm'>",
         "<name>ä</name>",
+        "<uuid>7464fd0f-c99b-479d-9fbc-3829271897b4</uuid>",
         parent("metadata", draw(st.lists(st.sampled_from(OTHERS), max_size=3))),
         "<memory unit='KiB'>1024</memory>",
         parent("memoryBacking", backing),
         "<devices>",
         "<emulator>/usr/bin/qemu</emulator>",
         "</devices>",
+        *draw(st.lists(st.sampled_from(LABELS), max_size=2, unique=True)),
     ]
     return "".join(part + draw(SPACES) for part in parts) + "</domain>" + draw(st.sampled_from(["", "\n"]))
 

@@ -80,6 +80,9 @@ def args(*values: str) -> str:
 EMULATOR = f"<emulator>{WRAPPER}</emulator>"
 MEMFD, SHARED = "<source type='memfd'/>", "<access mode='shared'/>"
 CPU = "<cpu mode='maximum' check='none' migratable='on'/>"
+LABEL = "<label>+1885632029:libvirt-qemu</label>"
+STATIC = "<seclabel type='static' model='dac' relabel='yes'>"
+MACHINE = "machine='pc-q35-7.2'"
 LUKS = "<encryption format='luks'/>"
 ARGS = "<qemu:arg value='-fw_cfg'/>\n    <qemu:arg value='name=opt/org.example/role,string=web'/>"
 CRASH = "<on_crash>destroy</on_crash>"
@@ -128,6 +131,26 @@ TRIES: dict[tuple[str, str], list[Try]] = {
     ("devices/memory model", "dimm"): [
         Try("devices/memory[0] model", dimm(f"model='{model}'"), dimm("model='dimm'"))
         for model in ("nvdimm", "virtio-pmem", "virtio-mem", "sgx-epc")
+    ],
+    ("os/type machine", "microvm"): [
+        Try("os/type machine", f"machine='{machine}'", "machine='pc-i440fx-7.2'", MACHINE)
+        for machine in ("microvm", "isapc")
+    ],
+    ("seclabel model='dac'", "static"): [
+        *(
+            Try("seclabel model='dac'", f"<label>{bad}</label>", f"<label>{good}</label>", LABEL)
+            for bad, good in [
+                ("+0:+0", "+1000:+0"),
+                ("root:libvirt-qemu", "web1:libvirt-qemu"),
+                ("", "1"),
+                ("00", "+2147483647"),
+                ("libvirt-qemu:libvirt-qemu", "web1"),
+                ("qemu:qemu", "1879048191"),
+                ("+1885632030:libvirt-qemu", "1885632029"),  # of another domain
+            ]
+        ),
+        Try("seclabel model='dac'", STATIC.replace("static", "dynamic"), STATIC.replace("yes", "no"), STATIC),
+        Try("seclabel model='dac'", STATIC.replace("dac", "apparmor"), STATIC, STATIC),
     ],
     ("launchSecurity", "always"): [Try("launchSecurity", f"{CRASH}<launchSecurity type='sev'/>", CRASH, CRASH)],
     ("devices/disk/driver cache", "network"): [
@@ -320,8 +343,17 @@ def test_a_domain_needs_no_more_than_to_be_enabled(name: str) -> None:
     assert {problem.place for problem in refusals(xml, WRAPPER, kvm_maps_secret=False)} == {
         "devices/emulator",
         "memoryBacking/source",
+        "seclabel model='dac'",
     }
     assert refusals(enabled(xml, WRAPPER, "kill"), WRAPPER, kvm_maps_secret=False) == []
+
+
+def test_enabling_once_more_is_advised_where_it_helps() -> None:
+    for there in (STATIC.replace("dac", "selinux"), STATIC.replace("static", "dynamic")):
+        (problem,) = refusals(DOMAIN.replace(STATIC, there), WRAPPER, kvm_maps_secret=False)
+        assert problem.advice == "run vmmback libvirt enable once more"
+    (problem,) = refusals(DOMAIN.replace("+1885632029:", "root:"), WRAPPER, kvm_maps_secret=False)
+    assert problem.advice == "remove it, and run vmmback libvirt enable once more"
 
 
 def test_kvm_where_it_can_map_secret_ram() -> None:

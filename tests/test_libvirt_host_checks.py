@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmmback.libvirt import host_checks, installed_files, lock_launcher
+from vmmback.libvirt.lock_launcher import QemuUser
 from vmmback.libvirt.places import LIBEXEC, Places
 
 
@@ -28,7 +29,7 @@ def program(path: Path, text: str = "") -> Path:
 def found(places: Places, monkeypatch: pytest.MonkeyPatch) -> Places:
     """A host that has libvirt and two QEMUs."""
     monkeypatch.setattr(host_checks, "_see_libvirt", lambda: None)
-    monkeypatch.setattr(lock_launcher, "needed", lambda: False)
+    monkeypatch.setattr(lock_launcher, "qemu_user", lambda _: QemuUser(1, 1))
     for name in ("qemu-system-x86_64", "qemu-system-arm"):
         program(places.root / "usr/bin" / name)
     (places.root / "usr/bin/qemu-system-none").touch()  # cannot be executed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import grp
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ import pytest
 from vmmback.errors import HostUnfit, UsageError
 from vmmback.libvirt import installation, installed_files, lock_launcher
 from vmmback.libvirt.installed_files import Block, Host
+from vmmback.libvirt.lock_launcher import QemuUser
 from vmmback.libvirt.places import LIBEXEC, PYTHON, Places
 
 QEMUS = ("/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-system-aarch64")
@@ -48,7 +50,15 @@ def places(tmp_path: Path) -> Places:
 
 
 def host(*qemus: str) -> Host:
-    return Host([Path(qemu) for qemu in qemus or QEMUS], PROGRAM, None)
+    return Host([Path(qemu) for qemu in qemus or QEMUS], PROGRAM, QemuUser(os.getuid(), os.getgid()))
+
+
+@pytest.fixture(autouse=True)
+def launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capability of a file is root's to give: integration/ has the real launcher."""
+    monkeypatch.setattr(lock_launcher, "program", lambda: b"the launcher")
+    monkeypatch.setattr(lock_launcher, "verify", lambda *_: None)
+    monkeypatch.setattr(installed_files, "CAPABILITY", b"")
 
 
 def test_what_is_installed_is_removed_again_to_the_last_byte(places: Places) -> None:
@@ -62,6 +72,7 @@ def test_what_is_installed_is_removed_again_to_the_last_byte(places: Places) -> 
         *(f"/usr/local/libexec/vmmback/lib/vmmback/{name}" for name in installed_files.COPIED),
         "/usr/local/libexec/vmmback/hook.py",
         "/usr/local/libexec/vmmback/emulator.py",
+        "/usr/local/libexec/vmmback/setpriv",
         "/etc/polkit-1/rules.d/00-vmmback.rules",
         "/etc/systemd/system/vmmback-broker.service",
         "/etc/systemd/system/vmmback-broker.socket",
@@ -81,7 +92,7 @@ def test_what_is_installed_is_removed_again_to_the_last_byte(places: Places) -> 
 
 def test_the_files_are_for_root_to_write_and_for_qemus_user_to_read(places: Places) -> None:
     for path in installation.install(places, host()):
-        assert stat.S_IMODE(path.stat().st_mode) in {0o644, 0o755}
+        assert stat.S_IMODE(path.stat().st_mode) in ({0o750} if path == places.lock_launcher else {0o644, 0o755})
         for folder in path.relative_to(places.root).parents:
             assert (places.root / folder).stat().st_mode & 0o022 == 0
     assert os.access(places.hook, os.X_OK)
@@ -276,6 +287,17 @@ def test_qemus_user_is_the_one_that_libvirt_is_told(tmp_path: Path, conf: str, e
     (tmp_path / "etc/libvirt").mkdir(parents=True)
     (tmp_path / "etc/libvirt/qemu.conf").write_text(conf)
     assert lock_launcher.qemu_user(Places(tmp_path)) == expected
+
+
+def test_qemus_group_is_that_of_libvirts_folder_where_it_is_not_said(tmp_path: Path) -> None:
+    (tmp_path / "etc/libvirt").mkdir(parents=True)
+    (tmp_path / "etc/libvirt/qemu.conf").write_text('user = "daemon"\n')
+    folder = tmp_path / "var/lib/libvirt/qemu"
+    folder.mkdir(parents=True)
+    user = lock_launcher.qemu_user(Places(tmp_path))
+    assert user.gid == folder.stat().st_gid
+    assert user.group == grp.getgrgid(user.gid).gr_name
+    assert user._replace(gid=2_000_000_000).group == "+2000000000"
 
 
 def test_a_user_that_is_not_there_is_told(tmp_path: Path) -> None:

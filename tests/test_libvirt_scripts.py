@@ -31,10 +31,12 @@ PLAIN = XML.replace("METADATA", "")
 RECORDER = f"""#!{sys.executable} -IS
 import json, os, pathlib, sys
 here = pathlib.Path(sys.argv[0])
-text = "" if os.isatty(0) else sys.stdin.read()
+text = "" if os.isatty(0) or here.name == "setpriv" else sys.stdin.read()
 calls = pathlib.Path("@FOLDER@", here.name + ".calls")
 with calls.open("a") as file:
     file.write(json.dumps([sys.argv[1:], text]) + "\\n")
+if here.name == "setpriv":
+    os.execv(sys.argv[4], sys.argv[4:])
 print("a word of " + here.name, file=sys.stderr)
 sys.exit(int(os.environ.get("ENDS_WITH", "0")))
 """
@@ -68,7 +70,6 @@ def scripts(tmp_path: Path) -> Scripts:
     for name in ("python", "vmm back", "real", "setpriv"):
         (tmp_path / name).write_text(RECORDER.replace("@FOLDER@", str(tmp_path)))
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "setpriv").rename(tmp_path / "launcher")  # a host where it is not needed has none
     return Scripts(tmp_path)
 
 
@@ -198,12 +199,17 @@ def test_a_qemu_with_ram_is_left_to_our_program_with_its_arguments_as_they_are(s
     assert scripts.calls("real") == []
 
 
-def test_a_launcher_comes_before_where_there_is_one(scripts: Scripts) -> None:
-    (scripts.folder / "launcher").rename(scripts.folder / "setpriv")
+def test_the_launcher_comes_before(scripts: Scripts) -> None:
     argv_of(scripts.render("emulator"), ["-object", RAM, *ODD])
     start = ["--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock", "--", f"{scripts.folder}/python"]
     start += ["-I", "-S", f"{scripts.folder}/emulator.py", f"{scripts.folder}/real"]
     assert [argv for argv, _ in scripts.calls("setpriv")] == [[*start, "-object", RAM, *ODD]]
+
+
+def test_without_the_launcher_there_is_no_qemu(scripts: Scripts) -> None:
+    (scripts.folder / "setpriv").unlink()
+    assert argv_of(scripts.render("emulator"), ["-object", RAM]).returncode == 127
+    assert scripts.calls("python") == scripts.calls("real") == []
 
 
 def test_the_wrapper_ends_as_what_it_executes(scripts: Scripts) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmmback.errors import ConfigError, UsageError
-from vmmback.libvirt import domain_edit, domain_xml
+from vmmback.libvirt import domain_edit, domain_xml, lock_launcher, own_user
 from vmmback.libvirt.domain import Domain
 from vmmback.libvirt.domain_refusals import refusals, refused
 from vmmback.libvirt.domain_xml import OnExposed, Source
@@ -34,12 +34,13 @@ class Standing(NamedTuple):
 
 
 def enabled(domain: Domain, on_exposed: OnExposed, source: Source | None, places: Places | None) -> str:
-    """Return a domain's XML such that it asks for secret RAM. Raises ConfigError, UsageError.
+    """Return a domain's XML such that it asks for secret RAM. Raises ConfigError, UsageError, HostUnfit.
 
     `places` are those of the host where it runs, if that is this one: what is there is looked at.
     """
     wrapper = wrapper_of(_qemu(domain.xml))
-    xml = domain_edit.enabled(domain.xml, wrapper, on_exposed, source)
+    group = lock_launcher.qemu_user(places).group if places else own_user.GROUP
+    xml = domain_edit.enabled(domain.xml, wrapper, on_exposed, source, group)
     if problems := refusals(xml, wrapper, _kvm_maps_secret(xml, is_here=places is not None)):
         raise refused(xml, problems)
     if places:

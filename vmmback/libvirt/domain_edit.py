@@ -14,6 +14,7 @@ from xml.parsers.expat import ExpatError, ParserCreate
 
 from vmmback.errors import ConfigError
 from vmmback.libvirt.domain_xml import NAMESPACE, OnExposed, Source, name_of, parse, policy_of, wrong_domain
+from vmmback.libvirt.own_user import GROUP, own_label
 from vmmback.toml_errors import quote
 
 _ASKS, _BEFORE = f"{NAMESPACE} secret-ram", f"{NAMESPACE} before"
@@ -21,6 +22,7 @@ _TAG = re.compile(rb"""<[^"'>]*(?:"[^"]*"[^"'>]*|'[^']*'[^"'>]*)*>""")
 # As libvirt writes them (src/conf/domain_conf.c, virDomainDefFormatInternalSetRootName, virDomainMemorybackingFormat).
 _ABOVE_METADATA = ("name", "uuid", "genid", "title", "description")
 _ABOVE_BACKING = (*_ABOVE_METADATA, "metadata", "maxMemory", "memory", "currentMemory", "blkiotune", "memtune")
+_ABOVE_LABEL = ("devices", "seclabel")
 _IN_BACKING = ("hugepages", "nosharepages", "locked", "source", "access", "allocation", "discard")
 
 
@@ -117,10 +119,10 @@ class _Edits:
         return b"".join([*parts, self.data[at:]]).decode()
 
 
-def enabled(xml: str, wrapper: Path, on_exposed: OnExposed, source: Source | None = None) -> str:
+def enabled(xml: str, wrapper: Path, on_exposed: OnExposed, source: Source | None = None, group: str = GROUP) -> str:
     """Return a domain's XML, such that it asks for secret RAM and starts `wrapper`. Raises ConfigError.
 
-    Without `source` one that can be secret stays, and is memfd where there is none.
+    Without `source` one that can be secret stays, and is memfd where there is none. `group` is libvirt's of all QEMUs.
     """
     now = _source_of(_parsed(xml.encode()))
     xml = disabled(xml)
@@ -129,7 +131,8 @@ def enabled(xml: str, wrapper: Path, on_exposed: OnExposed, source: Source | Non
     edits.change(emulator.opened, emulator.closing, str(wrapper))
     old = edits.data[emulator.opened : emulator.closing].decode()
     added, replaced = _set_backing(edits, source or now or "memfd")
-    _ask(edits, f'on-exposed="{on_exposed}" emulator="{old}"', added, replaced)
+    label, its_old = _set_user(edits, group)
+    _ask(edits, f'on-exposed="{on_exposed}" emulator="{old}"', added + label, replaced + its_old)
     return edits.made()
 
 
@@ -155,6 +158,11 @@ def disabled(xml: str) -> str:
         for tag in children.keys() & (copies.keys() - set(added)):
             edits.change(children[tag].start, children[tag].end, copies[tag])
         _take_out(edits, backing, [children[tag] for tag in children.keys() & set(added)], added, copies)
+    if label := _dac_label(edits.root):
+        if "seclabel" in added:
+            edits.remove(label)
+        elif "seclabel" in copies:
+            edits.change(label.start, label.end, copies["seclabel"])
     if metadata := edits.root.find("metadata"):
         _take_out(edits, metadata, [asks], added, copies)
     return edits.made()
@@ -218,6 +226,32 @@ def _set_backing(edits: _Edits, source: Source) -> tuple[list[str], list[str]]:
             edits.change(there.start, there.end, text)
             replaced.append(edits.text(there))
     return added, replaced
+
+
+def _set_user(edits: _Edits, group: str) -> tuple[list[str], list[str]]:
+    """Have a user of the domain's own, where its XML says none; return as `_set_backing` does. Raises ConfigError."""
+    there = _dac_label(edits.root)
+    # A dynamic one, as the XML of a domain that runs has it, says what is so without it.
+    if there and there.attributes.get("type") != "dynamic":
+        return [], []
+    node = edits.root.find("uuid")
+    if not node or node.childless:
+        said = "is not there, and the domain's user has its number by it; define the domain first (virsh define)"
+        raise wrong_domain(name_of(parse(edits.data.decode())), [("uuid", said)])
+    uuid = edits.data[node.opened : node.closing].decode().strip()
+    anchor, space = _anchor(edits, _ABOVE_LABEL)
+    label = f"<label>{own_label(uuid, group)}</label>"
+    made = _element("seclabel", [label], space, " type='static' model='dac' relabel='yes'")
+    if there:
+        edits.change(there.start, there.end, made)
+        return [], [edits.text(there)]
+    edits.change(anchor, anchor, space + made)
+    return ["seclabel"], []
+
+
+def _dac_label(root: _Node) -> _Node | None:
+    labels = (child for child in root.children if child.tag == "seclabel" and child.attributes.get("model") == "dac")
+    return next(labels, None)
 
 
 def _attributes(element: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from vmmback.errors import ConfigError
 from vmmback.libvirt.domain_xml import name_of, parse, policy_of, ram_of, wrong_domain
+from vmmback.libvirt.own_user import is_own
 from vmmback.toml_errors import ascii_path, quote
 
 _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
@@ -48,7 +49,7 @@ def refusals(xml: str, wrapper: Path, kvm_maps_secret: bool) -> list[Problem]:
     """
     root = parse(xml)
     problems = [*_emulator(root, wrapper), *_memory(root), *_disks(root), *_devices(root), *_brings_memory(root)]
-    problems += [*_dumps(root), *_arguments(root)]
+    problems += [*_machine(root), *_user(root), *_dumps(root), *_arguments(root)]
     if root.get("type") == "kvm" and not kvm_maps_secret:
         reason = "KVM of this host cannot map secret RAM: the guest would end at its first instruction (EFAULT)"
         problems.append(Problem("type='kvm'", reason, "write <domain type='qemu'>"))
@@ -78,6 +79,29 @@ def _emulator(root: ET.Element, wrapper: Path) -> Iterator[Problem]:
             "is the wrapper itself, which would start itself for ever",
             "write the path of QEMU",
         )
+
+
+def _machine(root: ET.Element) -> Iterator[Problem]:
+    kind = root.find("os/type")
+    machine = "" if kind is None else kind.get("machine", "")
+    if machine in {"microvm", "isapc"}:
+        reason = f"the firmware of {machine} is {_ORDINARY}, and nothing tells it from the guest's RAM"
+        yield Problem("os/type machine", reason, "write machine='q35' or machine='pc'")
+
+
+def _user(root: ET.Element) -> Iterator[Problem]:
+    label = root.find("seclabel[@model='dac']")
+    is_static = label is not None and label.get("type") == "static"
+    user = (root.findtext("seclabel[@model='dac']/label") or "").strip() if is_static else ""
+    if is_own(user, (root.findtext("uuid") or "").strip()):
+        return
+    what = f"its user is that of {quote(user)}" if user else "it has no user of its own"
+    enable = "run vmmback libvirt enable once more"
+    yield Problem(
+        "seclabel model='dac'",
+        f"{what}, as whom other domains run, and a process of QEMU's own user can take the descriptor of its RAM",
+        enable if label is None or label.get("type") == "dynamic" else f"remove it, and {enable}",
+    )
 
 
 def _memory(root: ET.Element) -> Iterator[Problem]:

@@ -35,7 +35,7 @@ def host(places: Places, emulators: Sequence[Path]) -> Host:
         )
     # By its interpreter: which vmmback this is does not depend on anybody's PATH.
     program = [sys.executable, "-I", "-m", "vmmback"]
-    return Host(list(qemus.values()), program, lock_launcher.qemu_user(places) if lock_launcher.needed() else None)
+    return Host(list(qemus.values()), program, lock_launcher.qemu_user(places))
 
 
 def next_steps(places: Places) -> list[str]:

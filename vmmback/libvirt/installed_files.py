@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from vmmback.errors import UsageError
 from vmmback.libvirt import lock_launcher
-from vmmback.libvirt.lock_launcher import QemuUser
+from vmmback.libvirt.lock_launcher import CAPABILITY, QemuUser
 from vmmback.libvirt.places import LIBEXEC, PYTHON, RECORDS, RUN, SECRET, Places
 from vmmback.toml_errors import quote
 
@@ -41,8 +41,8 @@ class Host(NamedTuple):
     qemus: Sequence[Path]
     program: Sequence[str]
     """The command that is vmmback, as libvirt's hook is to start it."""
-    user: QemuUser | None
-    """As whom QEMU runs, where it needs a launcher to lock memory."""
+    user: QemuUser
+    """As whom QEMU runs, where its domain does not say another user."""
 
 
 class File(NamedTuple):
@@ -107,10 +107,7 @@ def files(places: Places, host: Host) -> Iterator[File]:
         yield File(copies(places) / "vmmback" / name, (_PACKAGE / name).read_bytes(), 0o644)
     for module in PROGRAMS:
         yield File(places.libexec / f"{module}.py", filled("program", MODULE=module).encode(), 0o644)
-    if host.user:
-        yield File(
-            places.lock_launcher, lock_launcher.program(), 0o750, host.user.gid, capability=lock_launcher.CAPABILITY
-        )
+    yield File(places.lock_launcher, lock_launcher.program(), 0o750, host.user.gid, capability=CAPABILITY)
     if places.polkit_rules.parent.is_dir():
         yield File(places.polkit_rules, filled("00-vmmback.rules").encode(), 0o644)
     if places.below("/run/systemd/system").is_dir():

@@ -1,8 +1,10 @@
-"""What starts QEMU's wrapper with the right to lock memory, CAP_IPC_LOCK, where nobody may raise the limit for it.
+"""What starts QEMU's wrapper with the right to lock memory, CAP_IPC_LOCK, a capability that nothing beside QEMU has.
 
-Secret RAM counts as locked memory (mm/secretmem.c). Who has CAP_SYS_RESOURCE raises the limit of another process
-(prlimit(2)); where the host's root has not, as in many containers, a copy of setpriv with a file capability does it,
-which QEMU's group alone may execute. Sources: capabilities(7), include/uapi/linux/capability.h.
+A process of the same user has no access to one with a capability that it lacks (ptrace(2)), and so none to QEMU's files
+and memory. The capability is also what goes beyond the limit on locked memory, as which secret RAM counts
+(mm/secretmem.c), where the host's root may not raise it (CAP_SYS_RESOURCE), as in many containers. A copy of setpriv
+gives it, by a file capability, and QEMU's group alone may execute it. Sources: capabilities(7),
+include/uapi/linux/capability.h.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from typing import NamedTuple
 
 from vmmback.errors import HostUnfit
 from vmmback.libvirt.places import Places
-from vmmback.linux import capabilities, procfs
 
 _IPC_LOCK = 14
 _REVISION_2, _EFFECTIVE = 0x02000000, 1
@@ -40,21 +41,26 @@ class QemuUser(NamedTuple):
     uid: int
     gid: int
 
-
-def needed() -> bool:
-    """Tell whether this process, and so the broker, cannot raise the limits of others."""
-    return "CAP_SYS_RESOURCE" not in capabilities.names(int(procfs.status("self")["CapEff"], 16))
+    @property
+    def group(self) -> str:
+        """The group, as a domain's label names it."""
+        try:
+            return grp.getgrgid(self.gid).gr_name
+        except KeyError:
+            return f"+{self.gid}"
 
 
 def qemu_user(places: Places) -> QemuUser:
     """Return as whom libvirt starts QEMU. Raises HostUnfit."""
     conf = places.below("/etc/libvirt/qemu.conf")
     text = conf.read_text() if conf.exists() else ""
+    # libvirt gives it to its QEMUs' group, which need not be their user's first one: on Debian that is kvm.
+    folder = places.below("/var/lib/libvirt/qemu")
     said = {key: found[1] for key in ("user", "group") if (found := re.search(_setting(key), text, re.MULTILINE))}
     for name in [said["user"]] if "user" in said else _USERS:
         try:
             user = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
-            group = said.get("group", str(user.pw_gid))
+            group = said.get("group", str(folder.stat().st_gid if folder.exists() else user.pw_gid))
             return QemuUser(user.pw_uid, int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid)
         except KeyError:
             continue
@@ -72,9 +78,8 @@ def program() -> bytes:
     return Path(found).read_bytes()
 
 
-def verify(launcher: Path, user: QemuUser | None) -> None:
+def verify(launcher: Path, user: QemuUser) -> None:
     """See that a program started by it as QEMU's user has the capability, and no other. Raises HostUnfit."""
-    assert user
     try:
         ended = subprocess.run(
             [launcher, *RAISE, "/bin/cat", "/proc/self/status"], user=user.uid, group=user.gid, extra_groups=[],
@@ -88,7 +93,4 @@ def verify(launcher: Path, user: QemuUser | None) -> None:
         raise HostUnfit(f"QEMU's user gets other capabilities by {launcher}: {dict(found)}", _HINT)
 
 
-_HINT = (
-    "give the broker CAP_SYS_RESOURCE, or have /usr/local on a file system without nosuid; run vmmback libvirt install "
-    "again"
-)
+_HINT = "have /usr/local on a file system without nosuid, with capabilities of files; run vmmback libvirt install again"

@@ -46,7 +46,7 @@ class Places:
 
     @property
     def lock_launcher(self) -> Path:
-        """A setpriv that may lock memory; only where the broker cannot raise a limit for others."""
+        """A setpriv that gives QEMU a capability which others of its user have not: to lock memory."""
         return self.libexec / "setpriv"
 
     @property
