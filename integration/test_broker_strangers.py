@@ -135,14 +135,14 @@ def breakers(chance: random.Random) -> Iterator[bytes]:
     while True:
         yield chance.randbytes(chance.randrange(1, 3000)).replace(b"{", b"x") + b"\0"
         yield whole[: chance.randrange(1, len(whole) - 1)] + b"\0"
-        yield b'{"method":' * 20_000
+        yield b'{"method":' * 60_000
         yield b'{"x":' + b"[" * chance.randrange(1000, 60_000) + b"\0"
         yield b"9" * chance.randrange(1, 60_000) + b"\0"
         yield b'{"size":' + b"9" * 50_000 + b"}\0"
         yield b"\0" * chance.randrange(1, 5000)
         yield json.dumps(CALLS[0] | {"oneway": True}).encode() + b"\0"
         yield chance.choice([b"[]", b'"x"', b"7", b"null", b"\xff{}"]) + b"\0"
-        yield b"x" * 200_000
+        yield b"x" * 600_000
 
 
 def send_descriptors(connection: socket.socket) -> None:

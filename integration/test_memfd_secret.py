@@ -26,12 +26,12 @@ from pathlib import Path
 from vmmback.linux import arch, seccomp
 SECCOMP_RET_ERRNO = 0x00050000
 seccomp._install(
-    [
+    b"".join([
         seccomp._load(seccomp._NR),
         seccomp._skip_unless_equal(arch.current().memfd_secret, 1),
         seccomp._return(SECCOMP_RET_ERRNO | {errno}),
         seccomp._return(seccomp._SECCOMP_RET_ALLOW),
-    ],
+    ]),
     0,
 )
 """

@@ -33,7 +33,7 @@ from vmmback.linux import peer
 
 # Root is held to neither: its guests have a connection each, and others must not keep them from it.
 _MOST_CLIENTS, _MOST_OF_A_USER = 512, 64
-_MOST_CALL_BYTES, _MOST_OF_ROOT_BYTES = 1 << 16, 1 << 22  # libvirt's hook sends a domain's XML
+_MOST_CALL_BYTES, _MOST_OF_ROOT_BYTES = 1 << 16, 1 << 19  # libvirt's hook sends a domain's XML
 _ACCEPT_AGAIN_S = 0.1
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
