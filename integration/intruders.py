@@ -102,8 +102,8 @@ class Launched:
     vmmback: Start
 
     def audit(self, *options: str | Path) -> Ended:
-        """Run `vmmback audit` of it."""
-        return self.vmmback("audit", self.name, "--json", *options).ended()
+        """Run `vmmback audit` of it; a hunt reads all of the host's memory, the first time slowly (docs/HUNT.md)."""
+        return self.vmmback("audit", self.name, "--json", *options).ended(90.0)
 
     def end(self) -> Ended:
         """Ask for its end, and wait for that."""
