@@ -209,7 +209,8 @@ def send_nonsense(brokers: Brokers, stack: ExitStack) -> None:
     for connection in half_open:
         connection.close()
     eventually(lambda: descriptors_of(broker.pid) <= descriptors - len(half_open), "all is closed", timeout_s=60)
-    assert Use.of(broker.pid).resident - resident < 2 * MIB
+    # Python's memory swings by 2 MiB, with what waits for a full collection; 40 bytes of each message would be as much.
+    assert Use.of(broker.pid).resident - resident < 4 * MIB
     assert (stats()["lent"], stats()["leases"]) == (0, 0)
     assert (brokers.file.parent / "broker.log").read_text() == ""
     with client() as connection:
