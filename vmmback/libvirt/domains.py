@@ -144,7 +144,8 @@ class Domains:
                 announced.ram.append(reserved)
                 await reserved.admitted()
             records.begin(domain.uuid)
-            await self.withdraw(domain.name)  # of a hook that was ended meanwhile
+            while domain.name in self._announced:  # of a hook that was ended meanwhile
+                await self.withdraw(domain.name)
             failed.pop_all()
             self._announced[domain.name] = announced
 

@@ -1,0 +1,267 @@
+"""Domains that are announced and claimed: who gets which RAM, once, and what becomes of it when something goes wrong.
+
+Pool, ledger and workers are made up; integration/test_libvirt.py has the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from array import array
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from vmmback.broker import handoffs
+from vmmback.broker.ledger import Caller
+from vmmback.broker.lending import Broker
+from vmmback.errors import AdmissionRefused, ConfigError
+from vmmback.libvirt import domain_edit, domains, records
+from vmmback.libvirt.domains import Domains
+from vmmback.libvirt.places import wrapper_of
+from vmmback.linux import page_file
+
+XML = """<domain type='qemu'>
+  <name>{name}</name>
+  <uuid>c0dedd50-80a2-4d4a-ab37-39d77e436206</uuid>
+  <memory unit='MiB'>64</memory>
+  <cpu><numa><cell id='0' memory='32' unit='MiB'/><cell id='1' memory='32' unit='MiB'/></numa></cpu>
+  <os><type machine='pc-q35-7.2'>hvm</type></os>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+  </devices>
+</domain>
+"""
+SIZES = [32 << 20, 32 << 20]
+CALLER = Caller(os.getpid(), 1000, 100, 5)
+
+
+def asking(name: str = "one") -> str:
+    return domain_edit.enabled(XML.format(name=name), wrapper_of(Path("/usr/bin/qemu-system-x86_64")), "kill")
+
+
+class Ready:
+    def __init__(self, size: int, inode: int) -> None:
+        self.size, self.inode = size, inode
+
+
+class Reserved:
+    def __init__(self, made_up: MadeUp, size: int) -> None:
+        self.made_up, self.size, self.ready = made_up, size, True
+
+    async def admitted(self) -> None:
+        await asyncio.sleep(0)
+        if self.size in self.made_up.refused:
+            raise AdmissionRefused("no room")
+
+    async def given(self) -> Ready:
+        if self.made_up.prefaults_that_fail and len(self.made_up.given) == 1:
+            raise AdmissionRefused("the prefault was killed")
+        self.ready = False
+        ready = Ready(self.size, len(self.made_up.given))
+        self.made_up.given.append(ready)
+        return ready
+
+    async def give_up(self) -> None:
+        if self.ready:
+            self.ready = False
+            self.made_up.given_up.append(self.size)
+            if self.made_up.given_up == SIZES:
+                self.made_up.given_back.set()
+
+
+class Lent:
+    def __init__(self, made_up: MadeUp, inode: int) -> None:
+        self.made_up, self.inode = made_up, inode
+
+    def close(self) -> None:
+        self.made_up.closed.append(self.inode)
+
+
+class MadeUp:
+    """A broker, with what was done of it; it is its own pool, ledger and workers."""
+
+    def __init__(self) -> None:
+        self.pool = self.ledger = self.handoffs = self
+        self.reserved, self.given = list[Reserved](), list[Ready]()
+        self.given_up, self.back, self.closed, self.ended = list[int](), list[int](), list[int](), list[int]()
+        self.refused, self.prefaults_that_fail = set[int](), False
+        self.channels = list[int]()
+        self.given_back = asyncio.Event()
+        """All of one domain's."""
+
+    def next_number(self) -> int:
+        return 7
+
+    def start(self, uid: int) -> int:
+        assert uid == 0
+        reading, writing = os.pipe()
+        os.close(reading)
+        self.channels.append(writing)
+        return writing
+
+    def reserve(self, size: int, _: int) -> Reserved:
+        self.reserved.append(Reserved(self, size))
+        return self.reserved[-1]
+
+    def not_lent(self, ready: Ready) -> None:
+        self.back.append(ready.inode)
+
+    def hand_over(self, ready: Ready, caller: Caller, _: int, purpose: str) -> tuple[Any, Lent, int]:
+        assert (caller, purpose) == (CALLER, "domain one")
+        lease = type("Lease", (), {"number": ready.inode})
+        return lease, Lent(self, ready.inode), page_file.sealed(array("Q", [1]))
+
+    def end(self, number: int) -> None:
+        self.ended.append(number)
+
+    @property
+    def open_channels(self) -> int:
+        return sum(os.path.exists(f"/proc/self/fd/{channel}") for channel in self.channels)  # noqa: PTH110
+
+
+@pytest.fixture
+def broker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MadeUp:
+    monkeypatch.setattr(records, "RECORDS", tmp_path / "run/records")
+    monkeypatch.setattr(domains, "_PIDFILES", tmp_path)
+    (tmp_path / "one.pid").write_text(str(os.getpid()))
+    monkeypatch.setattr(handoffs, "tell", lambda *_: None)
+    return MadeUp()
+
+
+def run(broker: MadeUp, work: Any) -> Any:
+    """Do something with domains in an event loop, and close them."""
+
+    async def all_of_it() -> Any:
+        made = Domains(cast("Broker", broker), wrapper_of)
+        try:
+            return await work(made)
+        finally:
+            await made.close()
+
+    coroutine: Coroutine[Any, Any, Any] = all_of_it()
+    return asyncio.run(coroutine)
+
+
+def test_what_was_announced_is_claimed_once(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        channel, memory = await made.claim("one", SIZES, CALLER, 0)
+        assert [cast("Lent", lent).inode for lent in memory] == [0, 1]
+        assert set(records.frames("c0dedd50-80a2-4d4a-ab37-39d77e436206", CALLER.pid)) == {0, 1}
+        os.close(channel)
+        with pytest.raises(AdmissionRefused, match="was announced"):
+            await made.claim("one", SIZES, CALLER, 0)
+
+    run(broker, work)
+    assert (broker.given_up, broker.back, broker.closed, broker.ended) == ([], [], [], [])
+    assert broker.open_channels == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "caller", "error"),
+    [
+        ("two", SIZES, CALLER, AdmissionRefused),
+        ("one", SIZES, CALLER._replace(pid=1), AdmissionRefused),
+        ("one", SIZES[:1], CALLER, ConfigError),
+        ("one", [*SIZES, 1 << 20], CALLER, ConfigError),
+    ],
+    ids=["another name", "another process", "less", "more"],
+)
+def test_who_claims_something_else_gets_nothing_and_the_domain_still_its_own(
+    broker: MadeUp, name: str, sizes: list[int], caller: Caller, error: type[Exception]
+) -> None:
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        with pytest.raises(error):
+            await made.claim(name, sizes, caller, 0)
+        assert broker.given == []
+        os.close((await made.claim("one", SIZES, CALLER, 0))[0])
+
+    run(broker, work)
+
+
+def test_a_domain_that_does_not_ask_is_none_of_ours(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        await made.announce(XML.format(name="one"))
+        with pytest.raises(AdmissionRefused):
+            await made.claim("one", SIZES, CALLER, 0)
+
+    run(broker, work)
+    assert broker.reserved == []
+
+
+def test_what_does_not_fit_goes_back_whole(broker: MadeUp) -> None:
+    broker.refused = {32 << 20}
+
+    async def work(made: Domains) -> None:
+        with pytest.raises(AdmissionRefused):
+            await made.announce(asking())
+        with pytest.raises(AdmissionRefused):
+            await made.claim("one", SIZES, CALLER, 0)
+
+    run(broker, work)
+    assert broker.given_up == SIZES[:1]
+    assert broker.open_channels == 0
+
+
+def test_of_two_announcements_at_once_the_last_one_counts_and_nothing_is_lost(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        await asyncio.gather(*(made.announce(asking()) for _ in range(3)))
+        os.close((await made.claim("one", SIZES, CALLER, 0))[0])
+
+    run(broker, work)
+    assert len(broker.reserved) == 6
+    assert broker.given_up == SIZES * 2
+    assert broker.open_channels == 0
+
+
+def test_a_claim_that_fails_half_way_gives_all_of_it_back(broker: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        with pytest.raises(OSError, match="no space"):
+            await made.claim("one", SIZES, CALLER, 0)
+
+    with monkeypatch.context() as full:
+        full.setattr(records, "write_frames", fail)
+        run(broker, work)
+    assert (sorted(broker.closed), sorted(broker.ended), broker.back) == ([0, 1], [0, 1], [])
+    assert broker.open_channels == 0
+
+
+def test_of_a_claim_whose_second_file_cannot_be_made_the_first_goes_back(broker: MadeUp) -> None:
+    broker.prefaults_that_fail = True
+
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        with pytest.raises(AdmissionRefused, match="killed"):
+            await made.claim("one", SIZES, CALLER, 0)
+
+    run(broker, work)
+    assert (broker.back, broker.closed, broker.given_up) == ([0], [], SIZES[1:])
+
+
+def test_what_nobody_claims_goes_back(broker: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domains, "_CLAIM_TIMEOUT_S", 0.2)
+
+    async def work(made: Domains) -> None:
+        expiring = asyncio.create_task(made.expire())
+        await made.announce(asking())
+        await asyncio.wait_for(broker.given_back.wait(), 30)
+        with pytest.raises(AdmissionRefused):
+            await made.claim("one", SIZES, CALLER, 0)
+        expiring.cancel()
+
+    run(broker, work)
+
+
+def test_a_name_is_escaped_as_libvirt_does(broker: MadeUp, tmp_path: Path) -> None:
+    (tmp_path / "a&apos;b &amp; &quot;c&quot; &lt;d&gt;.pid").write_text("77")
+    assert domains.pid_of('a\'b & "c" <d>') == 77
+    assert domains.pid_of("a&apos;b &amp; &quot;c&quot; &lt;d&gt;") == -1
+    assert domains.pid_of("none") == -1
