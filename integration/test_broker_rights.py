@@ -165,7 +165,10 @@ def anybodys_vmmback() -> tuple[list[str], dict[str, str]]:
         tried = [*AS_NOBODY, python, "-c", "import vmmback.cli.launch, asyncvarlink, msgspec, qemu.qmp"]
         if not subprocess.run(tried, env=os.environ | environment, capture_output=True, cwd="/").returncode:
             return [python, "-m", "vmmback"], environment
-    pytest.skip("needs a Python that other users can start, with our packages")
+    said = "needs a Python that other users can start, with our packages"
+    if os.environ.get("CI") == "true":  # every machine of CI has one in /usr/bin
+        pytest.fail(said)
+    pytest.skip(said)
 
 
 def launch_as_nobody(
