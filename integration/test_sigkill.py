@@ -416,10 +416,18 @@ def test_qemu_killed(begin: Begin, tmp_path: Path, ready: str) -> None:
 
 
 def test_qemu_killed_before_it_has_taken_its_ram(begin: Begin, tmp_path: Path) -> None:
+    pid = 0
+
+    def starts() -> bool:
+        """It has no command line for a moment, while it executes: who looks twice may not see it again."""
+        nonlocal pid
+        pid = run.qemu
+        return pid > 0
+
     with begin(guest_file(tmp_path)) as run:
-        run.wait_until(lambda: bool(run.qemu), "QEMU starts")
+        run.wait_until(starts, "QEMU starts")
         run.remember()
-        run.strike(run.qemu, signal.SIGKILL)
+        run.strike(pid, signal.SIGKILL)
         assert run.process.wait(DEADLINE_S) == 6
         assert run.leftovers() == {}
         assert "it was ended by SIGKILL" in run.stderr
