@@ -2,8 +2,10 @@
 
 import mmap
 import os
+import signal
 import subprocess
 import sys
+import threading
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -378,6 +380,30 @@ def open_descriptors() -> set[str]:
 def test_a_rejected_program_shows_the_verifiers_words() -> None:
     with pytest.raises(HostUnfit, match=r"rejected the BPF program bad \(EACCES\): .*R2 !read_ok"):
         Program([bpf.move(R0, R2), bpf.leave()], "bad")
+
+
+def test_a_load_ends_however_often_signals_come() -> None:
+    """A thousand a second: the verifier takes some 15 ms for the program, and gives up where a signal is pending."""
+    signals = list[int]()
+    over = threading.Event()
+    target = threading.get_ident()
+
+    def disturb() -> None:
+        while not over.wait(0.001):
+            signal.pthread_kill(target, signal.SIGUSR1)
+
+    earlier = signal.signal(signal.SIGUSR1, lambda number, _: signals.append(number))
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        for _ in range(5):
+            with DirectMap.open():
+                pass
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, earlier)
+    assert len(signals) >= 5  # each was only late
 
 
 def test_descriptors_are_close_on_exec() -> None:

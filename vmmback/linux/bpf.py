@@ -10,8 +10,10 @@ import ctypes
 import errno
 import mmap
 import os
+import signal
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import IntEnum
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -376,13 +378,19 @@ def _load(code: bytes, name: str, kind: ProgramKind) -> int:
 
 
 def _verified(attributes: _ProgLoad) -> int:
-    """Load a program, again where a signal was about to come: the verifier gives up then (do_check, verifier.c)."""
-    for _ in range(_LOADS - 1):
-        try:
-            return command(_PROG_LOAD, attributes)
-        except BlockingIOError:  # EAGAIN
-            continue
-    return command(_PROG_LOAD, attributes)
+    """Load a program while this thread takes no signals: the verifier gives up for one (do_check, verifier.c).
+
+    It starts from nothing then, and signals that come more often than it takes would keep it at that. What cannot be
+    kept off (a stop, other work for the thread) is rare: it is tried again then.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        for _ in range(_LOADS - 1):
+            with suppress(BlockingIOError):  # EAGAIN
+                return command(_PROG_LOAD, attributes)
+        return command(_PROG_LOAD, attributes)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _rejection(attributes: _ProgLoad) -> str:
