@@ -19,7 +19,6 @@ from integration.conftest import MIB, Supervisor, eventually
 from vmmback import tiny_guest
 from vmmback.libvirt import domain_edit
 from vmmback.libvirt.own_user import own_uid
-from vmmback.libvirt.places import PYTHON
 from vmmback.linux import procfs
 
 if TYPE_CHECKING:
@@ -392,9 +391,7 @@ def test_nobody_but_what_libvirt_starts_gets_a_domains_ram(ready: Host) -> None:
     # Between the hook and the emulator: libvirt's emulator waits, and others try.
     slow = libvirtd.inside / str(WRAPPER)[1:]
     text = slow.read_text()
-    slow.write_text(
-        text.replace("*memory-backend-*) ;;", "*memory-backend-*) while [ ! -e /run/go ]; do sleep 0.1; done ;;")
-    )
+    slow.write_text(text.replace('guest="*) ;;', 'guest="*) while [ ! -e /run/go ]; do sleep 0.1; done ;;'))
     program = libvirtd.start("virsh", "-c", libvirtd.uri, "start", "one")
     eventually(lambda: libvirtd.qemu_pid("one") != 0, "libvirt has started its emulator")
     quick = libvirtd.inside / "usr/local/libexec/vmmback/qemu-of-a-test"
@@ -426,7 +423,7 @@ def test_nobody_but_root_takes_a_descriptor_of_qemus(ready: Host) -> None:
     ready.define("one")
     libvirtd.virsh("start", "one")
     pid = libvirtd.qemu_pid("one")
-    takes = [str(PYTHON), "-c", TAKES, str(pid)]
+    takes = ["/usr/bin/python3", "-c", TAKES, str(pid)]
     own = own_uid(libvirtd.virsh("domuuid", "one"))
     launcher = [str(WRAPPER.with_name("setpriv")), "--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock", "--"]
     for uid, by in (("libvirt-qemu", []), ("libvirt-qemu", launcher), (str(own), [])):

@@ -6,9 +6,10 @@ Pool, ledger and workers are made up; integration/test_libvirt.py has the real o
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from array import array
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,16 @@ XML = """<domain type='qemu'>
 </domain>
 """
 SIZES = [32 << 20, 32 << 20]
+
+
+def arguments(name: str = "one", sizes: Sequence[int] = SIZES) -> list[str]:
+    """What libvirt gives QEMU, as far as it is told the broker."""
+    argv = ["-name", f"guest={name},debug-threads=on"]
+    for size in sizes:
+        argv += ["-object", json.dumps({"qom-type": "memory-backend-memfd", "id": "ram", "size": size})]
+    return argv
+
+
 CALLER = Caller(os.getpid(), 1000, 100, 5)
 
 
@@ -76,6 +87,9 @@ class Lent:
     def __init__(self, made_up: MadeUp, inode: int) -> None:
         self.made_up, self.inode = made_up, inode
 
+    def fileno(self) -> int:
+        return 100 + self.inode
+
     def close(self) -> None:
         self.made_up.closed.append(self.inode)
 
@@ -89,6 +103,8 @@ class MadeUp:
         self.given_up, self.back, self.closed, self.ended = list[int](), list[int](), list[int](), list[int]()
         self.refused, self.prefaults_that_fail = set[int](), False
         self.channels = list[int]()
+        self.told = list[tuple[Any, ...]]()
+        """Of workers: pid, pidfd, offers, and what may be plugged in."""
         self.given_back = asyncio.Event()
         """All of one domain's."""
 
@@ -127,8 +143,9 @@ def broker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MadeUp:
     monkeypatch.setattr(records, "RECORDS", tmp_path / "run/records")
     monkeypatch.setattr(domains, "_PIDFILES", tmp_path)
     (tmp_path / "one.pid").write_text(str(os.getpid()))
-    monkeypatch.setattr(handoffs, "tell", lambda *_: None)
-    return MadeUp()
+    made_up = MadeUp()
+    monkeypatch.setattr(handoffs, "tell", lambda _, *told: made_up.told.append(told))
+    return made_up
 
 
 def run(broker: MadeUp, work: Any) -> Any:
@@ -148,15 +165,19 @@ def run(broker: MadeUp, work: Any) -> Any:
 def test_what_was_announced_is_claimed_once(broker: MadeUp) -> None:
     async def work(made: Domains) -> None:
         await made.announce(asking())
-        channel, memory = await made.claim("one", SIZES, CALLER, 0)
-        assert [cast("Lent", lent).inode for lent in memory] == [0, 1]
+        channel = await made.claim(arguments(), CALLER, 0)
+        memfd = "memory-backend-memfd"
+        offers = [("memfd_create", memfd, 100), ("memfd_create", memfd, 101)]
+        ((pid, pidfd, offered, more),) = broker.told
+        assert (pid, pidfd, offered) == (CALLER.pid, 0, offers)
+        assert more["purpose"] == "domain one"
         assert set(records.frames("c0dedd50-80a2-4d4a-ab37-39d77e436206", CALLER.pid)) == {0, 1}
         os.close(channel)
         with pytest.raises(AdmissionRefused, match="was announced"):
-            await made.claim("one", SIZES, CALLER, 0)
+            await made.claim(arguments(), CALLER, 0)
 
     run(broker, work)
-    assert (broker.given_up, broker.back, broker.closed, broker.ended) == ([], [], [], [])
+    assert (broker.given_up, broker.back, broker.closed, broker.ended) == ([], [], [1, 0], [])
     assert broker.open_channels == 0
 
 
@@ -176,9 +197,9 @@ def test_who_claims_something_else_gets_nothing_and_the_domain_still_its_own(
     async def work(made: Domains) -> None:
         await made.announce(asking())
         with pytest.raises(error):
-            await made.claim(name, sizes, caller, 0)
+            await made.claim(arguments(name, sizes), caller, 0)
         assert broker.given == []
-        os.close((await made.claim("one", SIZES, CALLER, 0))[0])
+        os.close(await made.claim(arguments(), CALLER, 0))
 
     run(broker, work)
 
@@ -187,7 +208,7 @@ def test_a_domain_that_does_not_ask_is_none_of_ours(broker: MadeUp) -> None:
     async def work(made: Domains) -> None:
         await made.announce(XML.format(name="one"))
         with pytest.raises(AdmissionRefused):
-            await made.claim("one", SIZES, CALLER, 0)
+            await made.claim(arguments(), CALLER, 0)
 
     run(broker, work)
     assert broker.reserved == []
@@ -200,7 +221,7 @@ def test_what_does_not_fit_goes_back_whole(broker: MadeUp) -> None:
         with pytest.raises(AdmissionRefused):
             await made.announce(asking())
         with pytest.raises(AdmissionRefused):
-            await made.claim("one", SIZES, CALLER, 0)
+            await made.claim(arguments(), CALLER, 0)
 
     run(broker, work)
     assert broker.given_up == SIZES[:1]
@@ -210,7 +231,7 @@ def test_what_does_not_fit_goes_back_whole(broker: MadeUp) -> None:
 def test_of_two_announcements_at_once_the_last_one_counts_and_nothing_is_lost(broker: MadeUp) -> None:
     async def work(made: Domains) -> None:
         await asyncio.gather(*(made.announce(asking()) for _ in range(3)))
-        os.close((await made.claim("one", SIZES, CALLER, 0))[0])
+        os.close(await made.claim(arguments(), CALLER, 0))
 
     run(broker, work)
     assert len(broker.reserved) == 6
@@ -225,7 +246,7 @@ def test_a_claim_that_fails_half_way_gives_all_of_it_back(broker: MadeUp, monkey
     async def work(made: Domains) -> None:
         await made.announce(asking())
         with pytest.raises(OSError, match="no space"):
-            await made.claim("one", SIZES, CALLER, 0)
+            await made.claim(arguments(), CALLER, 0)
 
     with monkeypatch.context() as full:
         full.setattr(records, "write_frames", fail)
@@ -240,7 +261,7 @@ def test_of_a_claim_whose_second_file_cannot_be_made_the_first_goes_back(broker:
     async def work(made: Domains) -> None:
         await made.announce(asking())
         with pytest.raises(AdmissionRefused, match="killed"):
-            await made.claim("one", SIZES, CALLER, 0)
+            await made.claim(arguments(), CALLER, 0)
 
     run(broker, work)
     assert (broker.back, broker.closed, broker.given_up) == ([0], [], SIZES[1:])
@@ -254,7 +275,7 @@ def test_what_nobody_claims_goes_back(broker: MadeUp, monkeypatch: pytest.Monkey
         await made.announce(asking())
         await asyncio.wait_for(broker.given_back.wait(), 30)
         with pytest.raises(AdmissionRefused):
-            await made.claim("one", SIZES, CALLER, 0)
+            await made.claim(arguments(), CALLER, 0)
         expiring.cancel()
 
     run(broker, work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import grp
 import os
 import re
@@ -12,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from vmmback.broker.client import SOCKET
 from vmmback.errors import HostUnfit, UsageError
 from vmmback.libvirt import installation, installed_files, lock_launcher
 from vmmback.libvirt.installed_files import Block, Host
 from vmmback.libvirt.lock_launcher import QemuUser
-from vmmback.libvirt.places import LIBEXEC, PYTHON, Places
+from vmmback.libvirt.places import LIBEXEC, PERL, RUN, Places
 
 QEMUS = ("/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-system-aarch64")
 PROGRAM = ("/opt/a b/python", "-m", "vmmback")
@@ -69,9 +69,8 @@ def test_what_is_installed_is_removed_again_to_the_last_byte(places: Places) -> 
         "/etc/libvirt/hooks/qemu.d/50-vmmback",
         "/usr/local/libexec/vmmback/qemu-system-x86_64",
         "/usr/local/libexec/vmmback/qemu-system-aarch64",
-        *(f"/usr/local/libexec/vmmback/lib/vmmback/{name}" for name in installed_files.COPIED),
-        "/usr/local/libexec/vmmback/hook.py",
-        "/usr/local/libexec/vmmback/emulator.py",
+        "/usr/local/libexec/vmmback/broker_call",
+        "/usr/local/libexec/vmmback/claim",
         "/usr/local/libexec/vmmback/setpriv",
         "/etc/polkit-1/rules.d/00-vmmback.rules",
         "/etc/systemd/system/vmmback-broker.service",
@@ -96,7 +95,7 @@ def test_the_files_are_for_root_to_write_and_for_qemus_user_to_read(places: Plac
         for folder in path.relative_to(places.root).parents:
             assert (places.root / folder).stat().st_mode & 0o022 == 0
     assert os.access(places.hook, os.X_OK)
-    assert not os.access(places.libexec / "hook.py", os.X_OK)
+    assert not os.access(places.libexec / "claim", os.X_OK)
 
 
 def test_a_wrapper_has_the_time_and_the_path_of_its_qemu(places: Places) -> None:
@@ -113,10 +112,10 @@ def test_installing_again_changes_nothing_and_repairs_what_is_not_as_it_was(plac
     assert installation.install(places, host()) == []
     assert tree(places.root) == once
     places.hook.chmod(0o600)
-    (places.libexec / "hook.py").unlink()
-    (places.libexec / "emulator.py").write_text("something else")
+    (places.libexec / "claim").unlink()
+    (places.libexec / "broker_call").write_text("something else")
     repaired = installation.install(places, host())
-    assert {path.name for path in repaired} == {"50-vmmback", "hook.py", "emulator.py"}
+    assert {path.name for path in repaired} == {"50-vmmback", "claim", "broker_call"}
     assert tree(places.root) == once
 
 
@@ -161,7 +160,7 @@ def test_an_installation_that_fails_at_any_file_leaves_all_as_it_was(
     places: Places, fails_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installation.install(places, host(QEMUS[0]))
-    (places.libexec / "hook.py").write_text("of an older version")
+    (places.libexec / "claim").write_text("of an older version")
     places.hook.unlink()
     before = tree(places.root)
     real, count = Path.replace, 0
@@ -206,38 +205,20 @@ def test_a_manifest_comes_first_so_that_nothing_is_forgotten(places: Places, mon
     assert tree(places.root) == before
 
 
-def test_all_is_copied_that_the_programs_import() -> None:
-    """And nothing besides: what comes with Python they have."""
-    package = installed_files.CONFIGS.parent
-    needed, left = set[str](), [f"libvirt/{name}.py" for name in installed_files.PROGRAMS]
-    while left:
-        path = left.pop()
-        needed |= {path, *(f"{folder}/__init__.py".removeprefix("./") for folder in Path(path).parents)}
-        for node in ast.walk(ast.parse((package / path).read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vmmback."):
-                left += {f"{node.module.removeprefix('vmmback.').replace('.', '/')}.py"} - needed
-            assert not (isinstance(node, ast.Import) and any(name.name.startswith("vmmback") for name in node.names))
-    assert needed == set(installed_files.COPIED)
-
-
-@pytest.mark.parametrize("program", installed_files.PROGRAMS)
-def test_what_is_copied_runs_by_itself(places: Places, program: str) -> None:
-    """As the hook and the wrapper start it, without a broker: it says so, and what it needed was there."""
+@pytest.mark.parametrize("name", ["claim", "qemu.d/50-vmmback"])
+def test_what_is_installed_runs_by_itself(places: Places, name: str) -> None:
+    """Without a broker: it says so, and what it needed was there."""
     installation.install(places, host())
-    script = places.libexec / f"{program}.py"
-    script.write_text(script.read_text().replace(str(LIBEXEC), str(places.libexec)))
-    arguments = ["prepare", "name"] if program == "hook" else [QEMUS[0], "-name", "guest=name"]
-    compiled = sorted(places.libexec.rglob("*.pyc"))
-    argv = [str(PYTHON), "-I", "-S", "-v", str(script), *arguments]
-    done = subprocess.run(argv, input="<domain/>", capture_output=True, text=True, timeout=30, check=False)
-    ours = re.findall(
-        r"^import 'vmmback[^']*' # <.*'(/\S+)'|^# \S*code object from '?(/\S+vmmback/\S+pyc)", done.stderr, re.M
-    )
-    assert "vmmback: error: " in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(compiled) == len(installed_files.COPIED)
-    assert ours
-    assert all(str(places.libexec) in path for pair in ours for path in pair if path)
+    for script in (places.libexec / "broker_call", places.libexec / "claim", places.hook):
+        text = script.read_text().replace(str(LIBEXEC), str(places.libexec)).replace(str(RUN), str(places.below(RUN)))
+        script.write_text(text.replace(str(SOCKET), str(places.below(SOCKET))))
+    hook = [str(places.hook), "name", "prepare", "begin", "-"]
+    argv = [str(PERL), str(places.libexec / "claim"), QEMUS[0], "-name", "guest=name"] if name == "claim" else hook
+    xml = "<domain><uuid>0-1</uuid><a xmlns='urn:vmmback:domain:1.0'/></domain>"
+    places.below(RUN.parent).mkdir(exist_ok=True)
+    done = subprocess.run(argv, input=xml, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"vmmback: error: no broker can be reached at {places.below(SOCKET)}: No such file")
 
 
 def test_where_there_is_no_systemd_polkit_or_apparmor_nothing_is_put_there(tmp_path: Path) -> None:

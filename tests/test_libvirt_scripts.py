@@ -1,18 +1,24 @@
-"""The hook and the wrapper, as sh runs them, with programs of the test's own in place of Python, vmmback and QEMU."""
+"""The hook, the wrapper and what claims a domain's RAM, as libvirt runs them, with a made-up broker and QEMU."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vmmback.libvirt import installed_files
+from vmmback.linux import seccomp
 
 UUID = "0d7e5a4f-8a1c-4b1e-9b0e-6a1f7e5d3c2b"
 XML = f"""<domain type='qemu' id='1'>
@@ -40,17 +46,94 @@ if here.name == "setpriv":
 print("a word of " + here.name, file=sys.stderr)
 sys.exit(int(os.environ.get("ENDS_WITH", "0")))
 """
+OK: dict[str, Any] = {"parameters": {}}
 
 
-class Scripts(NamedTuple):
-    folder: Path
+def refusal(message: str, hint: str = "do it", exit_code: int = 4) -> dict[str, Any]:
+    return {
+        "error": "org.vmmback.Broker.Refused",
+        "parameters": {"message": message, "hint": hint, "exit_code": exit_code},
+    }
+
+
+class FakeBroker:
+    """Answers each call with `answer`, and what comes after a claim with `answer_at_channel`; knows what was said."""
+
+    def __init__(self, path: Path) -> None:
+        self.calls = list[tuple[str, dict[str, Any]]]()
+        self.answer: object = OK
+        self.answer_at_channel: object = OK
+        self.listeners = list[str]()
+        """What the descriptors are that came over a channel."""
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(path))
+        self._listening.listen()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._thread.join(30)
+        self._listening.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            with connection:
+                self._heard(connection)
+                if self.calls[-1][0] != "org.vmmback.Domains.Claim" or self.answer is not OK:
+                    self._say(connection, self.answer)
+                    continue
+                ours, theirs = socket.socketpair()
+                filtered = seccomp.program(memfds=True).hex()
+                answer = {"parameters": {"channel": 0, "filter": filtered}}
+                with ours:
+                    with theirs:
+                        socket.send_fds(connection, [json.dumps(answer).encode() + b"\0"], [theirs.fileno()])
+                    listeners = self._heard(ours)
+                    for listener in listeners:
+                        self.listeners.append(str(Path(f"/proc/self/fd/{listener}").readlink()))
+                    self._say(ours, self.answer_at_channel)
+                    connection.recv(1)  # until it has executed QEMU, or ended: a listener that is closed is no answer
+                    for listener in listeners:
+                        os.close(listener)
+
+    def _heard(self, connection: socket.socket) -> list[int]:
+        data, descriptors = b"", list[int]()
+        while not data.endswith(b"\0"):
+            more, passed, _, _ = socket.recv_fds(connection, 1000, 4)
+            if not more:
+                break
+            data, descriptors = data + more, descriptors + passed
+        if data:
+            call = json.loads(data[:-1])
+            self.calls.append((call["method"], call["parameters"]))
+        return descriptors
+
+    def _say(self, connection: socket.socket, what: object) -> None:
+        if what is not None:
+            connection.sendall(what if isinstance(what, bytes) else json.dumps(what).encode() + b"\0")
+
+
+class Scripts:
+    """All of them, below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.broker = FakeBroker(folder / "socket")
 
     def render(self, name: str) -> Path:
-        values = {"LIBEXEC": str(self.folder), "PYTHON": str(self.folder / "python"), "QEMU": str(self.folder / "real")}
-        values |= {"SECRET": str(self.folder / "run/secret"), "VMMBACK": f"'{self.folder}/vmm back' -m vmmback"}
-        path = self.folder / ("50-vmmback" if name == "hook" else "qemu-system-x86_64")
-        path.write_text(installed_files.filled(name, **values))
-        path.chmod(0o755)
+        values = {"LIBEXEC": str(self.folder), "QEMU": str(self.folder / "real"), "SOCKET": str(self.folder / "socket")}
+        values |= {"RUN": str(self.folder / "run"), "SECRET": str(self.folder / "run/secret")}
+        values |= {"VMMBACK": f"'{self.folder}/vmm back' -m vmmback"}
+        names = {"hook": "50-vmmback", "emulator": "qemu-system-x86_64"}
+        for each in ("broker_call", "claim", name):
+            path = self.folder / names.get(each, each)
+            path.write_text(installed_files.filled(each, **values))
+            path.chmod(0o755)
         return path
 
     def calls(self, name: str) -> list[tuple[list[str], str]]:
@@ -58,40 +141,102 @@ class Scripts(NamedTuple):
         lines = record.read_text().splitlines() if record.exists() else []
         return [(argv, text) for argv, text in map(json.loads, lines)]
 
-    def hook(self, *arguments: str, xml: str = ASKS, **environment: str) -> subprocess.CompletedProcess[str]:
+    def hook(self, *arguments: str, xml: str = ASKS) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [self.render("hook"), *arguments], input=xml, capture_output=True, text=True, timeout=30, check=False,
-            env={"PATH": os.environ["PATH"], **environment},
+            env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
+        )  # fmt: skip
+
+    def emulator(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.render("emulator"), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30,
+            check=False, env={"PATH": os.environ["PATH"], "LC_ALL": "C", **environment},
         )  # fmt: skip
 
 
 @pytest.fixture
-def scripts(tmp_path: Path) -> Scripts:
-    for name in ("python", "vmm back", "real", "setpriv"):
+def scripts(tmp_path: Path) -> Iterator[Scripts]:
+    for name in ("vmm back", "real", "setpriv"):
         (tmp_path / name).write_text(RECORDER.replace("@FOLDER@", str(tmp_path)))
         (tmp_path / name).chmod(0o755)
-    return Scripts(tmp_path)
+    made = Scripts(tmp_path)
+    yield made
+    made.broker.close()
 
 
-@pytest.mark.parametrize("operation", ["prepare", "release"])
-def test_a_domain_that_asks_is_handed_on_with_its_xml(scripts: Scripts, operation: str) -> None:
-    phase = "begin" if operation == "prepare" else "end"
-    done = scripts.hook("a 'name'", operation, phase, "-")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "a word of python\n")
-    expected = ["-I", "-S", f"{scripts.folder}/hook.py", operation, "a 'name'"]
-    assert scripts.calls("python") == [(expected, ASKS)]
+def test_a_domain_that_asks_is_announced_with_its_xml(scripts: Scripts) -> None:
+    done = scripts.hook("a 'name'", "prepare", "begin", "-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert scripts.broker.calls == [("org.vmmback.Domains.Announce", {"xml": ASKS})]
 
 
-def test_a_refusal_is_passed_on(scripts: Scripts) -> None:
-    done = scripts.hook("name", "prepare", "begin", "-", ENDS_WITH="4")
-    assert (done.returncode, done.stdout, done.stderr) == (4, "", "a word of python\n")
+def test_a_domain_that_has_ended_is_withdrawn_and_nothing_is_said_if_it_cannot_be(scripts: Scripts) -> None:
+    assert scripts.hook("a 'na\\me", "release", "end", "-").returncode == 0
+    assert scripts.broker.calls == [("org.vmmback.Domains.Withdraw", {"name": "a 'na\\me"})]
+    scripts.broker.answer = refusal("no")
+    done = scripts.hook("name", "release", "end", "-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@given(xml=st.text(st.characters(exclude_categories=["Cs"])), name=st.text("ab'\"\\é\t😀", min_size=1))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+def test_the_broker_gets_all_text_as_it_is(scripts: Scripts, xml: str, name: str) -> None:
+    scripts.broker.calls.clear()
+    xml = ASKS.replace("%s", xml.replace("\r", ""))  # (a text of Python's own making has other ends of lines)
+    assert scripts.hook(name, "prepare", "begin", "-", xml=xml).returncode == 0
+    assert scripts.hook(name, "release", "end", "-", xml=xml).returncode == 0
+    assert [told for _, told in scripts.broker.calls] == [{"xml": xml}, {"name": name}]
+
+
+@pytest.mark.parametrize(
+    "message", ['no "room" \\ here\n\tat all', "für 😀", "a\\nb", 'x" }'], ids=["quotes", "unicode", "escapes", "end"]
+)
+def test_a_refusal_is_told_as_it_is(scripts: Scripts, message: str) -> None:
+    scripts.broker.answer = refusal(message)
+    done = scripts.hook("name", "prepare", "begin", "-")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == f"vmmback: error: {message}\n  do it\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"", "the broker hung up"),
+        (b'{"param', "the broker hung up"),
+        ({"error": "org.varlink.service.MethodNotFound", "parameters": {"method": "x"}}, "knows no org.vmmback"),
+    ],
+)
+def test_what_is_no_answer_is_an_error(scripts: Scripts, answer: object, said: str) -> None:
+    scripts.broker.answer = answer
+    done = scripts.hook("name", "prepare", "begin", "-")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert said in done.stderr
+
+
+def test_a_broker_that_is_silent_is_not_waited_for_for_ever(scripts: Scripts) -> None:
+    hook = scripts.render("hook")
+    hook.write_text(hook.read_text().replace("connected(10)", "connected(1)"))
+    with socket.socket(socket.AF_UNIX) as silent:
+        path = scripts.folder / "socket"
+        path.unlink()
+        silent.bind(str(path))
+        silent.listen()
+        done = subprocess.run(
+            [hook, "name", "prepare", "begin", "-"], input=ASKS, capture_output=True, text=True, timeout=30, check=False
+        )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "did not answer org.vmmback.Domains.Announce in time" in done.stderr
 
 
 def test_a_domain_that_does_not_ask_is_left_alone(scripts: Scripts) -> None:
-    for operation in ("prepare begin", "start begin", "started begin", "stopped end", "release end"):
-        done = scripts.hook("name", *operation.split(), "-", xml=PLAIN)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert scripts.calls("python") == scripts.calls("vmm back") == []
+    for xml in (
+        PLAIN,
+        PLAIN.replace("</domain>", "<description>xmlns=&quot;urn:vmmback:domain:1.0&quot;</description>"),
+    ):
+        for operation in ("prepare begin", "start begin", "started begin", "stopped end", "release end"):
+            done = scripts.hook("name", *operation.split(), "-", xml=xml)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (scripts.broker.calls, scripts.calls("vmm back")) == ([], [])
     assert not (scripts.folder / "run").exists()
 
 
@@ -111,7 +256,7 @@ def test_a_domain_that_does_not_ask_is_left_alone(scripts: Scripts) -> None:
 def test_all_other_steps_are_nothing_to_it(scripts: Scripts, operation: str) -> None:
     done = scripts.hook("name", *operation.split(), "-")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert scripts.calls("python") == scripts.calls("vmm back") == []
+    assert (scripts.broker.calls, scripts.calls("vmm back")) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +281,8 @@ def test_an_audit_is_started_apart(scripts: Scripts, step: str, argued: list[str
 
 def test_polkits_rule_is_told_which_domains_have_secret_ram(scripts: Scripts) -> None:
     mark = scripts.folder / "run/secret" / UUID
-    scripts.hook("name", "prepare", "begin", "-", ENDS_WITH="4")
+    scripts.broker.answer = refusal("no")
+    scripts.hook("name", "prepare", "begin", "-")
     assert mark.exists()  # libvirt calls release also where prepare failed
     scripts.hook("name", "stopped", "end", "-")
     assert mark.exists()
@@ -147,7 +293,7 @@ def test_polkits_rule_is_told_which_domains_have_secret_ram(scripts: Scripts) ->
 def test_a_domain_whose_uuid_is_none_does_not_start(scripts: Scripts) -> None:
     done = scripts.hook("name", "prepare", "begin", "-", xml=ASKS.replace(UUID, "../../../etc/passwd"))
     assert (done.returncode, done.stderr) == (2, "vmmback: error: domain name has no UUID\n")
-    assert scripts.calls("python") == []
+    assert scripts.broker.calls == []
 
 
 @pytest.mark.parametrize("seconds", [-3600, 3600])
@@ -163,7 +309,8 @@ def test_a_wrapper_shows_that_its_qemu_is_another_one(scripts: Scripts, seconds:
     assert wrapper.stat().st_ctime_ns == unchanged
 
 
-RAM = '{"qom-type":"memory-backend-memfd","id":"pc.ram","size":100663296}'
+ARGV = ["-name", "guest=a,,b,debug-threads=on"]
+RAM = ["-object", '{"qom-type":"memory-backend-memfd","id":"pc.ram","size":100663296}']
 ODD = [
     "",
     " ",
@@ -180,43 +327,69 @@ ODD = [
 ]
 
 
-def argv_of(script: Path, arguments: list[str]) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([script, *arguments], stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+def test_a_qemu_without_a_domain_is_executed_at_once(scripts: Scripts) -> None:
+    assert scripts.emulator("-machine", "none", *RAM, *ODD).returncode == 0
+    assert scripts.emulator().returncode == 0
+    assert [argv for argv, _ in scripts.calls("real")] == [["-machine", "none", *RAM, *ODD], []]
+    assert (scripts.broker.calls, scripts.calls("setpriv")) == ([], [])
 
 
-def test_a_qemu_without_ram_is_executed_at_once(scripts: Scripts) -> None:
-    script = scripts.render("emulator")
-    assert argv_of(script, ["-machine", "none", *ODD]).returncode == 0
-    assert argv_of(script, []).returncode == 0
-    assert [argv for argv, _ in scripts.calls("real")] == [["-machine", "none", *ODD], []]
-    assert scripts.calls("python") == []
-
-
-def test_a_qemu_with_ram_is_left_to_our_program_with_its_arguments_as_they_are(scripts: Scripts) -> None:
-    argv_of(scripts.render("emulator"), ["-object", RAM, *ODD])
-    start = ["-I", "-S", f"{scripts.folder}/emulator.py", f"{scripts.folder}/real"]
-    assert [argv for argv, _ in scripts.calls("python")] == [[*start, "-object", RAM, *ODD]]
-    assert scripts.calls("real") == []
+def test_a_domains_qemu_has_its_arguments_as_they_are_and_its_calls_are_answered(
+    scripts: Scripts,
+) -> None:
+    done = scripts.emulator(*ARGV, *ODD, *RAM, "-S")
+    assert (done.returncode, done.stderr) == (0, "a word of real\n")
+    assert scripts.calls("real") == [([*ARGV, *ODD, *RAM, "-S"], "")]
+    nothing = {"listener": 0, "offers": [], "secret_memfds": False}
+    told = [("org.vmmback.Domains.Claim", {"arguments": [*ARGV, *RAM]}), ("org.vmmback.Handoff.Answer", nothing)]
+    assert scripts.broker.calls == told
+    assert scripts.broker.listeners == ["anon_inode:seccomp notify"]
 
 
 def test_the_launcher_comes_before(scripts: Scripts) -> None:
-    argv_of(scripts.render("emulator"), ["-object", RAM, *ODD])
-    start = ["--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock", "--", f"{scripts.folder}/python"]
-    start += ["-I", "-S", f"{scripts.folder}/emulator.py", f"{scripts.folder}/real"]
-    assert [argv for argv, _ in scripts.calls("setpriv")] == [[*start, "-object", RAM, *ODD]]
+    scripts.emulator(*ARGV, *ODD)
+    start = ["--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock", "--", "/usr/bin/perl"]
+    start += [f"{scripts.folder}/claim", f"{scripts.folder}/real"]
+    assert [argv for argv, _ in scripts.calls("setpriv")] == [[*start, *ARGV, *ODD]]
 
 
 def test_without_the_launcher_there_is_no_qemu(scripts: Scripts) -> None:
     (scripts.folder / "setpriv").unlink()
-    assert argv_of(scripts.render("emulator"), ["-object", RAM]).returncode == 127
-    assert scripts.calls("python") == scripts.calls("real") == []
+    assert scripts.emulator(*ARGV, *RAM).returncode == 127
+    assert (scripts.broker.calls, scripts.calls("real")) == ([], [])
+
+
+def test_without_its_ram_there_is_no_qemu(scripts: Scripts) -> None:
+    scripts.broker.answer = refusal("no domain 'a,b' was announced")
+    done = scripts.emulator(*ARGV, *RAM)
+    assert (done.returncode, done.stderr) == (4, "vmmback: error: no domain 'a,b' was announced\n  do it\n")
+    scripts.broker.answer = {"parameters": {"channel": 0, "filter": "06000000"}}  # without a channel
+    done = scripts.emulator(*ARGV, *RAM)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("vmmback: error: ")
+    assert scripts.calls("real") == []
+
+
+@pytest.mark.parametrize("answer", [refusal("no"), None, b"{}"])
+def test_whose_calls_nobody_will_answer_is_no_qemu(scripts: Scripts, answer: object) -> None:
+    scripts.broker.answer_at_channel = answer
+    claim = scripts.render("claim")
+    claim.write_text(claim.read_text().replace("$answer_s = 15", "$answer_s = 1"))
+    done = subprocess.run(
+        ["perl", claim, scripts.folder / "real", *ARGV, *RAM], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout) == (4 if isinstance(answer, dict) else 3, "")
+    assert done.stderr.startswith("vmmback: error: ")
+    assert scripts.calls("real") == []
+
+
+def test_a_qemu_that_is_not_there_is_told(scripts: Scripts) -> None:
+    (scripts.folder / "real").unlink()
+    done = scripts.emulator(*ARGV, *RAM)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == f"vmmback: error: {scripts.folder}/real cannot be executed: No such file or directory\n"
 
 
 def test_the_wrapper_ends_as_what_it_executes(scripts: Scripts) -> None:
-    script = scripts.render("emulator")
-    os.environ["ENDS_WITH"] = "3"
-    try:
-        assert argv_of(script, ["-object", RAM]).returncode == 3
-        assert argv_of(script, ["-version"]).returncode == 3
-    finally:
-        del os.environ["ENDS_WITH"]
+    assert scripts.emulator(*ARGV, *RAM, ENDS_WITH="3").returncode == 3
+    assert scripts.emulator("-version", ENDS_WITH="3").returncode == 3

@@ -22,13 +22,13 @@ from vmmback.ram import LentRam
 from vmmback.runtime import socket_address
 from vmmback.varlink import Client
 
-_SOCKET = Path("/run/vmmback-broker/socket")
+SOCKET = Path("/run/vmmback-broker/socket")
 _ANSWER_TIMEOUT_S = 10.0
 
 
 def socket_path() -> Path:
     """Return the path of the broker's socket: $VMMBACK_BROKER, or the one that every user of a host knows."""
-    return Path(os.environ.get("VMMBACK_BROKER") or _SOCKET)
+    return Path(os.environ.get("VMMBACK_BROKER") or SOCKET)
 
 
 class Lender:

@@ -5,8 +5,9 @@ answers: who reads the one, or closes the other, waits for ever then, and not ev
 request_wait_answer; fs/fuse/file.c, fuse_flush). That must not be the broker, nor the worker of another guest.
 
 Run as `python -I -S -c START FOLDER CHANNEL`, see handoffs.py: the descriptor of a socket. There the broker says first
-who calls, with a descriptor of that process, and then the caller makes one Varlink call. It ends with the caller, or
-with the last task under his filter; the broker's end is none of its business, so that QEMU goes on as it was.
+who calls, with a descriptor of that process, and what is on offer for him anyway; then the caller makes one Varlink
+call. It ends with the caller, or with the last task under his filter; the broker's end is none of its business, so that
+QEMU goes on as it was.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ METHOD, REFUSED = "org.vmmback.Handoff.Answer", "org.vmmback.Broker.Refused"
 # Read the caller's memory and see his descriptors (ptrace(2), PTRACE_MODE_ATTACH), in his folders of /proc.
 _RIGHTS = ("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH")
 _CALL_TIMEOUT_S = 10.0
-_MOST_BYTES, _MOST_DESCRIPTORS = 1 << 16, 64
+_MOST_BYTES, _MOST_DESCRIPTORS = 1 << 16, 253  # net/scm.h, SCM_MAX_FD
 _SEE = "see docs/BROKER.md"
 _LISTENER = "anon_inode:seccomp notify"  # kernel/seccomp.c, init_listener
 
@@ -45,7 +46,8 @@ def main() -> None:
     capabilities.keep(_RIGHTS)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         try:
-            text, (pidfd,) = _message(connection)  # when there is a caller: a domain of libvirt's has none for a while
+            # When there is a caller: a domain of libvirt's has none for a while.
+            text, (pidfd, *lent) = _message(connection)
         except (OSError, ValueError):  # the broker has ended, or nobody has called
             return
         who = json.loads(text)
@@ -64,6 +66,10 @@ def main() -> None:
         try:
             parameters, descriptors = _call(connection)
             listener, answers = _agreed(parameters, descriptors, is_caller, more)
+            if lent and answers.on_offer:
+                raise UsageError("this channel takes no offers: the broker has made them", _SEE)
+            for (call, name), descriptor in zip(who["offers"], lent, strict=True):
+                _offer(answers, call, name, descriptor)
             connection.sendall(b'{"parameters": {}}\0')
         except VmmbackError as error:
             refusal = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
@@ -72,7 +78,7 @@ def main() -> None:
             return
         except OSError:  # the caller says nothing, or takes no answer
             return
-    _answer(listener, answers, set(descriptors) - {listener}, more)
+    _answer(listener, answers, {*lent, *descriptors} - {listener}, more)
 
 
 def _answer(listener: int, answers: Answers, held: set[int], more: More | None) -> None:
@@ -146,13 +152,18 @@ def _agreed(
     if len({name for call, name in names if call == "open"}) != [call for call, _ in names].count("open"):
         raise UsageError("one path is offered twice", _SEE)
     answers = Answers(is_caller, secret_memfds=secret_memfds, more=more.of_size if more else None)
-    for call, name, descriptor in offers:
-        _check_secret(descriptor, name)
-        if call == "open":
-            answers.offer(Path(name), descriptor)
-        else:
-            answers.offer_memfd(name, descriptor)
+    for offer in offers:
+        _offer(answers, *offer)
     return listener, answers
+
+
+def _offer(answers: Answers, call: str, name: str, descriptor: int) -> None:
+    """Offer a descriptor. Raises UsageError."""
+    _check_secret(descriptor, name)
+    if call == "open":
+        answers.offer(Path(name), descriptor)
+    else:
+        answers.offer_memfd(name, descriptor)
 
 
 def _require(condition: bool) -> None:

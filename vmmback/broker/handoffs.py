@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import vmmback
 from vmmback.broker import handoff_worker
@@ -96,14 +97,26 @@ class Handoffs:
         os.close(watched)
 
 
-def tell(channel: int, pid: int, pidfd: int, more: Mapping[str, object] | None = None) -> None:
+class Offer(NamedTuple):
+    """What one call is to be answered with (handoff_interface.py)."""
+
+    call: str
+    name: str
+    descriptor: int
+
+
+def tell(
+    channel: int, pid: int, pidfd: int, offers: Sequence[Offer] = (), more: Mapping[str, object] | None = None
+) -> None:
     """Tell a worker by its channel who its caller is: a pid, and a descriptor of that process. Raises OSError.
 
-    `more` says what may be plugged in later (more_ram.py).
+    `offers`, at most 252, come beside the caller's own. `more` says what may be plugged in later (more_ram.py).
     """
+    descriptors = [pidfd, *(offer.descriptor for offer in offers)]
+    told = {"pid": pid, "offers": [(offer.call, offer.name) for offer in offers], "more": more}
+    text = json.dumps(told).encode() + b"\0"
     with socket.socket(fileno=os.dup(channel)) as connection:
-        text = json.dumps({"pid": pid, "more": more}).encode() + b"\0"
-        if socket.send_fds(connection, [text], [pidfd], socket.MSG_DONTWAIT) != len(text):
+        if socket.send_fds(connection, [text], descriptors, socket.MSG_DONTWAIT) != len(text):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 

@@ -1,8 +1,8 @@
 """Domains of libvirt that ask for secret RAM, as the broker knows them: announced by the hook, claimed by the wrapper.
 
 The hook announces a domain before libvirt starts it, which is when its XML is judged and its RAM is got ready. What
-libvirt starts then in QEMU's place (emulator.py) claims that RAM, once: nobody else can, for libvirt, which is root,
-writes the pid of what it starts to a file that only root can write. docs/LIBVIRT.md has the interface.
+libvirt starts then in QEMU's place (configs/libvirt/claim) claims that RAM, once: nobody else can, for libvirt, which
+is root, writes the pid of what it starts to a file that only root can write. docs/LIBVIRT.md has the interface.
 """
 
 # The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
@@ -13,6 +13,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 from xml.sax.saxutils import escape
@@ -22,6 +23,7 @@ from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 from vmmback.broker import handoffs
 from vmmback.broker.client import socket_path
 from vmmback.broker.closing import Lent
+from vmmback.broker.handoffs import Offer
 from vmmback.broker.ledger import Caller
 from vmmback.broker.lending import Broker
 from vmmback.broker.pool import Ready, Reserved
@@ -30,6 +32,7 @@ from vmmback.broker.service import Refused, held, refusing, shown
 from vmmback.errors import AdmissionRefused, ConfigError, VmmbackError
 from vmmback.libvirt import domain_refusals, domain_xml, records
 from vmmback.libvirt.domain_xml import Domain
+from vmmback.libvirt.ram_arguments import blocks_of, name_of
 from vmmback.linux import kvm, page_file, seccomp
 from vmmback.threads import in_thread
 
@@ -47,7 +50,6 @@ class Claimed(TypedDict):
 
     channel: FileDescriptor
     filter: str
-    memory: list[FileDescriptor]
 
 
 class DomainsInterface(VarlinkInterface, name="org.vmmback.Domains"):
@@ -69,18 +71,17 @@ class DomainsInterface(VarlinkInterface, name="org.vmmback.Domains"):
             await self._domains.announce(xml)
 
     @varlinkmethod
-    async def Claim(self, name: str, sizes: list[int]) -> Claimed:  # noqa: N802
-        """Take over the RAM of a domain that was announced: files of these sizes, and who answers its QEMU's calls.
+    async def Claim(self, arguments: list[str]) -> Claimed:  # noqa: N802
+        """Have the calls of a QEMU with these arguments answered with the RAM of its domain, which was announced.
 
-        `filter` is the program (hex) for seccomp(2), whose listener goes to `channel` with the files that are offered
-        (org.vmmback.Handoff). For the process that libvirt has started for this domain alone, and once.
+        `filter` is the program (hex) for seccomp(2), whose listener goes to `channel` (org.vmmback.Handoff). For the
+        process that libvirt has started for this domain alone, and once.
         """
         with refusing("the domain cannot have its RAM"), held(self._pidfd) as pidfd:
-            channel, memory = await self._domains.claim(name, sizes, self._caller, pidfd)
+            channel = await self._domains.claim(arguments, self._caller, pidfd)
             return {
                 "channel": FileDescriptor(channel, should_close=True),
                 "filter": seccomp.program(memfds=True, mappings=True).hex(),
-                "memory": [FileDescriptor(each, should_close=True) for each in memory],
             }
 
     @varlinkmethod
@@ -164,8 +165,9 @@ class Domains:
             with suppress(OSError):  # the next domain will have one started
                 self._spare = self._broker.handoffs.start(0)
 
-    async def claim(self, name: str, sizes: Sequence[int], caller: Caller, pidfd: int) -> tuple[int, list[Lent]]:
-        """See DomainsInterface.Claim; channel and files are the caller's to close. Raises VmmbackError, OSError."""
+    async def claim(self, arguments: Sequence[str], caller: Caller, pidfd: int) -> int:
+        """See DomainsInterface.Claim; the channel is the caller's to close. Raises VmmbackError, OSError."""
+        name, blocks = name_of(arguments), blocks_of(arguments)
         announced = self._announced.get(name)
         if announced is None:
             raise AdmissionRefused(
@@ -177,15 +179,15 @@ class Domains:
                 f"process {caller.pid} is not the one that libvirt has started for domain {name!a}",
                 "only libvirt starts a domain's emulator",
             )
-        wanted = [reserved.size for reserved in announced.ram]
-        if list(sizes) != wanted:
+        wanted, sizes = [reserved.size for reserved in announced.ram], [block.size for block in blocks]
+        if sizes != wanted:
             raise ConfigError(
-                f"domain {name!a} was announced with RAM blocks of {wanted} bytes, and its QEMU wants {list(sizes)}",
+                f"domain {name!a} was announced with RAM blocks of {wanted} bytes, and its QEMU wants {sizes}",
                 "report this, with the domain's XML",
             )
         del self._announced[name]
         domain = announced.domain
-        async with AsyncExitStack() as failed:
+        async with AsyncExitStack() as failed, AsyncExitStack() as lending:
             failed.push_async_callback(announced.close)
             ready, memory = list[Ready](), list[Lent]()
             failed.callback(self._not_lent, ready)
@@ -195,18 +197,19 @@ class Domains:
             while ready:
                 inode = ready[0].inode
                 lease, lent, entries = self._broker.hand_over(ready.pop(0), caller, pidfd, purpose(name))
-                failed.callback(lent.close)
+                lending.callback(lent.close)
                 failed.callback(self._broker.end, lease.number)
                 memory.append(lent)
                 try:
                     frames[inode] = page_file.entries_in(entries)
                 finally:
                     os.close(entries)
-            records.write_frames(domain.uuid, caller.pid, frames)
+            await in_thread(partial(records.write_frames, domain.uuid, caller.pid, frames))
+            offers = [Offer(block.call, block.name, lent.fileno()) for block, lent in zip(blocks, memory, strict=True)]
             more = {"broker": str(socket_path()), "purpose": purpose(name), "room": domain.room}
-            handoffs.tell(announced.channel, caller.pid, pidfd, more)
+            handoffs.tell(announced.channel, caller.pid, pidfd, offers, more)
             failed.pop_all()
-            return announced.channel, memory
+            return announced.channel
 
     def _not_lent(self, ready: Sequence[Ready]) -> None:
         for each in ready:

@@ -13,7 +13,7 @@ from pathlib import Path
 from vmmback.errors import HostUnfit
 from vmmback.libvirt import lock_launcher
 from vmmback.libvirt.installed_files import Host, qemu_of
-from vmmback.libvirt.places import PYTHON, Places
+from vmmback.libvirt.places import PERL, Places
 
 # The daemon, or of its parts the one for QEMU.
 _DAEMONS = ("/usr/sbin/libvirtd", "/usr/sbin/virtqemud")
@@ -25,8 +25,8 @@ _UNITS = ("vmmback-broker.socket", "vmmback-broker.service")
 def host(places: Places, emulators: Sequence[Path]) -> Host:
     """Return what there is on this host. Raises HostUnfit."""
     _see_libvirt()
-    if not os.access(PYTHON, os.X_OK):
-        raise HostUnfit(f"{PYTHON} is not installed, which QEMU's user is to execute", "apt-get install python3")
+    if not os.access(PERL, os.X_OK):
+        raise HostUnfit(f"{PERL} is not installed, which hook and wrapper are executed by", "apt-get install perl-base")
     # Of two of one name the one that was named counts, now or earlier.
     qemus = {path.name: path for path in (*_found_qemus(places), *_wrapped(places), *map(_absolute, emulators))}
     if not qemus:

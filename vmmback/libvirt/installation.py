@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import NamedTuple
 
 from vmmback.errors import HostUnfit, UsageError
 from vmmback.libvirt import lock_launcher
-from vmmback.libvirt.installed_files import Block, File, Host, blocks, copies, files
-from vmmback.libvirt.places import PYTHON, RUN, Places
+from vmmback.libvirt.installed_files import Block, File, Host, blocks, files
+from vmmback.libvirt.places import RUN, Places
 
 _CAPABILITY = "security.capability"
-_COMPILED_S = 30.0
 
 
 class Manifest(NamedTuple):
@@ -70,8 +68,6 @@ def install(places: Places, host: Host) -> list[Path]:
         if places.lock_launcher in changed:
             lock_launcher.verify(places.lock_launcher, host.user)
         undo.pop_all()
-    if changed:
-        _compile(places)
     return changed
 
 
@@ -88,12 +84,6 @@ def _planned(places: Places, before: Manifest, all_files: Iterable[File]) -> tup
         elif not _is_as_wanted(file):
             raise UsageError(f"{file.path} is there, and is not ours", "move it away, then install again")
     return kept, wanted
-
-
-def _compile(places: Places) -> None:
-    """Have the copied modules compiled: QEMU's user could not write what Python makes of them, and would each time."""
-    argv = [str(PYTHON), "-I", "-m", "compileall", "-q", str(copies(places))]
-    subprocess.run(argv, capture_output=True, timeout=_COMPILED_S, check=False)
 
 
 def _make_folders(places: Places, now: Manifest, undo: ExitStack) -> None:
@@ -119,8 +109,7 @@ def uninstall(places: Places) -> list[Path]:
             changed += _insert(Block(places.below(name), ""), undo)
         changed += _remove(places.manifest, undo)
         undo.pop_all()
-    for folder in (places.below(RUN), copies(places)):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(places.below(RUN), ignore_errors=True)
     for name in sorted(found.made, reverse=True):
         path = places.below(name)
         with suppress(OSError):  # others have put something there since

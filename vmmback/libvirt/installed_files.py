@@ -8,21 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vmmback.broker.client import SOCKET
 from vmmback.errors import UsageError
 from vmmback.libvirt import lock_launcher
 from vmmback.libvirt.lock_launcher import CAPABILITY, QemuUser
-from vmmback.libvirt.places import LIBEXEC, PYTHON, RECORDS, RUN, SECRET, Places
+from vmmback.libvirt.places import LIBEXEC, PERL, RECORDS, RUN, SECRET, Places
+from vmmback.linux import arch
 from vmmback.toml_errors import quote
 
-_PACKAGE = Path(__file__).parents[1]
-CONFIGS = _PACKAGE / "configs"
-
-# What the hook and the emulator execute, with all that it imports: QEMU's user may not look into our own folder.
-PROGRAMS = ("hook", "emulator")
-COPIED = (
-    "__init__.py", "libvirt/__init__.py", "libvirt/broker_call.py", "libvirt/hook.py", "libvirt/emulator.py",
-    "linux/__init__.py", "linux/bare_filter.py",
-)  # fmt: skip
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 _BEGIN, _END = b"# BEGIN vmmback: added and removed by `vmmback libvirt`\n", b"# END vmmback\n"
 _BLOCK = re.compile(re.escape(_BEGIN) + b".*?" + re.escape(_END), re.DOTALL)
@@ -70,15 +64,12 @@ class Block(NamedTuple):
 
 def filled(name: str, **values: str) -> str:
     """Return a file of configs/libvirt with what is this host's in place of @NAMES@."""
-    values |= {"LIBEXEC": str(LIBEXEC), "PYTHON": str(PYTHON)} | values
+    values |= {"LIBEXEC": str(LIBEXEC), "PERL": str(PERL), "SOCKET": str(SOCKET)} | values
     values |= {"RUN": str(RUN), "SECRET": str(SECRET), "RECORDS": str(RECORDS)} | values
+    numbers = arch.current()
+    values |= {call.upper(): str(getattr(numbers, call)) for call in ("prctl", "recvmsg", "seccomp", "sendmsg")}
     text = (CONFIGS / "libvirt" / name).read_text()
     return re.sub("@([A-Z]+)@", lambda found: values[found[1]], text)
-
-
-def copies(places: Places) -> Path:
-    """Return the folder of copied modules, and of what Python makes of them."""
-    return places.libexec / "lib"
 
 
 def wrapper(qemu: Path) -> str:
@@ -103,10 +94,8 @@ def files(places: Places, host: Host) -> Iterator[File]:
         # libvirt looks at the wrapper's times, not at QEMU's: they are the same, and the hook keeps them so.
         mtime_ns = places.below(qemu).stat().st_mtime_ns
         yield File(places.libexec / qemu.name, wrapper(qemu).encode(), 0o755, mtime_ns=mtime_ns)
-    for name in COPIED:
-        yield File(copies(places) / "vmmback" / name, (_PACKAGE / name).read_bytes(), 0o644)
-    for module in PROGRAMS:
-        yield File(places.libexec / f"{module}.py", filled("program", MODULE=module).encode(), 0o644)
+    for name in ("broker_call", "claim"):
+        yield File(places.libexec / name, filled(name).encode(), 0o644)
     yield File(places.lock_launcher, lock_launcher.program(), 0o750, host.user.gid, capability=CAPABILITY)
     if places.polkit_rules.parent.is_dir():
         yield File(places.polkit_rules, filled("00-vmmback.rules").encode(), 0o644)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIBEXEC = Path("/usr/local/libexec/vmmback")
-PYTHON = Path("/usr/bin/python3")
-"""Debian's own, which QEMU's user can execute, and AppArmor knows."""
+PERL = Path("/usr/bin/perl")
+"""Which QEMU's user can execute, and AppArmor knows."""
 
 RUN = Path("/run/vmmback-libvirt")
 SECRET = RUN / "secret"

@@ -44,6 +44,9 @@ class Architecture(NamedTuple):
     kcmp: int
     pivot_root: int
     mount_setattr: int
+    prctl: int
+    recvmsg: int
+    sendmsg: int
     loader: str
     """The ELF interpreter of glibc's programs, as they name it."""
 
@@ -80,6 +83,9 @@ KNOWN = {
             kcmp=312,
             pivot_root=155,
             mount_setattr=442,
+            prctl=157,
+            recvmsg=47,
+            sendmsg=46,
             loader="/lib64/ld-linux-x86-64.so.2",
         ),
         Architecture(
@@ -111,6 +117,9 @@ KNOWN = {
             kcmp=272,
             pivot_root=41,
             mount_setattr=442,
+            prctl=167,
+            recvmsg=212,
+            sendmsg=211,
             loader="/lib/ld-linux-aarch64.so.1",
         ),
     )
