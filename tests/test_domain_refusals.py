@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.markdown import tables
 from vmmback.errors import ConfigError
 from vmmback.libvirt import domain_refusals
 from vmmback.libvirt.domain_edit import enabled
@@ -34,10 +35,8 @@ class Row(NamedTuple):
 
 def all_rows() -> list[Row]:
     section = (ROOT / "docs/LIBVIRT.md").read_text().split("## What the XML may not have")[1].split("\n## ")[0]
-    lines = section.splitlines()
-    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
-    assert [row for row in cells if len(row) != 3] == []
-    return [Row(*row[:2]) for row in cells]
+    (table,) = tables(section)
+    return [Row(*row[:2]) for row in table]
 
 
 class Try(NamedTuple):

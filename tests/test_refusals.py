@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.markdown import tables
 from vmmback.config import GuestConfig, load
 from vmmback.errors import ConfigError
 from vmmback.toml_tables import keys_of
@@ -30,10 +31,8 @@ class Row(NamedTuple):
 
 
 def all_rows() -> list[Row]:
-    lines = (ROOT / "docs/REFUSALS.md").read_text().splitlines()
-    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
-    assert [row for row in cells if len(row) != 4] == []
-    return [Row(*row[:3]) for row in cells]
+    (table,) = tables((ROOT / "docs/REFUSALS.md").read_text())
+    return [Row(*row[:3]) for row in table]
 
 
 # What only a launch can tell is tried in integration/test_process.py, test_devices.py and tests/test_vsock.py.
