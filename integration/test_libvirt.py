@@ -374,6 +374,28 @@ def test_what_speaks_against_a_domain_is_in_libvirts_error(ready: Host) -> None:
     assert "devices/video[0]/model" in ready.refused("one")
     libvirtd.define(xml.replace(str(WRAPPER), "/usr/bin/qemu-system-x86_64", 1))
     assert "vmmback libvirt enable" in ready.refused("one")
+    libvirtd.define(handing_through(xml, "-device", "isa-debug-exit,driver=VGA"))
+    assert "qemu:commandline/qemu:arg[0]" in ready.refused("one")
+
+
+def handing_through(xml: str, *arguments: str) -> str:
+    """Return a domain whose QEMU gets these arguments past libvirt's XML."""
+    handed = "".join(f"<qemu:arg value='{argument}'/>" for argument in arguments)
+    with_namespace = xml.replace("<domain ", "<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' ", 1)
+    return with_namespace.replace("</domain>", f"<qemu:commandline>{handed}</qemu:commandline></domain>")
+
+
+def test_what_is_handed_through_to_qemu_leaves_a_domain_isolated(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one")
+    libvirtd.define(handing_through(
+        libvirtd.virsh("dumpxml", "--inactive", "one"),
+        "-fw_cfg", "name=opt/org.example/role,string=web", "-smbios", "type=11,value=one",
+        "-device", f"isa-applesmc,osk={'x' * 64}", "-device", "isa-debug-exit",
+    ))  # fmt: skip
+    libvirtd.virsh("start", "one")
+    assert "isa-debug-exit" in libvirtd.argv("one")
+    assert ready.report("one")["verdict"] == "isolated"
 
 
 BY_HAND = ["-name", "guest=one,debug-threads=on", "-object"]

@@ -5,13 +5,13 @@ docs/LIBVIRT.md has the table; tests/test_domain_refusals.py holds the two toget
 
 from __future__ import annotations
 
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vmmback.errors import ConfigError
+from vmmback.libvirt.domain_arguments import KNOWN, refused_arguments
 from vmmback.libvirt.domain_xml import name_of, parse, policy_of, ram_of, wrong_domain
 from vmmback.libvirt.own_user import is_own
 from vmmback.toml_errors import ascii_path, quote
@@ -49,7 +49,7 @@ def refusals(xml: str, wrapper: Path, kvm_maps_secret: bool) -> list[Problem]:
     """
     root = parse(xml)
     problems = [*_emulator(root, wrapper), *_memory(root), *_disks(root), *_devices(root), *_brings_memory(root)]
-    problems += [*_machine(root), *_user(root), *_dumps(root), *_arguments(root)]
+    problems += [*_machine(root), *_user(root), *_dumps(root), *_past_libvirt(root)]
     if root.get("type") == "kvm" and not kvm_maps_secret:
         reason = "KVM of this host cannot map secret RAM: the guest would end at its first instruction (EFAULT)"
         problems.append(Problem("type='kvm'", reason, "write <domain type='qemu'>"))
@@ -216,38 +216,22 @@ def _each(root: ET.Element, kind: str, named_by: str = "", attribute: str = "") 
         yield f"devices/{kind}[{quote(name)[1:-1] or number}]", device
 
 
-# Arguments of QEMU's, and why each may not be among those that are handed through to it.
-_ADDS_MEMORY = "the guest would have other memory than what libvirt's XML says, and it could be ordinary"
-_LETS_IN = "whoever it lets in reads the guest's RAM"
-_REFUSED_ARGUMENTS = {
-    **dict.fromkeys(("m", "mem-path", "mem-prealloc", "machine", "M", "numa", "readconfig"), _ADDS_MEMORY),
-    **dict.fromkeys(("gdb", "s", "qmp", "qmp-pretty", "mon", "monitor"), _LETS_IN),
-    **dict.fromkeys(("accel", "enable-kvm"), "the type of the domain says what runs the guest's code"),
-    **dict.fromkeys(("incoming", "loadvm"), "the guest's RAM would come from where it lies in the clear"),
-}
-_REFUSED_DEVICES = {
-    r"vfio-|vhost-vdpa|vhost-scsi": _DEVICE_PINS,
-    r"vhost-user-|ivshmem": _ANOTHER_PROCESS,
-    r"pc-dimm|nvdimm|virtio-pmem|virtio-mem|VGA|.*-vga|bochs-display|qxl|tpm-": _ADDS_MEMORY,
-}
-
-
-def _arguments(root: ET.Element) -> Iterator[Problem]:
-    given = [arg.get("value", "") for arg in root.findall(f"{_QEMU}commandline/{_QEMU}arg")]
-    for number, argument in enumerate(given):
-        value = given[number + 1] if number + 1 < len(given) else ""
-        if argument.startswith("-") and (reason := _why_not(argument.removeprefix("-").removeprefix("-"), value)):
-            shown = argument if argument.lstrip("-") in _REFUSED_ARGUMENTS else f"{argument} {value}"
-            yield Problem(f"qemu:commandline/qemu:arg[{number}]", f"{quote(shown)}: {reason}", "remove it")
-
-
-def _why_not(option: str, value: str) -> str:
-    if option == "object" and "memory-backend-" in value:
-        return _ADDS_MEMORY
-    if option in {"device", "vga"}:
-        found = re.match(r'\{.*"driver"\s*:\s*"([^"]*)', value)
-        driver = found[1] if found else value.removeprefix("driver=")
-        if option == "vga":
-            return _ADDS_MEMORY if driver != "none" else ""
-        return next((why for pattern, why in _REFUSED_DEVICES.items() if re.match(pattern, driver)), "")
-    return _REFUSED_ARGUMENTS.get(option, "")
+def _past_libvirt(root: ET.Element) -> Iterator[Problem]:
+    """Yield what goes to QEMU past what libvirt itself, and this module, know of: only some arguments may."""
+    given = [argument.get("value", "") for argument in root.findall(f"{_QEMU}commandline/{_QEMU}arg")]
+    for number, said in refused_arguments(given):
+        yield Problem(
+            f"qemu:commandline/qemu:arg[{number}]",
+            f"{quote(said)} is none of what is known to leave the guest's RAM secret ({', '.join(KNOWN)})",
+            "remove it, or write the element that libvirt has for it",
+        )
+    for variable in root.findall(f"{_QEMU}commandline/{_QEMU}env"):
+        yield Problem(
+            f"qemu:commandline/qemu:env[{quote(variable.get('name', ''))[1:-1]}]",
+            "it could have QEMU, and the wrapper, load code of somebody else's",
+            "remove it",
+        )
+    for element in root:
+        if element.tag.startswith(_QEMU) and element.tag != f"{_QEMU}commandline":
+            reason = "libvirt would start QEMU with other arguments than follow from the rest of the XML"
+            yield Problem(f"qemu:{quote(element.tag.removeprefix(_QEMU))[1:-1]}", reason, "remove it")
