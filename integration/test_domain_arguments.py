@@ -63,3 +63,9 @@ def test_what_is_refused_can_bring_one(arguments: tuple[str, str]) -> None:
     """The twin: QEMU understands it."""
     assert list(refused_arguments(arguments)) == [(0, " ".join(arguments))]
     assert ram_blocks(*arguments) > ram_blocks()
+
+
+def test_what_pstore_of_libvirts_would_bring() -> None:
+    """It is refused as a device that is not known (docs/LIBVIRT.md)."""
+    pstore = ram_blocks("-object", "memory-backend-ram,id=kept,size=64K", "-device", "acpi-erst,memdev=kept")
+    assert {name.rpartition("/")[2] for name, _ in pstore - ram_blocks()} == {"kept", "erst.exchange"}

@@ -128,9 +128,15 @@ TRIES: dict[tuple[str, str], list[Try]] = {
         Try("devices/memory[0] model", dimm(f"model='{model}'"), dimm("model='dimm'"))
         for model in ("nvdimm", "virtio-pmem", "virtio-mem", "sgx-epc")
     ],
-    ("os/type machine", "microvm"): [
-        Try("os/type machine", f"machine='{machine}'", "machine='pc-i440fx-7.2'", MACHINE)
-        for machine in ("microvm", "isapc")
+    ("os/type machine", "another"): [
+        Try("os/type machine", f"machine='{bad}'", f"machine='{good}'", MACHINE)
+        for bad, good in [
+            ("microvm", "pc-i440fx-7.2"),
+            ("isapc", "pc-q35-rhel9.2.0"),
+            ("nitro-enclave", "q35"),
+            ("x-remote", "pc"),
+            ("", "pc-i440fx-jammy"),
+        ]
     ],
     ("seclabel model='dac'", "static"): [
         *(
@@ -231,6 +237,23 @@ TRIES: dict[tuple[str, str], list[Try]] = {
     ],
     ("devices/tpm", "always"): [Try("devices/tpm[0]", "<tpm model='tpm-crb'/>", "<rng model='virtio'/>")],
     ("devices/shmem", "always"): [Try("devices/shmem[0]", "<shmem name='s'/>", "<vsock model='virtio'/>")],
+    ("devices", "pstore"): [
+        Try(f"devices/{kind}", f"<{kind}/>", "<crypto/><panic/>") for kind in ("pstore", "of-tomorrow")
+    ],
+    ("features/hyperv", "synic"): [
+        Try(
+            "features/hyperv",
+            f"<hyperv{mode}>{synic}</hyperv><acpi/>",
+            f"<hyperv{twin}><synic state='off'/><relaxed state='on'/></hyperv><acpi/>",
+            "<acpi/>",
+        )
+        for mode, synic, twin in (
+            ("", "<synic state='on'/>", " mode='custom'"),
+            (" mode='custom'", "<synic state='on'/>", ""),
+            (" mode='passthrough'", "", ""),
+            (" mode='host-model'", "", ""),
+        )
+    ],
     ("on_crash", "coredump"): [
         Try("on_crash", f"<on_crash>coredump-{then}</on_crash>", f"<on_crash>{then}</on_crash>", CRASH)
         for then in ("destroy", "restart")

@@ -5,6 +5,7 @@ docs/LIBVIRT.md has the table; tests/test_domain_refusals.py holds the two toget
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,12 @@ _IO_ERRORS = "the guest would see I/O errors, not always"
 _SMALL_PAGES = "secret RAM comes in pages of 4 KiB only"
 _DUMPED = "libvirt would write the guest's RAM to a file"
 _ORDINARY = "ordinary memory that the guest can write to"
+_KINDS = {
+    "audio", "channel", "console", "controller", "crypto", "disk", "emulator", "filesystem", "graphics", "hostdev",
+    "hub", "input", "interface", "iommu", "lease", "memballoon", "memory", "nvram", "panic", "parallel", "redirdev",
+    "redirfilter", "rng", "serial", "shmem", "smartcard", "sound", "tpm", "video", "vsock", "watchdog",
+}  # fmt: skip
+"""The kinds of devices of libvirt 9.0, and <crypto>, whatever is refused of them elsewhere."""
 _ANOTHER_PROCESS = "a process beside QEMU would map the guest's RAM, which no lease and no report knows"
 
 
@@ -83,9 +90,9 @@ def _emulator(root: ET.Element, wrapper: Path) -> Iterator[Problem]:
 
 def _machine(root: ET.Element) -> Iterator[Problem]:
     kind = root.find("os/type")
-    machine = "" if kind is None else kind.get("machine", "")
-    if machine in {"microvm", "isapc"}:
-        reason = f"the firmware of {machine} is {_ORDINARY}, and nothing tells it from the guest's RAM"
+    arch, machine = ("" if kind is None else kind.get(name, "") for name in ("arch", "machine"))
+    if arch in {"x86_64", "i686"} and not re.fullmatch("q35|pc|pc-.+", machine):
+        reason = f"the firmware of {quote(machine)} may be {_ORDINARY}, and nothing tells it from the guest's RAM"
         yield Problem("os/type machine", reason, "write machine='q35' or machine='pc'")
 
 
@@ -186,6 +193,10 @@ def _devices(root: ET.Element) -> Iterator[Problem]:
 
 
 def _brings_memory(root: ET.Element) -> Iterator[Problem]:
+    for hyperv in root.findall("features/hyperv"):
+        if hyperv.get("mode", "custom") != "custom" or hyperv.find("synic[@state='on']") is not None:
+            reason = f"synic gives each virtual CPU two pages of {_ORDINARY}"
+            yield Problem("features/hyperv", reason, "write mode='custom', and <synic state='off'/>")
     for place, video in _each(root, "video"):
         model = video.find("model")
         if model is None or model.get("type") not in {"none", "ramfb"}:
@@ -198,6 +209,10 @@ def _brings_memory(root: ET.Element) -> Iterator[Problem]:
         yield Problem(place, f"its pages tpm-ppi, and tpm-crb-cmd of a CRB, are {_ORDINARY}", "remove it")
     for place, _ in _each(root, "shmem"):
         yield Problem(place, f"it is {_ORDINARY}, and that other processes have", "remove it; <vsock> may do instead")
+    for device in root.findall("devices/*"):
+        if device.tag not in _KINDS:
+            reason = f"a device of a kind that is not known here: it could bring {_ORDINARY}"
+            yield Problem(f"devices/{quote(device.tag)[1:-1]}", reason, "remove it")
 
 
 def _dumps(root: ET.Element) -> Iterator[Problem]:
