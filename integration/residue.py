@@ -63,7 +63,7 @@ DISK_BYTES = 32 << 20
 _PORT = 5514  # the init's
 _TRIED_WITH_ALL_ENDS: Way = "disk-luks"
 _END_TIMEOUT_S = 20.0
-# Its option ROM would be an ordinary RAM block that the guest can write to, before QEMU 10.0: a launch is refused.
+# As a guest file's nic, without an option ROM.
 _CARD = "virtio-net-pci,netdev=net,romfile="
 
 

@@ -184,6 +184,20 @@ print(report.as_json())
 """
 
 
+def test_roms_that_the_guest_cannot_write_to_expose_no_domain(ready: Host) -> None:
+    """Its nic has an option ROM, as each of libvirt's has, and its firmware is in flash, as UEFI's."""
+    libvirtd = ready.libvirtd
+    ready.define("one", "--network=user,model=virtio")
+    loader = "<loader readonly='yes' type='pflash' stateless='yes'>/usr/share/seabios/bios-256k.bin</loader>"
+    libvirtd.define(libvirtd.virsh("dumpxml", "--inactive", "one").replace("</type>", f"</type>{loader}"))
+    libvirtd.virsh("start", "one")
+    libvirtd.wait_for("one", READY)
+    report = ready.report("one")
+    assert report["verdict"] == "isolated"
+    roms = [block for block in report["ram_blocks"] if block["name"].endswith(("isa-bios", "/virtio-net-pci.rom"))]
+    assert [(rom["backing"], rom["guest_writable"]) for rom in roms] == [("ordinary", False)] * 2
+
+
 def test_the_same_on_ordinary_memory_is_exposed(ready: Host) -> None:
     libvirtd = ready.libvirtd
     libvirtd.define(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -23,6 +24,7 @@ from integration.conftest import (
     prepared,
 )
 from integration.test_memlock import unprivileged
+from integration.test_tiny_guest import plain_qemu
 from vmmback import answers, command, config, handoff, launch
 from vmmback.command import QemuCommand
 from vmmback.errors import QemuFailed
@@ -36,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
 
 FIRMWARE = {"pc.bios", "pc.rom"}
 TABLES = {"/rom@etc/acpi/tables", "/rom@etc/table-loader", "/rom@etc/acpi/rsdp"}
+ROM = 0xFE000000
 
 
 def blocks_of(proof: qmp_proof.Proof) -> dict[str, RamBlock]:
@@ -112,6 +115,65 @@ def test_where_the_limit_has_no_room_for_them_qemu_is_not_asked(tmp_path: Path) 
     for limit in (8 * MIB - 4096, 8 * MIB):
         result = unprivileged(program, limit, limit, str(qemu.find_qemu()))
         assert result.stdout.strip() == str(could and limit == 8 * MIB), result.stderr
+
+
+# --- What the guest cannot write to -----------------------------------------------------------------------------------
+
+
+class Bus:
+    """What a guest's CPU would read and write, asked for by qtest (docs/devel/qtest.rst of QEMU)."""
+
+    def __init__(self, lines: TextIO) -> None:
+        self._lines = lines
+
+    def do(self, command: str) -> str:
+        """Return the answer without its OK."""
+        print(command, file=self._lines, flush=True)
+        answer = self._lines.readline().split()
+        assert answer[0] == "OK", answer
+        return " ".join(answer[1:])
+
+    def changed_by_writing(self, address: int) -> bool:
+        before = int(self.do(f"readl {address:#x}"), 16)
+        self.do(f"writel {address:#x} {before ^ 0xFFFFFFFF:#x}")
+        return int(self.do(f"readl {address:#x}"), 16) != before
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[Bus]:
+    """A machine with firmware in flash and a nic in slot 2, whose option ROM is mapped at ROM."""
+    flash, path = tmp_path / "flash", tmp_path / "qtest"
+    flash.write_bytes(bytes(range(256)) * 1024)  # the option ROM, too
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        listening.settimeout(10)
+        with plain_qemu(
+            64 * MIB, "-S", "-drive", f"if=pflash,format=raw,readonly=on,file={flash}", "-netdev", "user,id=n",
+            "-device", f"virtio-net-pci,addr=2,netdev=n,romfile={flash}",
+            "-qtest", f"unix:{path}", "-qtest-log", "/dev/null",
+        ) as qemu:  # fmt: skip
+            connection, _ = listening.accept()
+            connection.settimeout(10)
+            with connection, connection.makefile("rw") as lines:
+                bus = Bus(lines)
+                for register, value in ((0x04, 2), (0x30, ROM | 1)):
+                    bus.do(f"outl 0xcf8 {0x80001000 | register:#x}")
+                    bus.do(f"outl 0xcfc {value:#x}")
+                listed = qemu.execute("human-monitor-command", **{"command-line": "info ramblock"})
+                assert {"isa-bios", "0000:00:02.0/virtio-net-pci.rom"} <= set(listed.split())
+                yield bus
+
+
+@pytest.mark.parametrize("address", [ROM, 0xE0000, 0xFFFFFFF0], ids=["option ROM", "isa-bios", "flash"])
+def test_roms_do_not_change_when_the_guest_writes_to_them(bus: Bus, address: int) -> None:
+    assert int(bus.do(f"readl {address:#x}"), 16) not in {0, 0xFFFFFFFF}
+    assert not bus.changed_by_writing(address)
+
+
+def test_ram_does(bus: Bus) -> None:
+    """The twin."""
+    assert bus.changed_by_writing(0x1000)
 
 
 # --- A QEMU that can --------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def user_device(index: int, mac: str) -> command.Device:
 
 
 def _card(index: int, mac: str) -> str:
-    # romfile: an option ROM would be ordinary memory that the guest can write to, before QEMU 10.
+    # romfile: an option ROM would be one more block of ordinary memory before QEMU 10, and no guest boots from it.
     return f"virtio-net-pci,id=nic{index},netdev=net{index},mac={mac},romfile="
 
 

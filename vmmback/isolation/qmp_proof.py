@@ -20,9 +20,10 @@ from vmmback.linux import procfs
 from vmmback.report import MapRange, Observation, RamBlock, Verdict
 
 # Blocks that no view shows, and that the guest cannot come to write to: files that fw_cfg lends read-only
-# (hw/core/loader.c, rom_set_mr) and the PC's firmware, which RAM may hide (hw/i386/pc.c). Any other block may be mapped
-# later, as video RAM is once firmware has set its address, so it counts as writable.
-_NEVER_WRITABLE = re.compile(r"/rom@.*|pc\.rom|pc\.bios|.*/vga\.rom")
+# (hw/core/loader.c, rom_set_mr), the PC's firmware, which RAM may hide (hw/i386/pc.c, pc_sysfw.c), and a card's option
+# ROM, which has a PCI address in its name (hw/pci/pci.c, pci_add_option_rom). Any other block may be mapped later, as
+# video RAM is once firmware has set its address, so it counts as writable.
+_NEVER_WRITABLE = re.compile(r"/rom@.*|pc\.rom|pc\.bios|isa-bios|[0-9a-f]{4}(:[0-9a-f.]+)+/[^/]+\.rom")
 
 _LOOKS = 20
 
