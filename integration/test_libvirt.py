@@ -242,6 +242,17 @@ def test_a_domain_that_did_not_ask_is_as_it_was(libvirtd: Libvirtd) -> None:
     host.close()
 
 
+def test_libvirt_adds_direct_io_to_a_shareable_disk(libvirtd: Libvirtd) -> None:
+    """What docs/LIBVIRT.md refuses such a disk for; the twin is read-only."""
+    (libvirtd.inside / "run/disk.img").write_bytes(bytes(MIB))
+    xml = libvirtd.domain_xml("one")
+    for marks, is_direct in (("<shareable/>", True), ("<shareable/><readonly/>", False)):
+        disk = f"<disk type='file'><source file='/run/disk.img'/><target dev='vdb' bus='virtio'/>{marks}</disk>"
+        libvirtd.create(xml.replace("</devices>", f"{disk}</devices>"))
+        assert ('"cache":{"direct":true' in " ".join(libvirtd.argv("one"))) is is_direct
+        libvirtd.virsh("destroy", "one")
+
+
 def test_qemus_arguments_are_those_that_libvirt_gave(ready: Host) -> None:
     libvirtd = ready.libvirtd
     ready.define("secret", "--sysinfo=system.manufacturer=a b 'c' \"d\"", TWO_CELLS, vcpus=2)

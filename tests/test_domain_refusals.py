@@ -53,7 +53,8 @@ class Try(NamedTuple):
 
 
 def disk(attributes: str = "type='file' device='disk'", driver: str = "", more: str = "") -> str:
-    source = f"<source file='/i'>{more}</source>" if "backingStore" not in more else f"<source file='/i'/>{more}"
+    of_disk = "backingStore" in more or "shareable" in more
+    source = f"<source file='/i'/>{more}" if of_disk else f"<source file='/i'>{more}</source>"
     return f"<disk {attributes}><driver {driver}/>{source}<target dev='vdb'/></disk>"
 
 
@@ -180,6 +181,18 @@ TRIES: dict[tuple[str, str], list[Try]] = {
             "devices/disk[vdb]/driver cache='none'",
             disk("type='network' device='disk'", "cache='none'", below(False)),
             disk("type='network' device='disk'", "cache='none'", below(True)),
+        ),
+        Try("devices/disk[vdb]/shareable", disk(more="<shareable/>"), disk(more="<shareable/><readonly/>")),
+        Try(
+            "devices/disk[vdb]/shareable",
+            disk(driver="cache='default'", more="<shareable/>"),
+            disk(driver="cache='writeback'", more="<shareable/>"),
+        ),
+        Try("devices/disk[vdb]/shareable", disk(more="<shareable/>"), disk(more=f"<shareable/>{LUKS}")),
+        Try(
+            "devices/disk[vdb]/shareable",
+            "<disk type='file' device='disk'><target dev='vdb'/><shareable/></disk>",
+            "<disk type='file' device='disk'><target dev='vdb'/></disk>",
         ),
         Try(
             "devices/disk[sdb]/driver cache='none'",

@@ -149,7 +149,8 @@ def _backing(root: ET.Element) -> Iterator[Problem]:
 def _disks(root: ET.Element) -> Iterator[Problem]:
     for place, disk in _each(root, "disk", "target", "dev"):
         kind, driver = disk.get("type", ""), disk.find("driver")
-        cache = "" if driver is None else driver.get("cache", "")
+        cache = "default" if driver is None else driver.get("cache", "default")
+        implied = cache == "default" and disk.find("shareable") is not None and disk.find("readonly") is None
         if kind in {"nvme", "vhostvdpa"}:
             yield Problem(f"{place} type='{kind}'", _DEVICE_PINS, "write type='block', with a driver of the kernel's")
         elif kind == "vhostuser":
@@ -157,10 +158,11 @@ def _disks(root: ET.Element) -> Iterator[Problem]:
         elif disk.get("device") == "lun":
             reason = f"SCSI commands take the guest's own pages to the device (SG_IO), and {_NO_PINS}: {_IO_ERRORS}"
             yield Problem(f"{place} device='lun'", reason, "write device='disk'")
-        elif cache in {"none", "directsync"} and not _bounces(disk):
+        elif (implied or cache in {"none", "directsync"}) and not _bounces(disk):
             yield Problem(
-                f"{place}/driver cache='{cache}'",
-                f"QEMU would give the kernel the guest's own pages (O_DIRECT), and {_NO_PINS}: {_IO_ERRORS}",
+                f"{place}/shareable" if implied else f"{place}/driver cache='{cache}'",
+                ("libvirt would add cache='none', and " if implied else "")
+                + f"QEMU would give the kernel the guest's own pages (O_DIRECT), and {_NO_PINS}: {_IO_ERRORS}",
                 "write cache='writeback', or encrypt the image, and all below it, with LUKS",
             )
 
