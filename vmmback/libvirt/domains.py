@@ -9,7 +9,6 @@ is root, writes the pid of what it starts to a file that only root can write. do
 import asyncio
 import os
 import time
-from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from vmmback.errors import AdmissionRefused, ConfigError, VmmbackError
 from vmmback.libvirt import domain_refusals, domain_xml, records
 from vmmback.libvirt.domain_xml import Domain
 from vmmback.libvirt.ram_arguments import blocks_of, name_of
-from vmmback.linux import kvm, page_file, seccomp
+from vmmback.linux import kvm, seccomp
 from vmmback.threads import in_thread
 
 # Where libvirt's QEMU driver writes pids (virPidFileBuildPath; src/qemu/qemu_conf.c, stateDir).
@@ -193,17 +192,14 @@ class Domains:
             failed.callback(self._not_lent, ready)
             for reserved in announced.ram:
                 ready.append(await reserved.given())
-            frames: dict[int, array[int]] = {}
+            frames: dict[int, int] = {}
             while ready:
                 inode = ready[0].inode
-                lease, lent, entries = self._broker.hand_over(ready.pop(0), caller, pidfd, purpose(name))
+                lease, lent, frames[inode] = self._broker.hand_over(ready.pop(0), caller, pidfd, purpose(name))
+                lending.callback(os.close, frames[inode])
                 lending.callback(lent.close)
                 failed.callback(self._broker.end, lease.number)
                 memory.append(lent)
-                try:
-                    frames[inode] = page_file.entries_in(entries)
-                finally:
-                    os.close(entries)
             await in_thread(partial(records.write_frames, domain.uuid, caller.pid, frames))
             offers = [Offer(block.call, block.name, lent.fileno()) for block, lent in zip(blocks, memory, strict=True)]
             more = {"broker": str(socket_path()), "purpose": purpose(name), "room": domain.room}

@@ -26,8 +26,8 @@ def begin(uuid: str) -> None:
     _report(uuid).unlink(missing_ok=True)
 
 
-def write_frames(uuid: str, pid: int, frames: Mapping[int, array[int]]) -> None:
-    """Write where the RAM of a run lies: the pagemap entries (procfs.pagemap) of all pages, by inode. Raises OSError.
+def write_frames(uuid: str, pid: int, frames: Mapping[int, int]) -> None:
+    """Write where the RAM of a run lies: by inode the pagemap entries of all pages (page_file.py). Raises OSError.
 
     `pid` is QEMU's.
     """
@@ -35,7 +35,10 @@ def write_frames(uuid: str, pid: int, frames: Mapping[int, array[int]]) -> None:
     forget_frames(uuid, pid)
     folder.mkdir(mode=_OWN)
     for inode, entries in frames.items():
-        _write(folder / str(inode), entries.tobytes())
+        with (folder / str(inode)).open("xb") as output:
+            left = size = os.fstat(entries).st_size
+            while left:  # a start waits for it, so the kernel copies
+                left -= os.sendfile(output.fileno(), entries, size - left, left)
 
 
 def frames(uuid: str, pid: int) -> dict[int, array[int]]:
