@@ -1,4 +1,4 @@
-"""Closes what was lent, beside the event loop.
+"""Closes what was lent, or was to be, beside the event loop.
 
 Who has borrowed may have closed it, or have ended, before the broker closes its own descriptor. Then this is the last
 one, and whoever closes it waits until the kernel has zeroed and freed all of the memory (mm/secretmem.c,

@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from vmmback.admission import Promise
-from vmmback.broker.closing import Closer, Lent
+from vmmback.broker.closing import Lent
 from vmmback.broker.config import BrokerConfig
 from vmmback.broker.handoffs import Handoffs
 from vmmback.broker.journal import Journal
@@ -45,7 +45,6 @@ class Broker:
         self.pool = Pool(config, promise, note)
         self.ledger = Ledger(config)
         self.handoffs = Handoffs()
-        self._closer = Closer()
         self.denials = self.not_ready = 0
         self.waits = Waits()
         """From the arrival of a call to the answer with a lease."""
@@ -104,7 +103,7 @@ class Broker:
             self._journal.add(lease)
         self._let_lock(caller, pidfd)
         memory, frames = ready.give(numbers=numbers)
-        return lease, Lent(memory, self._closer), frames
+        return lease, Lent(memory, self.pool.closer), frames
 
     async def make(self, caller: Caller, pidfd: int, size: int, purpose: str) -> tuple[Lease, Lent, int]:
         """Lend a file, which is made where none is ready: for root alone. Raises VmmbackError, OSError."""

@@ -20,6 +20,7 @@ from typing import Self
 
 from vmmback import notify
 from vmmback.admission import Promise
+from vmmback.broker.closing import Closer
 from vmmback.broker.config import BrokerConfig
 from vmmback.errors import VmmbackError
 from vmmback.linux import page_file, procfs
@@ -101,10 +102,10 @@ class Ready:
         self.close()
         return given
 
-    def close(self) -> None:
-        """Close all of it; the memory goes back to the kernel, unless the manager keeps it."""
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        """Have all of it closed; the memory goes back to the kernel, unless the manager keeps it."""
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            close(self._descriptors.popitem()[1])
 
 
 def _kind(descriptor: int) -> str:
@@ -121,6 +122,7 @@ class Pool:
         self._wanted = {ready.size: ready.count for ready in config.pool}
         self._rate = config.fill_rate
         self._promise, self._note = promise, note
+        self.closer = Closer()
         self._others = bool(config.allow)
         self._ready = list[Ready]()
         self._less = asyncio.Event()
@@ -184,7 +186,7 @@ class Pool:
     def not_lent(self, ready: Ready) -> None:
         """Give back a file that was taken, and that nobody has got."""
         self.ended(ready.size, ready.inode)
-        ready.close()
+        ready.close(self.closer.close)
 
     def ended(self, size: int, inode: int) -> None:
         """Make one more of this size, at once: the lease of a file has ended, and its memory may be free.
@@ -307,12 +309,16 @@ class Reserved:
             self._made.cancel()
             await asyncio.wait({self._made})
             with suppress(asyncio.CancelledError, VmmbackError, OSError):
-                self._made.result().close()
+                self._made.result().close(self._pool.closer.close)
         self._promise.forget()
         self._ready = self._made = None
 
     async def _make(self) -> Ready:
-        with SecretRam(self.size) as memory:
+        memory = SecretRam(self.size)
+        try:
             self._promise.backed_by(memory.inode)
             await memory.prefault(self._promise.touched, anew=self._promise.anew)
             return Ready.of(memory, others=False)
+        except BaseException:
+            self._pool.closer.close(memory.detach())
+            raise
