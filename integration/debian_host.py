@@ -69,7 +69,7 @@ def run_on_host(program: Path, folder: Path, *, memory: str, cmdline: str, timeo
                 find_qemu(), "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", memory, "-display", "none",
                 "-no-reboot", "-nodefaults", "-serial", "stdio", "-kernel", KERNEL, "-initrd", initramfs,
                 "-drive", f"file={disk},format=raw,if=virtio,cache=unsafe",
-                "-append", f"{cmdline} log_buf_len=4M console=ttyS0 quiet panic=-1 {environment()}",
+                "-append", f"{cmdline} log_buf_len=4M console=ttyS0 quiet panic=-1 no_timer_check {environment()}",
             ],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, check=False, timeout=timeout_s,
         )  # fmt: skip

@@ -23,6 +23,7 @@ from vmmback.host.qemu import find_qemu
 MODULES = KERNEL.parent / "modules"
 
 _MARK = "vmmback-result "
+_WORDS = "console=ttyS0 quiet panic=-1 no_timer_check"
 _BOOT_S = 180.0
 
 # What of a process's mappings and modules is a file; run in an interpreter of its own, which has nothing else loaded.
@@ -78,7 +79,7 @@ def run_inside(
         [
             find_qemu(), "-accel", "tcg", "-cpu", cpu, "-m", str(memory_mib), "-display", "none", "-no-reboot",
             "-nodefaults", "-serial", "stdio", "-kernel", KERNEL, "-initrd", initramfs,
-            "-append", f"{cmdline} console=ttyS0 quiet panic=-1 {environment()} rdinit={python} -- -S {first}",
+            "-append", f"{cmdline} {_WORDS} {environment()} rdinit={python} -- -S {first}",
         ],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=_BOOT_S,
     )  # fmt: skip

@@ -197,7 +197,7 @@ class Libvirtd:
         argv += ["--graphics=none", "--controller=usb,model=none", "--controller=pci,model=pcie-root", "--console=none"]
         argv += [f"--serial=file,path={self._console(name)}"]
         kernel, initrd = self._boot_files(name)
-        argv += [f"--boot=kernel={kernel},initrd={initrd},kernel_args=console=ttyS0 panic=-1"]
+        argv += [f"--boot=kernel={kernel},initrd={initrd},kernel_args=console=ttyS0 panic=-1 no_timer_check"]
         ended = subprocess.run([*argv, *options], capture_output=True, text=True, timeout=60, check=False)
         assert ended.returncode == 0, f"virt-install {options}: {ended.stderr}"
         return ended.stdout

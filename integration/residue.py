@@ -115,7 +115,7 @@ def guest_file(folder: Path, backing: Backing, way: Way, console_log: Path | Non
         f'[cpu]\nmodel = "max,-erms,-fsrm"\n'
         f'[machine]\naccel = "tcg"\n'
         f'[boot]\nkernel = "{capabilities.KERNEL}"\ninitrd = "{pack_initrd(folder)}"\n'
-        f'cmdline = "console=ttyS0 quiet panic=-1 residue={kind}"\n'
+        f'cmdline = "console=ttyS0 quiet panic=-1 no_timer_check residue={kind}"\n'
         f'[isolation]\nready = "GUEST READY"\n'
         + (f'[console]\nlog = "{console_log}"\n' if console_log else "")
         + _disk(folder, way)

@@ -26,7 +26,7 @@ def guest_file(folder: Path, task: str, tables: str = "", backing: Backing = "se
         f'[cpu]\nmodel = "max,-erms,-fsrm"\n'
         f'[machine]\naccel = "tcg"\n'
         f'[boot]\nkernel = "{capabilities.KERNEL}"\ninitrd = "{residue.pack_initrd(place, INIT, task)}"\n'
-        f'cmdline = "console=ttyS0 quiet panic=-1"\n'
+        f'cmdline = "console=ttyS0 quiet panic=-1 no_timer_check"\n'
         f'[isolation]\nready = "{READY}"\n{tables}\n'
     )
     return path

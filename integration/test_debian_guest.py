@@ -105,13 +105,13 @@ class Host:
 
     def debian(self, backing: Backing, disk: str) -> Guest:
         address = f"ip={ADDRESSES[backing]}:::255.255.255.0::eth0:off"
-        words = f"console=ttyS0 panic=-1 net.ifnames=0 {address} systemd.wants=workload.service"
+        words = f"console=ttyS0 panic=-1 no_timer_check net.ifnames=0 {address} systemd.wants=workload.service"
         boot = f'initrd = "{self.folder}/debian.img"\ncmdline = "{words}"'
         return self.launch(f"debian-{backing}", "1GiB", backing, boot, disk + BRIDGE, "GUEST READY")
 
     def peer(self) -> Guest:
         order = f"guests={','.join(ADDRESSES.values())} rounds={ROUNDS} mib={ROUND_MIB}"
-        words = f"console=ttyS0 quiet panic=-1 address={PEER_ADDRESS} {order}"
+        words = f"console=ttyS0 quiet panic=-1 no_timer_check address={PEER_ADDRESS} {order}"
         boot = f'initrd = "{self.folder}/peer.img"\ncmdline = "{words}"'
         return self.launch("peer", "128MiB", "secret", boot, BRIDGE, "PEER READY")
 

@@ -107,7 +107,7 @@ def guest_file(
     name = f"disk-{secrets.token_hex(4)}"
     kernel = (
         f'[boot]\nkernel = "{capabilities.KERNEL}"\ninitrd = "{images.initrd}"\n'
-        f'cmdline = "console=ttyS0 quiet panic=-1 {words}"\n'
+        f'cmdline = "console=ttyS0 quiet panic=-1 no_timer_check {words}"\n'
     )
     path = folder / f"{name}.toml"
     path.write_text(

@@ -335,7 +335,7 @@ def linux_file(folder: Path, backing: Backing) -> Path:
         f'[memory]\nsize = "160MiB"\nmax = "288MiB"\nbacking = "{backing}"\n'
         f'[cpu]\nmodel = "max,-erms,-fsrm"\n[machine]\naccel = "tcg"\n'
         f'[boot]\nkernel = "{KERNEL}"\ninitrd = "{initrd}"\n'
-        'cmdline = "console=ttyS0 panic=-1 memhp_default_state=online"\n'
+        'cmdline = "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online"\n'
         '[isolation]\nready = "WAITS TO GROW"\n'
     )
     return path

@@ -172,7 +172,7 @@ def linux(folder: Path, isolation: str) -> Path:
     path.write_text(
         f'name = "linux-{os.getpid()}"\n[memory]\nsize = "128MiB"\n[cpu]\nmodel = "max,-erms,-fsrm"\n'
         f'[machine]\naccel = "tcg"\n[boot]\nkernel = "{KERNEL}"\ninitrd = "{INITRD}"\n'
-        f'cmdline = "console=ttyS0 quiet panic=-1"\n[isolation]\nready = "GUEST READY"\n{isolation}\n'
+        f'cmdline = "console=ttyS0 quiet panic=-1 no_timer_check"\n[isolation]\nready = "GUEST READY"\n{isolation}\n'
     )
     return path
 

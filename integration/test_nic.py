@@ -152,7 +152,7 @@ def linux(folder: Path, initrd: Path, words: str, nic: str, cpus: int = 1) -> Pa
     file.write_text(
         f'name = "{name}"\n[memory]\nsize = "128MiB"\n[cpu]\nmodel = "max,-erms,-fsrm"\ncount = {cpus}\n'
         f'[machine]\naccel = "tcg"\n[boot]\nkernel = "{capabilities.KERNEL}"\ninitrd = "{initrd}"\n'
-        f'cmdline = "console=ttyS0 quiet panic=-1 {words}"\n'
+        f'cmdline = "console=ttyS0 quiet panic=-1 no_timer_check {words}"\n'
         f'[console]\nlog = "{name}.serial.log"\n[isolation]\nready = "GUEST READY"\n[[nic]]\n{nic}'
     )
     return file

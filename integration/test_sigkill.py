@@ -320,7 +320,7 @@ def test_supervisor_of_linux_killed_at(begin: Begin, tmp_path: Path, words: str)
     file = tmp_path / "linux.toml"
     file.write_text(
         f'name = "linux"\n[memory]\nsize = "96MiB"\n[cpu]\nmodel = "max,-erms,-fsrm"\n[machine]\naccel = "tcg"\n'
-        f'[boot]\nkernel = "{KERNEL}"\ninitrd = "{INITRD}"\ncmdline = "console=ttyS0 panic=-1"\n'
+        f'[boot]\nkernel = "{KERNEL}"\ninitrd = "{INITRD}"\ncmdline = "console=ttyS0 panic=-1 no_timer_check"\n'
         f'[isolation]\nready = "GUEST READY"\n{ENDS}\n'
     )
     with begin(file) as run:
