@@ -620,3 +620,57 @@ def test_what_was_found_is_of_the_run_that_it_is_shown_for(ready: Host) -> None:
     vmmback(libvirtd, "libvirt", "enable", "one")  # for its next start
     assert secret_bytes(libvirtd.qemu_pid("one")) == 0
     assert ready.recorded("one") == ""
+
+
+def test_an_audit_that_comes_to_nothing_is_tried_again(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one")
+    libvirtd.virsh("start", "one")
+    libvirtd.stop()  # before the hook's audit, which comes a second later
+    eventually(
+        lambda: "one could not be examined: libvirt cannot be reached" in libvirtd.qemu_log("one"), "it was tried", 30
+    )
+    libvirtd.begin()
+    eventually(lambda: ready.recorded("one") == "isolated", "it is tried again", 60)
+    assert libvirtd.virsh("domstate", "one") == "running"
+
+
+IMPATIENT = """
+import sys
+from vmmback.cli import run
+from vmmback.libvirt import started_audit
+started_audit._PATIENCE_S, started_audit._PATIENCE_S_PER_GIB, started_audit._BOOTED_S = 2.0, 0.0, 0.1
+sys.argv[1:] = ["libvirt", "audit", "--started", "--", "one"]
+run()
+"""
+
+
+@pytest.mark.parametrize("on_exposed", ["kill", "warn"])
+@pytest.mark.parametrize(
+    ("signum", "reason"),
+    [(signal.SIGSTOP, "no answer within 2 s"), (signal.SIGTERM, "libvirt cannot be reached")],
+    ids=["hung", "gone"],
+)
+def test_a_domain_that_is_never_examined_does_not_go_on_unless_it_may(
+    ready: Host, signum: signal.Signals, reason: str, on_exposed: str
+) -> None:
+    libvirtd = ready.libvirtd
+    hook = libvirtd.hooks / "qemu.d/50-vmmback"
+    hook.write_text(hook.read_text().replace("audit --started --", "true"))
+    ready.define("one")
+    vmmback(libvirtd, "libvirt", "enable", "one", "--on-exposed", on_exposed)
+    libvirtd.virsh("start", "one")
+    pid = libvirtd.qemu_pid("one")
+    libvirtd.stop(signum) if signum == signal.SIGTERM else os.kill(libvirtd.pid, signum)
+    audited = libvirtd.run(sys.executable, "-c", IMPATIENT, check=False)
+    if on_exposed == "kill":
+        assert audited.stderr.endswith("domain one was never examined and is ended (on-exposed is kill)\n")
+        eventually(lambda: not Path(f"/proc/{pid}").exists(), "its QEMU has ended")
+    libvirtd.begin() if signum == signal.SIGTERM else os.kill(libvirtd.pid, signal.SIGCONT)
+    eventually(lambda: ready.recorded("one") == "inconclusive", "that is kept", 30)
+    (row,) = json.loads(vmmback(libvirtd, "libvirt", "list", "--json").stdout)
+    assert [each[: len(f"not examined: {reason}")] for each in row["reasons"]] == [f"not examined: {reason}"]
+    if on_exposed == "warn":
+        assert (row["state"], libvirtd.qemu_pid("one")) == ("running", pid)
+        assert ready.report("one")["verdict"] == "isolated"
+        assert ready.recorded("one") == "isolated"

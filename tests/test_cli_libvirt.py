@@ -184,8 +184,10 @@ def test_the_list_has_the_last_verdict_of_this_host(
     record = tmp_path / "run/vmmback-libvirt/records" / f"{UUID}.json"
     record.parent.mkdir(parents=True)
     assert json.loads(run("list", "--json").stdout)[0]["verdict"] == ""
-    record.write_text('{"verdict": "exposed"}')
-    assert json.loads(run("list", "--json").stdout)[0]["verdict"] == "exposed"
+    record.write_text('{"verdict": "inconclusive", "reasons": ["not examined: busy", "another"]}')
+    (row,) = json.loads(run("list", "--json").stdout)
+    assert (row["verdict"], row["reasons"]) == ("inconclusive", ["not examined: busy", "another"])
+    assert "not examined:" in run("list").stdout
 
 
 def test_events_are_a_line_each(known: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

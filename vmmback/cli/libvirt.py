@@ -236,7 +236,7 @@ def _table(rows: list[Standing]) -> str:
     for row in rows:
         table.add_row(
             row.name, row.state, "yes" if row.asks else "no", row.source or "-", ", ".join(row.against) or "-",
-            row.verdict or "-",
+            ": ".join([row.verdict, *row.reasons[:1]]) or "-",
         )  # fmt: skip
     return rendered(table)
 

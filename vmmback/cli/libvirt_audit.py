@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -18,9 +15,6 @@ from vmmback.cli.signals import stopped
 if TYPE_CHECKING:
     from vmmback.libvirt.domain import Libvirt
     from vmmback.report import IsolationReport
-
-# Firmware has run, and has set up the guest's memory map, by then.
-_BOOTED_S = 10.0
 
 
 @click.command(
@@ -37,7 +31,8 @@ def audit(domain: str, uri: str | None, files: ReportFiles, when: str | None, *,
     """Try every vector that is safe on a live guest on the domain DOMAIN, and report what was measured.
 
     The hook does so when a domain has started, and 10 s later. A domain that turns out to be exposed is ended where its
-    on-exposed says so. libvirt marks a domain as tainted whose QEMU it was asked to ask.
+    on-exposed says so, and so is one that the hook's audits could never examine. libvirt marks a domain as tainted
+    whose QEMU it was asked to ask.
 
     \b
     Example:
@@ -50,11 +45,12 @@ def audit(domain: str, uri: str | None, files: ReportFiles, when: str | None, *,
     if when == "ended":
         observe_end(domain)
         return
-    with stopped("before the audit was done"), Libvirt(uri) as connection:
+    with stopped("before the audit was done"):
         if when == "started":
-            asyncio.run(_started(connection, domain))
+            _started(uri, domain)
             return
-        report = asyncio.run(_examined(connection, domain))
+        with Libvirt(uri) as connection:
+            report = asyncio.run(_examined(connection, domain))
 
     def show_report() -> None:
         print_result(report.as_json() if as_json else rendered(*while_it_runs(report)))
@@ -62,17 +58,26 @@ def audit(domain: str, uri: str | None, files: ReportFiles, when: str | None, *,
     finish(exit_code_of(report.verdict), show_report, *files.outputs(report))
 
 
-async def _started(connection: Libvirt, name: str) -> None:
-    """Examine a domain twice; what is found is in its log, and kept."""
-    from vmmback.libvirt.audit import has_ended
+def _started(uri: str | None, name: str) -> None:
+    """Have a domain examined that has just started; what is to be said of it goes to its log."""
+    from vmmback.errors import VmmbackError
+    from vmmback.libvirt.domain import Libvirt
+    from vmmback.libvirt.started_audit import StandsStill, audit_started
 
-    pid = _pid_of(name)
-    for wait_s in (0.0, _BOOTED_S):
-        if has_ended(pid, wait_s):
-            return
-        report = await _examined(connection, name)
-        reasons = "".join(f"; {reason}" for reason in report.reasons)
-        show(sys.stderr, f"vmmback: domain {name} is {report.verdict} while it runs{reasons}\n")
+    def examine() -> IsolationReport:
+        with Libvirt(uri) as connection:
+            try:
+                return asyncio.run(_examined(connection, name))
+            except VmmbackError as error:
+                # It migrates in, say: libvirt lets nobody ask its monitor meanwhile (qemuMigrationJobStart).
+                if connection.domain(name).state == "paused":
+                    raise StandsStill(error.message, error.hint) from error
+                raise
+
+    def note(said: str) -> None:
+        show(sys.stderr, f"vmmback: domain {name} {said}\n")
+
+    audit_started(name, examine, note)
 
 
 async def _examined(connection: Libvirt, name: str) -> IsolationReport:
@@ -88,38 +93,16 @@ async def _examined(connection: Libvirt, name: str) -> IsolationReport:
     policy = policy_of(root)
     if policy is None:
         raise UsageError(f"domain {domain.name} does not ask for secret RAM", "vmmback libvirt enable DOMAIN")
-    pid = _pid_of(domain.name)
-    with _held(pid) as pidfd:
+    pid = audit.pid_of_running(domain.name)
+    with audit.held(pid) as pidfd:
         subject = audit.Subject(domain.name, domain.uuid, root.get("type", ""), pid)
         report = await audit.examine(subject, connection.hmp(domain.name))
-        if audit.has_ended(pid, 0) or _pid_of(domain.name) != pid:
+        if audit.ends(pidfd, 0) or audit.pid_of_running(domain.name) != pid:
             raise NoSuchGuest(f"domain {domain.name} ended during the audit", "start it, then audit again")
-        records.write(domain.uuid, report)
-        if report.verdict is GuestVerdict.EXPOSED and policy.on_exposed == "kill":
-            show(sys.stderr, f"vmmback: domain {domain.name} is exposed and is ended (on-exposed is kill)\n")
-            audit.end(pidfd)
+        try:
+            records.write(domain.uuid, report)
+        finally:
+            if report.verdict is GuestVerdict.EXPOSED and policy.on_exposed == "kill":
+                show(sys.stderr, f"vmmback: domain {domain.name} is exposed and is ended (on-exposed is kill)\n")
+                audit.end(pidfd)
     return report
-
-
-@contextmanager
-def _held(pid: int) -> Iterator[int]:
-    """Hold a descriptor of a process: nobody else is meant by it, whoever gets its pid."""
-    from vmmback.errors import NoSuchGuest
-
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise NoSuchGuest("the domain has ended", "start it: virsh start DOMAIN") from None
-    try:
-        yield pidfd
-    finally:
-        os.close(pidfd)
-
-
-def _pid_of(name: str) -> int:
-    from vmmback.errors import NoSuchGuest
-    from vmmback.libvirt.domains import pid_of
-
-    if (pid := pid_of(name)) < 0:
-        raise NoSuchGuest(f"domain {name} does not run", "start it: virsh start DOMAIN")
-    return pid

@@ -31,6 +31,8 @@ class Standing(NamedTuple):
     """Places in its XML that speak against secret RAM, were it to ask."""
     verdict: str
     """What the last audit on this host said; nothing if there was none."""
+    reasons: tuple[str, ...] = ()
+    """Why it is not isolated; "not examined: ..." where the audits of its start came to nothing."""
 
 
 def enabled(domain: Domain, on_exposed: OnExposed, source: Source | None, places: Places | None) -> str:
@@ -52,7 +54,7 @@ def standing(domain: Domain, places: Places | None) -> Standing:
     """Return what is to be said of a domain, of its RAM and of what speaks against its being secret."""
     # One that runs and was not announced has ordinary memory, whatever an earlier run had.
     is_of_this_run = places and (not domain.is_active or (places.below(SECRET) / domain.uuid).exists())
-    verdict = _last_verdict(places, domain.uuid) if places and is_of_this_run else ""
+    verdict, reasons = _last_verdict(places, domain.uuid) if places and is_of_this_run else ("", ())
     asks, source, against = False, "", tuple[str, ...]()
     try:
         asks = domain_xml.policy_of(domain_xml.parse(domain.xml)) is not None
@@ -65,7 +67,7 @@ def standing(domain: Domain, places: Places | None) -> Standing:
     except ConfigError as error:
         asks = asks or domain.may_ask
         against = (error.message.splitlines()[0],)
-    return Standing(domain.name, domain.uuid, domain.state, asks, source, against, verdict)
+    return Standing(domain.name, domain.uuid, domain.state, asks, source, against, verdict, reasons)
 
 
 def _qemu(xml: str) -> Path:
@@ -93,7 +95,8 @@ def _see_wrapper(places: Places, wrapper: Path, qemu: Path) -> None:
         )
 
 
-def _last_verdict(places: Places, uuid: str) -> str:
+def _last_verdict(places: Places, uuid: str) -> tuple[str, tuple[str, ...]]:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((places.below(RECORDS) / f"{uuid}.json").read_text())["verdict"])
-    return ""
+        report = json.loads((places.below(RECORDS) / f"{uuid}.json").read_text())
+        return str(report["verdict"]), tuple(map(str, report["reasons"]))
+    return "", ()

@@ -11,7 +11,8 @@ import select
 import signal
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
@@ -19,17 +20,17 @@ from msgspec.structs import replace
 
 from vmmback import report
 from vmmback.broker import client
-from vmmback.errors import HostUnfit, QemuFailed
+from vmmback.errors import HostUnfit, NoSuchGuest, QemuFailed
 from vmmback.host.qemu import kernel_release
 from vmmback.isolation import audit
 from vmmback.isolation.probe import Target
 from vmmback.isolation.qmp_proof import Hmp
 from vmmback.isolation.residue import FreedFramesProbe
 from vmmback.libvirt import records
-from vmmback.libvirt.domains import purpose
+from vmmback.libvirt.domains import pid_of, purpose
 from vmmback.linux import procfs
 from vmmback.linux.procfs import PAGE_SIZE
-from vmmback.report import Exposure, IsolationReport
+from vmmback.report import Exposure, GuestVerdict, IsolationReport, ProbeResult
 
 _API = (
     ("dump", "core-dump", "virsh dump, also with --memory-only, writes all of the guest's memory to a file"),
@@ -47,6 +48,9 @@ _API = (
     ("peek", "mem-read", "virDomainMemoryPeek returns the guest's memory"),
     ("monitor", "write", "virsh qemu-monitor-command passes on any command of QEMU's monitor, such as memsave"),
 )
+
+
+_UNEXAMINED = "not examined: "
 
 
 class Subject(NamedTuple):
@@ -99,27 +103,56 @@ async def examine(domain: Subject, hmp: Hmp) -> IsolationReport:
     )
 
 
+def record_unexamined(uuid: str, name: str, reason: str) -> None:
+    """Keep of a domain that it could not be examined, beside what earlier audits of this run found.
+
+    Raises OSError, ValueError for a record that another version has written.
+    """
+    found, unexamined = records.read(uuid), _UNEXAMINED + reason
+    if found is None or not found.validated_after:
+        found = IsolationReport(
+            guest=name,
+            verdict=GuestVerdict.INCONCLUSIVE,
+            validated_after="",
+            reasons=(unexamined,),
+            memory=report.Memory(size=0, secret=0, present_pages=0, checked_pages=0, readable_pages=0),
+            ram_blocks=(),
+            probes=(),
+            exposures=(),
+            host=report.Host(kernel=kernel_release(), qemu="", accel=""),
+            timings={},
+        )
+    else:
+        found = _judged(found, found.probes, audit.REQUIRED, unexamined)
+    records.write(uuid, found)
+
+
 def observe_end(uuid: str) -> IsolationReport | None:
     """Look at the former frames of a domain that has ended; the result is part of its last report from now on.
 
     None for one that was never examined, or runs again. Raises OSError.
     """
-    ended = [pid for pid in records.runs(uuid) if has_ended(pid, 0)]
+    ended = [pid for pid in records.runs(uuid) if _has_ended(pid)]
     runs_again = len(ended) < len(records.runs(uuid))
     frames = [records.frames(uuid, pid) for pid in ended]
     for pid in ended:
         records.forget_frames(uuid, pid)
     found = records.read(uuid)
-    if found is None or runs_again or len(ended) != 1:
+    if found is None or not found.validated_after or runs_again or len(ended) != 1:
         return None
     entries = array("Q", chain.from_iterable(frames[0].values()))
     freed = report.judge_probe(FreedFramesProbe([], entries, None).observe(Target(0, {})))
-    probes = (*found.probes, freed)
-    required = audit.REQUIRED | {FreedFramesProbe.name}
-    verdict, reasons = report.judge_guest(found.memory, found.ram_blocks, probes, required)
-    found = replace(found, probes=probes, verdict=verdict, reasons=reasons)
+    unexamined = next((reason for reason in found.reasons if reason.startswith(_UNEXAMINED)), "")
+    found = _judged(found, (*found.probes, freed), audit.REQUIRED | {FreedFramesProbe.name}, unexamined)
     records.write(uuid, found)
     return found
+
+
+def _judged(
+    found: IsolationReport, probes: tuple[ProbeResult, ...], required: Collection[str], unexamined: str
+) -> IsolationReport:
+    verdict, reasons = report.judge_guest(found.memory, found.ram_blocks, probes, required, unexamined)
+    return replace(found, probes=probes, verdict=verdict, reasons=reasons)
 
 
 async def _ram_of(domain: Subject, frames: Mapping[int, array[int]]) -> dict[int, int]:
@@ -168,16 +201,29 @@ def _accel(kind: str) -> str:
     return "tcg" if kind == "qemu" else kind
 
 
-def has_ended(pid: int, timeout_s: float) -> bool:
-    """Wait so long for the end of a domain's QEMU; tell whether it came. Raises OSError."""
+def pid_of_running(name: str) -> int:
+    """Return the pid of a domain's QEMU. Raises NoSuchGuest where it does not run."""
+    if (pid := pid_of(name)) < 0:
+        raise NoSuchGuest(f"domain {name} does not run", "start it: virsh start DOMAIN")
+    return pid
+
+
+@contextmanager
+def held(pid: int) -> Iterator[int]:
+    """Hold a descriptor of a process: nobody else is meant by it, whoever gets its pid. Raises NoSuchGuest."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
-        return True
+        raise NoSuchGuest("the domain has ended", "start it: virsh start DOMAIN") from None
     try:
-        return bool(select.select([pidfd], [], [], timeout_s)[0])
+        yield pidfd
     finally:
         os.close(pidfd)
+
+
+def ends(pidfd: int, timeout_s: float) -> bool:
+    """Wait so long for the end of a domain's QEMU; tell whether it came."""
+    return bool(select.select([pidfd], [], [], timeout_s)[0])
 
 
 def end(pidfd: int) -> None:
@@ -188,3 +234,11 @@ def end(pidfd: int) -> None:
         return
     except OSError as error:
         raise QemuFailed(f"QEMU cannot be ended: {error.strerror}") from error
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        with held(pid) as pidfd:
+            return ends(pidfd, 0)
+    except NoSuchGuest:
+        return True
