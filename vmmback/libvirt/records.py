@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from array import array
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vmmback.libvirt.places import RECORDS
@@ -23,7 +24,8 @@ def begin(uuid: str) -> None:
     """Forget what audits of the domain found. Raises OSError."""
     RECORDS.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     RECORDS.mkdir(mode=_OWN, exist_ok=True)
-    _report(uuid).unlink(missing_ok=True)
+    for file in (_report(uuid), *RECORDS.glob(f"{uuid}.*.new")):  # whose writer was killed
+        file.unlink(missing_ok=True)
 
 
 def write_frames(uuid: str, pid: int, frames: Mapping[int, int]) -> None:
@@ -35,10 +37,10 @@ def write_frames(uuid: str, pid: int, frames: Mapping[int, int]) -> None:
     forget_frames(uuid, pid)
     folder.mkdir(mode=_OWN)
     for inode, entries in frames.items():
-        with (folder / str(inode)).open("xb") as output:
+        with _put(folder / str(inode)) as descriptor:
             left = size = os.fstat(entries).st_size
             while left:  # a start waits for it, so the kernel copies
-                left -= os.sendfile(output.fileno(), entries, size - left, left)
+                left -= os.sendfile(descriptor, entries, size - left, left)
 
 
 def frames(uuid: str, pid: int) -> dict[int, array[int]]:
@@ -63,7 +65,10 @@ def forget_frames(uuid: str, pid: int) -> None:
 
 def write(uuid: str, report: IsolationReport) -> None:
     """Keep a report as the domain's last. Raises OSError."""
-    _write(_report(uuid), report.as_json().encode())
+    content = memoryview(report.as_json().encode())
+    with _put(_report(uuid)) as descriptor:
+        while content:
+            content = content[os.write(descriptor, content) :]
 
 
 def read(uuid: str) -> IsolationReport | None:
@@ -74,12 +79,18 @@ def read(uuid: str) -> IsolationReport | None:
         return None
 
 
-def _write(file: Path, content: bytes) -> None:
-    """Put a whole file in the place of the old one."""
-    new = file.with_suffix(".new")
+@contextmanager
+def _put(file: Path) -> Iterator[int]:
+    """Yield the descriptor of a new file, which takes the place of the old one once the block ends.
+
+    Of several who do so at once, one is the last.
+    """
+    new = file.with_suffix(f".{threading.get_native_id()}.new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as output:
-        output.write(content)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
     new.replace(file)
 
 
