@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 from array import array
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -286,3 +287,62 @@ def test_a_name_is_escaped_as_libvirt_does(broker: MadeUp, tmp_path: Path) -> No
     assert domains.pid_of('a\'b & "c" <d>') == 77
     assert domains.pid_of("a&apos;b &amp; &quot;c&quot; &lt;d&gt;") == -1
     assert domains.pid_of("none") == -1
+
+
+class Worker(MadeUp):
+    """A broker whose workers live until a test ends them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers = list[socket.socket]()
+        self.started = asyncio.Event()
+
+    def start(self, uid: int) -> int:
+        ours, worker = socket.socketpair()
+        self.workers.append(worker)
+        self.channels.append(ours.detach())
+        self.started.set()
+        return self.channels[-1]
+
+    async def has_started(self, number: int) -> None:
+        while len(self.channels) < number:
+            self.started.clear()
+            await asyncio.wait_for(self.started.wait(), 10)
+
+
+@pytest.fixture
+def workers(broker: MadeUp, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    monkeypatch.setattr(domains, "_UP_S", 0.0)
+    made_up = Worker()
+    yield made_up
+    for worker in made_up.workers:
+        worker.close()
+    assert made_up.open_channels == 0
+
+
+def test_a_worker_waits_for_the_next_domain(workers: Worker) -> None:
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        await workers.has_started(2)
+        await made.announce(asking())
+        channel = await made.claim(arguments(), CALLER, 0)
+        assert channel == workers.channels[1]
+        os.close(channel)
+        await workers.has_started(3)
+
+    run(workers, work)
+    assert len(workers.channels) == 3
+
+
+def test_a_worker_that_has_ended_while_it_waited_is_no_domains(workers: Worker) -> None:
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        await workers.has_started(2)
+        workers.workers[1].close()
+        await made.announce(asking())
+        channel = await made.claim(arguments(), CALLER, 0)
+        os.write(channel, b"to whom it may concern")
+        assert workers.workers[2].recv(64) == b"to whom it may concern"
+        os.close(channel)
+
+    run(workers, work)
