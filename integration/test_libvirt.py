@@ -674,3 +674,20 @@ def test_a_domain_that_is_never_examined_does_not_go_on_unless_it_may(
         assert (row["state"], libvirtd.qemu_pid("one")) == ("running", pid)
         assert ready.report("one")["verdict"] == "isolated"
         assert ready.recorded("one") == "isolated"
+
+
+def test_who_may_change_a_domain_can_have_its_memory_dumped(ready: Host) -> None:
+    """The way that the table of docs/LIBVIRT.md has beside QEMU's monitor; `enable` refuses it in a domain's XML."""
+    libvirtd = ready.libvirtd
+    ready.define("one", "--panic=default")
+    libvirtd.virsh("start", "one")
+    libvirtd.wait_for("one", READY)
+    libvirtd.virsh("set-lifecycle-action", "one", "crash", "coredump-destroy", "--live")
+    # What the guest's own driver does when it panics (docs/specs/pvpanic.txt of QEMU).
+    libvirtd.virsh("qemu-monitor-command", "one", "--hmp", "o /b 0x505 1")
+    dumps = libvirtd.inside / "var/lib/libvirt/qemu/dump"
+    eventually(lambda: libvirtd.virsh("domstate", "one", "--reason") == "shut off (crashed)", "it has panicked", 30)
+    (dump,) = dumps.iterdir()
+    assert dump.stat().st_size > SIZE
+    assert READY.encode() in dump.read_bytes()
+    dump.unlink()

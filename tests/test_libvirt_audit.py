@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from array import array
@@ -27,6 +28,7 @@ from vmmback.isolation.qmp_proof import Proof
 from vmmback.isolation.residue import FreedFramesProbe
 from vmmback.libvirt import audit, records
 from vmmback.libvirt.audit import Subject
+from vmmback.libvirt.installed_files import filled
 from vmmback.linux import procfs
 from vmmback.linux.procfs import PAGE_SIZE, Mapping
 from vmmback.report import GuestVerdict, IsolationReport, Observation, Verdict
@@ -37,6 +39,7 @@ PID = os.getpid()
 SUBJECT = Subject("one", UUID, "qemu", PID)
 FRAMES = {1: array("Q", [5] * 4)}
 PLUGGED = 2
+PAGE = (Path(__file__).parents[1] / "docs/LIBVIRT.md").read_text().splitlines()
 GOOD = guest_report(probes=tuple(probe(name, Verdict.BLOCKED, "refused") for name in sorted(REQUIRED)))
 
 
@@ -307,3 +310,19 @@ def test_one_that_runs_has_not_ended(host: Host, freed: Freed) -> None:
     records.write(UUID, GOOD)
     assert audit.observe_end(UUID) is None
     assert (records.read(UUID), records.runs(UUID), freed.looked_at) == (GOOD, [PID], [])
+
+
+# --- Who else has its memory ------------------------------------------------------------------------------------------
+
+
+def test_report_page_and_rule_name_the_same_rights(host: Host) -> None:
+    rights = {
+        each.name: re.findall(r"domain:([a-z-]+)", each.holders)
+        for each in examined().exposures
+        if each.name.startswith("libvirt-")
+    }
+    told = [re.findall(r"`domain\.([a-z-]+)`", row.split("|")[-2]) for row in PAGE if row.startswith("| ")]
+    assert list(rights.values()) == [row for row in told if row]
+    denied = re.findall(r'"org\.libvirt\.api\.domain\.([a-z-]+)"', filled("00-vmmback.rules"))
+    # Who may change a domain cannot be told from who may have its memory, and what a guest shows is to be seen.
+    assert set(denied) == {right for each in rights.values() for right in each} - {"write", *rights["libvirt-screen"]}

@@ -32,21 +32,32 @@ from vmmback.linux import procfs
 from vmmback.linux.procfs import PAGE_SIZE
 from vmmback.report import Exposure, GuestVerdict, IsolationReport, ProbeResult
 
+# What of libvirt's interface brings memory of a guest out, and what its access driver asks for: @acl of each call in
+# src/remote/remote_protocol.x and qemu_protocol.x of libvirt 9.0, as polkit spells it. A read-only connection may do
+# none of it (virCheckReadOnlyGoto in src/libvirt-domain.c and libvirt-qemu.c).
 _API = (
-    ("dump", "core-dump", "virsh dump, also with --memory-only, writes all of the guest's memory to a file"),
+    ("dump", ("core-dump",), "virsh dump, also with --memory-only, writes all of the guest's memory to a file"),
+    ("save", ("hibernate",), "virsh save and managedsave write the guest's memory to a file"),
+    ("snapshot", ("snapshot",), "virsh snapshot-create with memory writes the guest's memory to a file"),
+    ("migrate", ("migrate",), "virsh migrate sends the guest's memory to another host"),
+    ("peek", ("mem-read",), "virDomainMemoryPeek returns the guest's memory"),
+    ("monitor", ("write",), "virsh qemu-monitor-command passes on any command of QEMU's monitor, such as memsave"),
     (
-        "save",
-        "hibernate",
-        "virsh save and managedsave write the guest's memory to a file",
+        "attach",
+        ("write",),
+        "virsh attach-device: a process behind a vhost-user device gets the guest's memory, and a watchdog can have it "
+        "dumped",
     ),
-    ("snapshot", "snapshot", "virsh snapshot-create with memory writes the guest's memory to a file"),
     (
-        "migrate",
-        "migrate",
-        "virsh migrate sends the guest's memory to another host",
+        "crash",
+        ("write",),
+        "virsh set-lifecycle-action has the guest's memory written to a file when the guest panics (coredump-destroy)",
     ),
-    ("peek", "mem-read", "virDomainMemoryPeek returns the guest's memory"),
-    ("monitor", "write", "virsh qemu-monitor-command passes on any command of QEMU's monitor, such as memsave"),
+    (
+        "screen",
+        ("screenshot", "open-graphics", "open-device"),
+        "virsh screenshot, VNC and the console show what the guest shows; a display of ramfb lies in its memory",
+    ),
 )
 
 
@@ -186,10 +197,11 @@ def _api_exposures() -> list[Exposure]:
     return [
         Exposure(
             name=f"libvirt-{name}",
-            holders=f"who may read and write at libvirt's socket; with its access driver, who has domain:{right}",
+            holders="who may read and write at libvirt's socket; with its access driver, who has "
+            + " or ".join(f"domain:{right}" for right in rights),
             detail=detail,
         )
-        for name, right, detail in _API
+        for name, rights, detail in _API
     ]
 
 
