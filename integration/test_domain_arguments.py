@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from integration.test_tiny_guest import MIB, plain_qemu
+from vmmback.isolation.qmp_proof import parse_ram_blocks
 from vmmback.libvirt.domain_arguments import KNOWN, refused_arguments
 
 pytestmark = pytest.mark.usefixtures("needs_qemu")
@@ -39,12 +40,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / FILE).write_bytes(b"\x55\xaa" + bytes(510))
 
 
-def ram_blocks(*arguments: str) -> set[tuple[str, str]]:
-    """Return name and size of each RAM block of a QEMU with these arguments."""
+def ram_blocks(*arguments: str) -> set[tuple[str, int]]:
+    """Return name and size in bytes of each RAM block of a QEMU with these arguments."""
     with plain_qemu(64 * MIB, "-S", *arguments) as qemu:
         listed = str(qemu.execute("human-monitor-command", **{"command-line": "info ramblock"}))
-    rows = [line.split() for line in listed.splitlines()[1:]]
-    return {(row[0], row[-2]) for row in rows}
+    return set(parse_ram_blocks(listed).items())
 
 
 def test_all_that_may_pass_is_tried() -> None:
