@@ -195,7 +195,7 @@ def test_roms_that_the_guest_cannot_write_to_expose_no_domain(ready: Host) -> No
     libvirtd.wait_for("one", READY)
     report = ready.report("one")
     assert report["verdict"] == "isolated"
-    roms = [block for block in report["ram_blocks"] if block["name"].endswith(("isa-bios", "/virtio-net-pci.rom"))]
+    roms = [block for block in report["ram_blocks"] if block["name"].endswith(("flash0", "/virtio-net-pci.rom"))]
     assert [(rom["backing"], rom["guest_writable"]) for rom in roms] == [("ordinary", False)] * 2
 
 
