@@ -51,7 +51,7 @@ RULE = f'[[allow]]\nuser = {NOBODY}\ntotal = "1GiB"\n'
 WRAPPER = """
 import asyncio, contextlib, json, os, sys
 from pathlib import Path
-from vmmback.broker import client
+from vmmback.broker import client, handoff_interface
 from vmmback.errors import VmmbackError
 from vmmback.linux import memfd_secret, seccomp
 plan = json.loads(sys.argv[1])
