@@ -54,24 +54,22 @@ def install(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def calls(libvirtd: Libvirtd) -> list[str]:
-    """Return the calls of hooks since the last time."""
+def recorded_calls(libvirtd: Libvirtd) -> list[str]:
     record = libvirtd.inside / "run/calls"
-    lines = record.read_text().splitlines() if record.exists() else []
-    record.unlink(missing_ok=True)
+    return record.read_text().splitlines() if record.exists() else []
+
+
+def calls(libvirtd: Libvirtd) -> list[str]:
+    """Return the calls of hooks since the last time; one that is just being recorded would be lost."""
+    lines = recorded_calls(libvirtd)
+    (libvirtd.inside / "run/calls").unlink(missing_ok=True)
     return lines
 
 
 def wait_for_calls(libvirtd: Libvirtd, expected: list[str]) -> None:
     """Wait for calls that nobody's command waits for, and see that no others come."""
-    came: list[str] = []
-
-    def enough() -> bool:
-        came.extend(calls(libvirtd))
-        return len(came) >= len(expected)
-
-    eventually(enough, f"hooks are called: {expected}")
-    assert came == expected
+    eventually(lambda: len(recorded_calls(libvirtd)) >= len(expected), f"hooks are called: {expected}")
+    assert calls(libvirtd) == expected
 
 
 @pytest.fixture
