@@ -69,6 +69,7 @@ def test_what_is_installed_is_removed_again_to_the_last_byte(places: Places) -> 
         "/etc/libvirt/hooks/qemu.d/50-vmmback",
         "/usr/local/libexec/vmmback/qemu-system-x86_64",
         "/usr/local/libexec/vmmback/qemu-system-aarch64",
+        "/usr/local/libexec/vmmback/announce",
         "/usr/local/libexec/vmmback/broker_call",
         "/usr/local/libexec/vmmback/claim",
         "/usr/local/libexec/vmmback/setpriv",
@@ -209,12 +210,12 @@ def test_a_manifest_comes_first_so_that_nothing_is_forgotten(places: Places, mon
 def test_what_is_installed_runs_by_itself(places: Places, name: str) -> None:
     """Without a broker: it says so, and what it needed was there."""
     installation.install(places, host())
-    for script in (places.libexec / "broker_call", places.libexec / "claim", places.hook):
+    for script in (*(places.libexec / each for each in ("announce", "broker_call", "claim")), places.hook):
         text = script.read_text().replace(str(LIBEXEC), str(places.libexec)).replace(str(RUN), str(places.below(RUN)))
         script.write_text(text.replace(str(SOCKET), str(places.below(SOCKET))))
     hook = [str(places.hook), "name", "prepare", "begin", "-"]
     argv = [str(PERL), str(places.libexec / "claim"), QEMUS[0], "-name", "guest=name"] if name == "claim" else hook
-    xml = "<domain><uuid>0-1</uuid><a xmlns='urn:vmmback:domain:1.0'/></domain>"
+    xml = "<domain><uuid>0-1</uuid><secret-ram xmlns='urn:vmmback:domain:1.0'/></domain>"
     places.below(RUN.parent).mkdir(exist_ok=True)
     done = subprocess.run(argv, input=xml, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout) == (3, "")

@@ -130,7 +130,7 @@ class Scripts:
         values |= {"RUN": str(self.folder / "run"), "SECRET": str(self.folder / "run/secret")}
         values |= {"VMMBACK": f"'{self.folder}/vmm back' -m vmmback"}
         names = {"hook": "50-vmmback", "emulator": "qemu-system-x86_64"}
-        for each in ("broker_call", "claim", name):
+        for each in ("announce", "broker_call", "claim", name):
             path = self.folder / names.get(each, each)
             path.write_text(installed_files.filled(each, **values))
             path.chmod(0o755)
@@ -214,8 +214,8 @@ def test_what_is_no_answer_is_an_error(scripts: Scripts, answer: object, said: s
 
 
 def test_a_broker_that_is_silent_is_not_waited_for_for_ever(scripts: Scripts) -> None:
-    hook = scripts.render("hook")
-    hook.write_text(hook.read_text().replace("connected(10)", "connected(1)"))
+    hook, announce = scripts.render("hook"), scripts.folder / "announce"
+    announce.write_text(announce.read_text().replace("connected(10)", "connected(1)"))
     with socket.socket(socket.AF_UNIX) as silent:
         path = scripts.folder / "socket"
         path.unlink()
@@ -267,6 +267,7 @@ def test_an_audit_is_started_apart(scripts: Scripts, step: str, argued: list[str
     """It asks libvirt, which waits for the hook: the hook does not wait for it, and it holds nothing of the hook's."""
     slow = scripts.folder / "vmm back"
     slow.write_text(slow.read_text().replace("print(", "import time; time.sleep(0.5); print(", 1))
+    assert scripts.hook("-a name", "prepare", "begin", "-").returncode == 0
     began = time.monotonic()
     done = scripts.hook("-a name", *step.split(), "-")  # its pipes are closed: run() has seen their end
     assert (done.returncode, done.stdout) == (0, "")
@@ -279,6 +280,18 @@ def test_an_audit_is_started_apart(scripts: Scripts, step: str, argued: list[str
     assert scripts.calls("vmm back") == [(["-m", "vmmback", "libvirt", "audit", *argued], "")]
 
 
+def test_without_its_program_a_domain_that_asks_does_not_start_and_others_do(scripts: Scripts) -> None:
+    hook = scripts.render("hook")
+    (scripts.folder / "announce").unlink()
+    ended = {}
+    for xml in (ASKS, PLAIN):
+        ended[xml] = subprocess.run(
+            [hook, "name", "prepare", "begin", "-"], input=xml, capture_output=True, text=True, timeout=30, check=False
+        )
+    assert (ended[ASKS].returncode, ended[PLAIN].returncode, ended[PLAIN].stderr) == (3, 0, "")
+    assert ended[ASKS].stderr == f"vmmback: error: {scripts.folder}/announce is missing: vmmback libvirt install\n"
+
+
 def test_polkits_rule_is_told_which_domains_have_secret_ram(scripts: Scripts) -> None:
     mark = scripts.folder / "run/secret" / UUID
     scripts.broker.answer = refusal("no")
@@ -286,8 +299,8 @@ def test_polkits_rule_is_told_which_domains_have_secret_ram(scripts: Scripts) ->
     assert mark.exists()  # libvirt calls release also where prepare failed
     scripts.hook("name", "stopped", "end", "-")
     assert mark.exists()
-    scripts.hook("name", "release", "end", "-")
-    assert list(mark.parent.iterdir()) == []
+    assert scripts.hook("name", "release", "end", "-").returncode == 0
+    assert [path for path in mark.parents[1].rglob("*") if path.is_file()] == []
 
 
 def test_a_domain_whose_uuid_is_none_does_not_start(scripts: Scripts) -> None:

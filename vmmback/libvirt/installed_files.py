@@ -94,8 +94,9 @@ def files(places: Places, host: Host) -> Iterator[File]:
         # libvirt looks at the wrapper's times, not at QEMU's: they are the same, and the hook keeps them so.
         mtime_ns = places.below(qemu).stat().st_mtime_ns
         yield File(places.libexec / qemu.name, wrapper(qemu).encode(), 0o755, mtime_ns=mtime_ns)
-    for name in ("broker_call", "claim"):
-        yield File(places.libexec / name, filled(name).encode(), 0o644)
+    program = shlex.join(host.program)
+    for name in ("announce", "broker_call", "claim"):
+        yield File(places.libexec / name, filled(name, VMMBACK=program).encode(), 0o644)
     yield File(places.lock_launcher, lock_launcher.program(), 0o750, host.user.gid, capability=CAPABILITY)
     if places.polkit_rules.parent.is_dir():
         yield File(places.polkit_rules, filled("00-vmmback.rules").encode(), 0o644)
@@ -104,7 +105,7 @@ def files(places: Places, host: Host) -> Iterator[File]:
             yield File(places.units / unit, (CONFIGS / "systemd" / unit).read_bytes(), 0o644)
         yield File(places.tmpfiles, filled("tmpfiles.conf").encode(), 0o644)
     # The last one: what it calls is there.
-    yield File(places.hook, filled("hook", VMMBACK=shlex.join(host.program)).encode(), 0o755)
+    yield File(places.hook, filled("hook", VMMBACK=program).encode(), 0o755)
 
 
 def blocks(places: Places) -> list[Block]:
