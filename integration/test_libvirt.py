@@ -439,7 +439,8 @@ def test_nobody_but_what_libvirt_starts_gets_a_domains_ram(ready: Host) -> None:
     # Between the hook and the emulator: libvirt's emulator waits, and others try.
     slow = libvirtd.inside / str(WRAPPER)[1:]
     text = slow.read_text()
-    slow.write_text(text.replace('guest="*) ;;', 'guest="*) while [ ! -e /run/go ]; do sleep 0.1; done ;;'))
+    waits = "while [ ! -e /run/go ]; do sleep 0.1; done\n"
+    slow.write_text(text.replace('exec "$libexec/setpriv"', f'{waits}exec "$libexec/setpriv"'))
     program = libvirtd.start("virsh", "-c", libvirtd.uri, "start", "one")
     eventually(lambda: libvirtd.qemu_pid("one") != 0, "libvirt has started its emulator")
     quick = libvirtd.inside / "usr/local/libexec/vmmback/qemu-of-a-test"

@@ -12,6 +12,7 @@ import socket
 from array import array
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -47,7 +48,7 @@ def arguments(name: str = "one", sizes: Sequence[int] = SIZES) -> list[str]:
     return argv
 
 
-CALLER = Caller(os.getpid(), 1000, 100, 5)
+CALLER = Caller(os.getpid(), 1000, 100, 1 << 60)
 
 
 def asking(name: str = "one") -> str:
@@ -71,6 +72,9 @@ class Reserved:
     async def given(self) -> Ready:
         if self.made_up.prefaults_that_fail and len(self.made_up.given) == 1:
             raise AdmissionRefused("the prefault was killed")
+        if self.made_up.makes:
+            self.made_up.makes.set()
+            await asyncio.Event().wait()
         self.ready = False
         ready = Ready(self.size, len(self.made_up.given))
         self.made_up.given.append(ready)
@@ -103,11 +107,19 @@ class MadeUp:
         self.reserved, self.given = list[Reserved](), list[Ready]()
         self.given_up, self.back, self.closed, self.ended = list[int](), list[int](), list[int](), list[int]()
         self.refused, self.prefaults_that_fail = set[int](), False
+        self.makes: asyncio.Event | None = None
+        """Set when a file that is never done is waited for."""
+        self.leases = list[SimpleNamespace]()
+        """Of others."""
+        self.pidfd = os.pidfd_open(os.getpid())
         self.channels = list[int]()
         self.told = list[tuple[Any, ...]]()
         """Of workers: pid, pidfd, offers, and what may be plugged in."""
         self.given_back = asyncio.Event()
         """All of one domain's."""
+
+    def __iter__(self) -> Iterator[SimpleNamespace]:
+        return iter(self.leases)
 
     def next_number(self) -> int:
         return 7
@@ -140,13 +152,15 @@ class MadeUp:
 
 
 @pytest.fixture
-def broker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MadeUp:
+def broker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[MadeUp]:
     monkeypatch.setattr(records, "RECORDS", tmp_path / "run/records")
     monkeypatch.setattr(domains, "_PIDFILES", tmp_path)
     (tmp_path / "one.pid").write_text(str(os.getpid()))
     made_up = MadeUp()
     monkeypatch.setattr(handoffs, "tell", lambda _, *told: made_up.told.append(told))
-    return made_up
+    monkeypatch.setattr(domains, "_user_of_all", lambda: 64055)
+    yield made_up
+    os.close(made_up.pidfd)
 
 
 def run(broker: MadeUp, work: Any) -> Any:
@@ -166,16 +180,16 @@ def run(broker: MadeUp, work: Any) -> Any:
 def test_what_was_announced_is_claimed_once(broker: MadeUp) -> None:
     async def work(made: Domains) -> None:
         await made.announce(asking())
-        channel = await made.claim(arguments(), CALLER, 0)
+        channel = await made.claim(arguments(), CALLER, broker.pidfd)
         memfd = "memory-backend-memfd"
         offers = [("memfd_create", memfd, 100), ("memfd_create", memfd, 101)]
         ((pid, pidfd, offered, more),) = broker.told
-        assert (pid, pidfd, offered) == (CALLER.pid, 0, offers)
+        assert (pid, pidfd, offered) == (CALLER.pid, broker.pidfd, offers)
         assert more["purpose"] == "domain one"
         assert set(records.frames("c0dedd50-80a2-4d4a-ab37-39d77e436206", CALLER.pid)) == {0, 1}
         os.close(channel)
         with pytest.raises(AdmissionRefused, match="was announced"):
-            await made.claim(arguments(), CALLER, 0)
+            await made.claim(arguments(), CALLER, broker.pidfd)
 
     run(broker, work)
     assert (broker.given_up, broker.back, broker.closed, broker.ended) == ([], [], [1, 0], [])
@@ -187,10 +201,12 @@ def test_what_was_announced_is_claimed_once(broker: MadeUp) -> None:
     [
         ("two", SIZES, CALLER, AdmissionRefused),
         ("one", SIZES, CALLER._replace(pid=1), AdmissionRefused),
+        ("one", SIZES, CALLER._replace(started=1), AdmissionRefused),
+        ("one", SIZES, CALLER._replace(uid=64055), AdmissionRefused),
         ("one", SIZES[:1], CALLER, ConfigError),
         ("one", [*SIZES, 1 << 20], CALLER, ConfigError),
     ],
-    ids=["another name", "another process", "less", "more"],
+    ids=["another name", "another process", "one of before", "the user of all", "less", "more"],
 )
 def test_who_claims_something_else_gets_nothing_and_the_domain_still_its_own(
     broker: MadeUp, name: str, sizes: list[int], caller: Caller, error: type[Exception]
@@ -198,18 +214,51 @@ def test_who_claims_something_else_gets_nothing_and_the_domain_still_its_own(
     async def work(made: Domains) -> None:
         await made.announce(asking())
         with pytest.raises(error):
-            await made.claim(arguments(name, sizes), caller, 0)
+            await made.claim(arguments(name, sizes), caller, broker.pidfd)
         assert broker.given == []
-        os.close(await made.claim(arguments(), CALLER, 0))
+        os.close(await made.claim(arguments(), CALLER, broker.pidfd))
 
     run(broker, work)
+
+
+def test_no_two_domains_have_one_user(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        broker.leases = [SimpleNamespace(uid=CALLER.uid, purpose="domain two")]
+        await made.announce(asking())
+        with pytest.raises(AdmissionRefused, match=f"as user {CALLER.uid}, as domain two does"):
+            await made.claim(arguments(), CALLER, broker.pidfd)
+        broker.leases = [
+            SimpleNamespace(uid=CALLER.uid, purpose="domain one"),  # of a run that is about to end
+            SimpleNamespace(uid=CALLER.uid + 1, purpose="domain two"),
+        ]
+        os.close(await made.claim(arguments(), CALLER, broker.pidfd))
+
+    run(broker, work)
+
+
+def test_what_is_made_for_who_has_ended_goes_back(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        broker.makes = asyncio.Event()
+        await made.announce(asking())
+        claimer = await asyncio.create_subprocess_exec("sleep", "60")
+        pidfd = os.pidfd_open(claimer.pid)
+        claim = asyncio.create_task(made.claim(arguments(), CALLER, pidfd))
+        await broker.makes.wait()
+        claimer.kill()
+        with pytest.raises(AdmissionRefused, match="has ended"):
+            await asyncio.wait_for(claim, 30)
+        await claimer.wait()
+        os.close(pidfd)
+
+    run(broker, work)
+    assert (broker.given, broker.given_up) == ([], SIZES)
 
 
 def test_a_domain_that_does_not_ask_is_none_of_ours(broker: MadeUp) -> None:
     async def work(made: Domains) -> None:
         await made.announce(XML.format(name="one"))
         with pytest.raises(AdmissionRefused):
-            await made.claim(arguments(), CALLER, 0)
+            await made.claim(arguments(), CALLER, broker.pidfd)
 
     run(broker, work)
     assert broker.reserved == []
@@ -222,7 +271,7 @@ def test_what_does_not_fit_goes_back_whole(broker: MadeUp) -> None:
         with pytest.raises(AdmissionRefused):
             await made.announce(asking())
         with pytest.raises(AdmissionRefused):
-            await made.claim(arguments(), CALLER, 0)
+            await made.claim(arguments(), CALLER, broker.pidfd)
 
     run(broker, work)
     assert broker.given_up == SIZES[:1]
@@ -232,7 +281,7 @@ def test_what_does_not_fit_goes_back_whole(broker: MadeUp) -> None:
 def test_of_two_announcements_at_once_the_last_one_counts_and_nothing_is_lost(broker: MadeUp) -> None:
     async def work(made: Domains) -> None:
         await asyncio.gather(*(made.announce(asking()) for _ in range(3)))
-        os.close(await made.claim(arguments(), CALLER, 0))
+        os.close(await made.claim(arguments(), CALLER, broker.pidfd))
 
     run(broker, work)
     assert len(broker.reserved) == 6
@@ -247,7 +296,7 @@ def test_a_claim_that_fails_half_way_gives_all_of_it_back(broker: MadeUp, monkey
     async def work(made: Domains) -> None:
         await made.announce(asking())
         with pytest.raises(OSError, match="no space"):
-            await made.claim(arguments(), CALLER, 0)
+            await made.claim(arguments(), CALLER, broker.pidfd)
 
     with monkeypatch.context() as full:
         full.setattr(records, "write_frames", fail)
@@ -262,7 +311,7 @@ def test_of_a_claim_whose_second_file_cannot_be_made_the_first_goes_back(broker:
     async def work(made: Domains) -> None:
         await made.announce(asking())
         with pytest.raises(AdmissionRefused, match="killed"):
-            await made.claim(arguments(), CALLER, 0)
+            await made.claim(arguments(), CALLER, broker.pidfd)
 
     run(broker, work)
     assert (broker.back, broker.closed, broker.given_up) == ([0], [], SIZES[1:])
@@ -276,7 +325,7 @@ def test_what_nobody_claims_goes_back(broker: MadeUp, monkeypatch: pytest.Monkey
         await made.announce(asking())
         await asyncio.wait_for(broker.given_back.wait(), 30)
         with pytest.raises(AdmissionRefused):
-            await made.claim(arguments(), CALLER, 0)
+            await made.claim(arguments(), CALLER, broker.pidfd)
         expiring.cancel()
 
     run(broker, work)
@@ -325,7 +374,7 @@ def test_a_worker_waits_for_the_next_domain(workers: Worker) -> None:
         await made.announce(asking())
         await workers.has_started(2)
         await made.announce(asking())
-        channel = await made.claim(arguments(), CALLER, 0)
+        channel = await made.claim(arguments(), CALLER, workers.pidfd)
         assert channel == workers.channels[1]
         os.close(channel)
         await workers.has_started(3)
@@ -340,7 +389,7 @@ def test_a_worker_that_has_ended_while_it_waited_is_no_domains(workers: Worker) 
         await workers.has_started(2)
         workers.workers[1].close()
         await made.announce(asking())
-        channel = await made.claim(arguments(), CALLER, 0)
+        channel = await made.claim(arguments(), CALLER, workers.pidfd)
         os.write(channel, b"to whom it may concern")
         assert workers.workers[2].recv(64) == b"to whom it may concern"
         os.close(channel)

@@ -340,11 +340,31 @@ ODD = [
 ]
 
 
-def test_a_qemu_without_a_domain_is_executed_at_once(scripts: Scripts) -> None:
-    assert scripts.emulator("-machine", "none", *RAM, *ODD).returncode == 0
-    assert scripts.emulator().returncode == 0
-    assert [argv for argv, _ in scripts.calls("real")] == [["-machine", "none", *RAM, *ODD], []]
+@pytest.mark.parametrize(
+    "asked", [[], ["-version"], ["-help"], ["-S", "-machine", "none,accel=tcg", "-qmp", "unix:x"]], ids=" ".join
+)
+def test_who_asks_what_a_qemu_can_do_gets_it_at_once(scripts: Scripts, asked: list[str]) -> None:
+    odd = ODD if len(asked) > 1 else []
+    assert scripts.emulator(*asked, *odd).returncode == 0
+    assert [argv for argv, _ in scripts.calls("real")] == [[*asked, *odd]]
     assert (scripts.broker.calls, scripts.calls("setpriv")) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-name", "guest=x -machine none,x", "-machine", "q35"],
+        ["-name", "guest=x", "-machine", "none"],
+        ["-machine", "q35", *ODD],
+        ["-name", "-machine", "none"],
+        ["-m", "512"],
+    ],
+    ids=range(5),
+)
+def test_all_else_has_to_claim(scripts: Scripts, argv: list[str]) -> None:
+    scripts.broker.answer = refusal("no")
+    assert scripts.emulator(*argv).returncode == 4
+    assert scripts.calls("real") == []
 
 
 def test_a_domains_qemu_has_its_arguments_as_they_are_and_its_calls_are_answered(

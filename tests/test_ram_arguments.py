@@ -44,9 +44,15 @@ def test_the_domains_name_and_memory_are_in_qemus_arguments() -> None:
         "[" * 10_000 + "memory-backend-",
         '{"qom-type": "memory-backend-memfd"}',
         memfd(size=[]),
-        memfd(size="much"),
+        memfd(size="5"),
+        memfd(size=5.5),
+        memfd(size=True),
+        memfd(size=-5),
+        memfd(size=0),
+        '{"qom-type": "memory-backend-memfd", "size": 1e999}',
+        '{"qom-type": "memory-backend-memfd", "size": Infinity}',
     ],
-    ids=range(13),
+    ids=range(19),
 )
 def test_memory_that_cannot_be_secret_is_refused(value: str) -> None:
     with pytest.raises(ConfigError):

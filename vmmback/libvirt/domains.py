@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TypedDict
 from xml.sax.saxutils import escape
@@ -28,10 +28,11 @@ from vmmback.broker.lending import Broker
 from vmmback.broker.pool import Ready, Reserved
 from vmmback.broker.server import Interfaces
 from vmmback.broker.service import Refused, held, refusing, shown
-from vmmback.errors import AdmissionRefused, ConfigError, VmmbackError
-from vmmback.libvirt import domain_refusals, domain_xml, records
+from vmmback.errors import AdmissionRefused, ConfigError, HostUnfit, VmmbackError
+from vmmback.libvirt import domain_refusals, domain_xml, lock_launcher, records
 from vmmback.libvirt.domain_xml import Domain
-from vmmback.libvirt.ram_arguments import blocks_of, name_of
+from vmmback.libvirt.places import Places
+from vmmback.libvirt.ram_arguments import Block, blocks_of, name_of
 from vmmback.linux import kvm, seccomp
 from vmmback.threads import in_thread
 
@@ -105,6 +106,8 @@ class _Announced:
     channel: int
     """That of the worker which will answer its QEMU's calls."""
     until_s: float
+    since_ticks: int
+    """When it was announced, as starts of processes are told: in ticks since boot (proc_pid_stat(5))."""
     ram: list[Reserved] = field(default_factory=list)
 
     async def close(self) -> None:
@@ -137,7 +140,8 @@ class Domains:
             raise domain_refusals.refused(xml, problems)
         await self.withdraw(domain.name)  # of an earlier start that came to nothing
         async with AsyncExitStack() as failed:
-            announced = _Announced(domain, self._worker(), time.monotonic() + _CLAIM_TIMEOUT_S)
+            since_ticks = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
+            announced = _Announced(domain, self._worker(), time.monotonic() + _CLAIM_TIMEOUT_S, int(since_ticks))
             failed.push_async_callback(announced.close)
             for block in domain.ram:
                 reserved = self._broker.pool.reserve(block.size, self._broker.ledger.next_number())
@@ -167,13 +171,27 @@ class Domains:
     async def claim(self, arguments: Sequence[str], caller: Caller, pidfd: int) -> int:
         """See DomainsInterface.Claim; the channel is the caller's to close. Raises VmmbackError, OSError."""
         name, blocks = name_of(arguments), blocks_of(arguments)
+        announced = self._announced_to(name, blocks, caller)
+        del self._announced[name]
+        async with AsyncExitStack() as failed:
+            failed.push_async_callback(announced.close)
+            ready = list[Ready]()
+            failed.callback(self._not_lent, ready)
+            for reserved in announced.ram:
+                ready.append(await _given(reserved, pidfd))
+            await self._lend(announced, blocks, ready, caller, pidfd)
+            failed.pop_all()
+            return announced.channel
+
+    def _announced_to(self, name: str, blocks: Sequence[Block], caller: Caller) -> _Announced:
+        """Return what was announced of a domain for whoever claims it. Raises AdmissionRefused, ConfigError."""
         announced = self._announced.get(name)
         if announced is None:
             raise AdmissionRefused(
                 f"no domain {name!a} was announced to the broker, or it has its RAM already",
                 "start it by libvirt, with vmmback's hook in place: vmmback libvirt install",
             )
-        if pid_of(name) != caller.pid:
+        if pid_of(name) != caller.pid or caller.started < announced.since_ticks:
             raise AdmissionRefused(
                 f"process {caller.pid} is not the one that libvirt has started for domain {name!a}",
                 "only libvirt starts a domain's emulator",
@@ -184,15 +202,22 @@ class Domains:
                 f"domain {name!a} was announced with RAM blocks of {wanted} bytes, and its QEMU wants {sizes}",
                 "report this, with the domain's XML",
             )
-        del self._announced[name]
-        domain = announced.domain
+        # Who runs as one user can take each other's descriptors, capabilities or not (own_user.py).
+        others = {lease.purpose for lease in self._broker.ledger if lease.uid == caller.uid} - {purpose(name)}
+        if others or caller.uid == _user_of_all():
+            shares = f"{min(others)} does" if others else "all domains do by default"
+            raise AdmissionRefused(
+                f"domain {name!a} would run as user {caller.uid}, as {shares}, and they could take each other's RAM",
+                "remove its <seclabel model='dac'>, then vmmback libvirt enable",
+            )
+        return announced
+
+    async def _lend(
+        self, announced: _Announced, blocks: Sequence[Block], ready: list[Ready], caller: Caller, pidfd: int
+    ) -> None:
+        """Lend the files of a domain to its QEMU, and tell the worker which of its calls to answer with them."""
+        name, memory, frames = announced.domain.name, list[Lent](), dict[int, int]()
         async with AsyncExitStack() as failed, AsyncExitStack() as lending:
-            failed.push_async_callback(announced.close)
-            ready, memory = list[Ready](), list[Lent]()
-            failed.callback(self._not_lent, ready)
-            for reserved in announced.ram:
-                ready.append(await reserved.given())
-            frames: dict[int, int] = {}
             while ready:
                 inode = ready[0].inode
                 lease, lent, frames[inode] = self._broker.hand_over(ready.pop(0), caller, pidfd, purpose(name))
@@ -200,12 +225,11 @@ class Domains:
                 lending.callback(lent.close)
                 failed.callback(self._broker.end, lease.number)
                 memory.append(lent)
-            await in_thread(partial(records.write_frames, domain.uuid, caller.pid, frames))
+            await in_thread(partial(records.write_frames, announced.domain.uuid, caller.pid, frames))
             offers = [Offer(block.call, block.name, lent.fileno()) for block, lent in zip(blocks, memory, strict=True)]
-            more = {"broker": str(socket_path()), "purpose": purpose(name), "room": domain.room}
+            more = {"broker": str(socket_path()), "purpose": purpose(name), "room": announced.domain.room}
             handoffs.tell(announced.channel, caller.pid, pidfd, offers, more)
             failed.pop_all()
-            return announced.channel
 
     def _not_lent(self, ready: Sequence[Ready]) -> None:
         for each in ready:
@@ -233,6 +257,33 @@ class Domains:
                 if time.monotonic() > announced.until_s:
                     with suppress(VmmbackError, OSError):
                         await self.withdraw(name)
+
+
+async def _given(reserved: Reserved, pidfd: int) -> Ready:
+    """Return a file once it is there. Raises AdmissionRefused where who has claimed it ends before, and as `given`."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    given, end = asyncio.ensure_future(reserved.given()), asyncio.ensure_future(ended.wait())
+    try:
+        await asyncio.wait({given, end}, return_when=asyncio.FIRST_COMPLETED)
+        is_given = given.done()
+    finally:
+        loop.remove_reader(pidfd)
+        end.cancel()
+        given.cancel()
+    if not is_given:
+        raise AdmissionRefused("the process that has claimed it has ended", "start the domain again")
+    return given.result()
+
+
+@cache
+def _user_of_all() -> int:
+    """Return the uid that libvirt gives QEMUs which are not to have another one, -1 where that is not known."""
+    try:
+        return lock_launcher.qemu_user(Places()).uid
+    except HostUnfit:
+        return -1
 
 
 def purpose(name: str) -> str:

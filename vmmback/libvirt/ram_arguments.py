@@ -48,7 +48,7 @@ def blocks_of(arguments: Sequence[str]) -> list[Block]:
             continue
         try:
             backend = json.loads(value)
-            kind, size = backend["qom-type"], int(backend["size"])
+            kind, size = backend["qom-type"], _bytes(backend["size"])
             if kind == _MEMFD and not backend.get("hugetlb"):
                 blocks.append(Block("memfd_create", _MEMFD, size))
                 continue
@@ -59,3 +59,9 @@ def blocks_of(arguments: Sequence[str]) -> list[Block]:
             raise ConfigError(f"QEMU's memory is described in a way not known here: {quote(value)}", _REPORT) from None
         raise ConfigError(f"{quote(str(kind))} {quote(str(backend.get('id')))} cannot be secret RAM", _ENABLE)
     return blocks
+
+
+def _bytes(value: object) -> int:
+    if type(value) is not int or value <= 0:
+        raise ValueError
+    return value
