@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from integration.conftest import MIB, Supervisor, eventually
+from integration.leftovers import descendants
 from vmmback import tiny_guest
 from vmmback.libvirt import domain_edit
 from vmmback.libvirt.own_user import own_uid
@@ -457,6 +458,40 @@ def test_nobody_but_what_libvirt_starts_gets_a_domains_ram(ready: Host) -> None:
     again = libvirtd.run(*as_qemu, WRAPPER, *BY_HAND, BACKEND, check=False)
     assert "no domain 'one' was announced" in again.stderr
     assert ready.leases() == [("domain one", SIZE)]
+
+
+def test_a_start_that_is_broken_off_while_its_ram_is_made_holds_none_of_it(ready: Host) -> None:
+    """The pool has none of this size."""
+    libvirtd = ready.libvirtd
+    ready.define("big", memory_mib=4096)
+    starting = libvirtd.start("virsh", "-c", libvirtd.uri, "start", "big")
+    eventually(lambda: libvirtd.qemu_pid("big") != 0, "libvirt has started its emulator")
+    workers = [pid for pid, program in descendants(ready.broker_pid).items() if "prefault_worker" in program]
+    assert workers
+    libvirtd.virsh("destroy", "big")
+    assert starting.process.wait(30) == 1
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "nobody makes it any more", 2)
+    assert ready.leases() == []
+    uuid = libvirtd.virsh("domuuid", "big")
+    assert list((libvirtd.inside / "run/vmmback-libvirt/records").glob(f"{uuid}*.frames")) == []
+
+
+def test_no_two_domains_have_one_user(ready: Host) -> None:
+    """They could take each other's RAM, capability or not."""
+    libvirtd = ready.libvirtd
+    for name in ("one", "two"):
+        ready.define(name)
+        xml = libvirtd.virsh("dumpxml", "--inactive", name)
+        libvirtd.define(xml.replace(f"+{own_uid(libvirtd.virsh('domuuid', name))}:", "+5000:"))
+    libvirtd.virsh("start", "one")
+    assert "would run as user 5000, as domain one does" in ready.refused("two")
+    libvirtd.virsh("destroy", "one")
+    libvirtd.virsh("start", "two")
+    assert ready.report("two")["verdict"] == "isolated"
+    libvirtd.virsh("destroy", "two")
+    by_number = libvirtd.run("id", "--user", "libvirt-qemu").stdout.strip()
+    libvirtd.define(libvirtd.virsh("dumpxml", "--inactive", "two").replace("+5000:", f"+{by_number}:"))
+    assert "as all domains do by default" in ready.refused("two")
 
 
 TAKES = """
