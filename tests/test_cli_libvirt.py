@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -212,13 +213,37 @@ def test_uninstall_keeps_what_domains_need(known: Callable[..., None], monkeypat
 
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(installation, "uninstall", uninstall)
-    monkeypatch.setattr(host_checks, "stop_units", lambda _: None)
+    monkeypatch.setattr(host_checks, "stop_units", lambda *_: None)
     error = run("uninstall").exception
     assert isinstance(error, UsageError)
     assert error.message.endswith("could not start any more: web1")
     assert removed == []
     assert run("uninstall", "--force").stdout == "removed /etc/libvirt/hooks/qemu.d/50-vmmback\n"
     assert len(removed) == 1
+
+
+def test_a_broken_manifest_leaves_the_broker_running(
+    known: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known()
+    places = Places(tmp_path)
+    unit = places.units / "vmmback-broker.socket"
+    for path, text in ((places.manifest, "{"), (unit, ""), (places.below("/run/systemd/system/x"), "")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("vmmback.libvirt.places.Places", lambda: places)
+    calls: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda argv, **_: calls.append(argv))
+    error = run("uninstall").exception
+    assert isinstance(error, UsageError)
+    assert "is not as it was written" in error.message
+    assert calls == []
+    # One that is fine, and names the unit.
+    manifest = {"files": [f"/{unit.relative_to(tmp_path)}"], "blocks": [], "made": []}
+    places.manifest.write_text(json.dumps(manifest))
+    assert json.loads(run("uninstall", "--json").stdout)["next"] == ["systemctl daemon-reload"]
+    assert calls == [["systemctl", "disable", "--now", "vmmback-broker.socket"]]
 
 
 @pytest.mark.parametrize("command", ["install", "uninstall"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,29 @@ def test_who_else_could_change_what_root_will_execute_is_told(tmp_path: Path, mo
     (tmp_path / "opt").chmod(0o755)
     os.chown(ours, 1000, 1000)
     assert host_checks.doubts(["/usr/bin/env"])[0].startswith(f"{ours} is not")  # where our modules are
+
+
+SOCKET_UNIT, SERVICE_UNIT = (f"/etc/systemd/system/vmmback-broker.{kind}" for kind in ("socket", "service"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "stopped"),
+    [((), []), ((SERVICE_UNIT,), ["vmmback-broker.service"]),
+     ((SERVICE_UNIT, SOCKET_UNIT), ["vmmback-broker.socket", "vmmback-broker.service"])],
+)  # fmt: skip
+def test_units_that_are_not_ours_are_not_stopped(
+    places: Places, monkeypatch: pytest.MonkeyPatch, ours: tuple[str, ...], stopped: list[str]
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda argv, **_: calls.append(argv))
+    places.below("/run/systemd/system").mkdir(parents=True)
+    for unit in (SOCKET_UNIT, SERVICE_UNIT):
+        program(places.below(unit))
+    host_checks.stop_units(places, ours)
+    assert calls == ([["systemctl", "disable", "--now", *stopped]] if stopped else [])
+
+
+def test_what_is_to_be_done_after_a_removal_follows_from_what_was_removed(places: Places) -> None:
+    assert host_checks.steps_after(places, [places.hook]) == []
+    steps = host_checks.steps_after(places, [places.below(SERVICE_UNIT), places.apparmor / "local/usr.sbin.libvirtd"])
+    assert [step.split(":")[0] for step in steps] == ["systemctl daemon-reload", "systemctl reload apparmor"]

@@ -84,8 +84,9 @@ def uninstall(*, force: bool, as_json: bool) -> None:
     if not force:
         _see_nobody_asks()
     places = Places()
-    host_checks.stop_units(places)
-    _print_changes("removed", installation.uninstall(places), [], as_json=as_json)
+    host_checks.stop_units(places, installation.manifest(places).files)
+    removed = installation.uninstall(places)
+    _print_changes("removed", removed, host_checks.steps_after(places, removed), as_json=as_json)
 
 
 @libvirt.command(epilog="Exit codes: 0 fine, 2 its XML forbids it, 3 libvirt cannot do it, 7 no such domain.")

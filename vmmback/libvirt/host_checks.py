@@ -7,7 +7,7 @@ import re
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from vmmback.errors import HostUnfit
@@ -64,13 +64,25 @@ def doubts(program: Sequence[str]) -> list[str]:
     return []
 
 
-def stop_units(places: Places) -> None:
-    """Stop and disable the broker's units, if they were installed here. Raises HostUnfit."""
-    if not places.below("/run/systemd/system").is_dir() or not (places.units / _UNITS[0]).exists():
+def steps_after(places: Places, removed: Collection[Path]) -> list[str]:
+    """Return what is to be done after these files were removed, or changed."""
+    steps = []
+    if any(places.units / unit in removed for unit in _UNITS):
+        steps.append("systemctl daemon-reload")
+    if any(places.apparmor in path.parents for path in removed):
+        steps.append("systemctl reload apparmor: domains get their new profiles when they start")
+    return steps
+
+
+def stop_units(places: Places, ours: Collection[str]) -> None:
+    """Stop and disable the broker's units, as far as they are among the files that are ours. Raises HostUnfit."""
+    named = {places.below(name) for name in ours}
+    units = [unit for unit in _UNITS if (path := places.units / unit) in named and path.exists()]
+    if not units or not places.below("/run/systemd/system").is_dir():
         return
     try:
         subprocess.run(
-            ["systemctl", "disable", "--now", *_UNITS], capture_output=True, text=True, timeout=_ANSWERS_S, check=True
+            ["systemctl", "disable", "--now", *units], capture_output=True, text=True, timeout=_ANSWERS_S, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or str(error)
