@@ -158,6 +158,8 @@ def test_a_domain_of_virt_install_boots_on_secret_ram_and_is_isolated(
     assert set(report["process"]["capabilities"]) <= {"CAP_IPC_LOCK"}
     vmmback(libvirtd, "libvirt", "disable", "one")  # for its next start: it runs as it was
     assert ready.report("one")["verdict"] == "isolated"
+    refused = vmmback(libvirtd, "libvirt", "uninstall", exit_code=2).stderr
+    assert "polkit's rule would be gone: one\n" in refused
     assert report["process"]["capabilities"] == ["CAP_IPC_LOCK"]
     libvirtd.define(libvirtd.domain_xml("plain"))
     libvirtd.virsh("start", "plain")

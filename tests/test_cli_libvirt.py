@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -33,6 +33,8 @@ PLAIN = f"""<domain type='qemu'>
 </domain>
 """
 
+WRAPPED = PLAIN.replace(str(QEMU), str(wrapper_of(QEMU)))
+
 
 def made_up(name: str, xml: str = PLAIN, *, active: bool = False) -> Domain:
     state = "running" if active else "shut off"
@@ -48,6 +50,7 @@ class Libvirt:
     """In place of a connection: domains that are made up, and what was done to them."""
 
     known: tuple[Domain, ...] = ()
+    running: Mapping[str, str] = {}
     told: tuple[Event, ...] = ()
     uri = "qemu:///system"
     is_here = False
@@ -70,6 +73,11 @@ class Libvirt:
             if known.name == name:
                 return known
         raise NoSuchGuest(f"libvirt has no domain {name}")
+
+    def running_xml(self, name: str) -> str:
+        if name not in self.running:
+            raise NoSuchGuest(f"libvirt has no domain {name}")
+        return self.running[name]
 
     def define(self, of: Domain, xml: str) -> None:
         self.defined.append((of.name, xml))
@@ -220,6 +228,47 @@ def test_uninstall_keeps_what_domains_need(known: Callable[..., None], monkeypat
     assert removed == []
     assert run("uninstall", "--force").stdout == "removed /etc/libvirt/hooks/qemu.d/50-vmmback\n"
     assert len(removed) == 1
+
+
+@pytest.mark.parametrize(
+    ("active", "runs", "said"),
+    [
+        (True, asks("web1").xml, "run on secret RAM"),  # disabled since
+        (True, WRAPPED, "run on secret RAM"),
+        (True, PLAIN, None),
+        (True, None, None),  # it has ended meanwhile
+        (False, None, None),
+    ],
+)
+def test_uninstall_keeps_what_a_domain_that_runs_needs(
+    known: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    active: bool,
+    runs: str | None,
+    said: str | None,
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("vmmback.libvirt.places.Places", lambda: Places(tmp_path))
+    monkeypatch.setattr(Libvirt, "running", {UUID: runs} if runs else {})
+    known(made_up("web1", active=active))
+    error = run("uninstall").exception
+    if said is None:
+        assert error is None
+    else:
+        assert isinstance(error, UsageError)
+        assert said in error.message
+        assert run("uninstall", "--force").exception is None
+
+
+def test_uninstall_keeps_the_emulator_of_a_domain_that_lost_its_metadata(
+    known: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    known(made_up("web1", WRAPPED))
+    error = run("uninstall").exception
+    assert isinstance(error, UsageError)
+    assert error.message.endswith("could not start any more: web1")
 
 
 def test_a_broken_manifest_leaves_the_broker_running(

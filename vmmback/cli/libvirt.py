@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import click
 
 from vmmback.cli import libvirt_audit
 from vmmback.cli.output import print_result, show
-from vmmback.errors import HostUnfit, UsageError
+from vmmback.errors import HostUnfit, NoSuchGuest, UsageError
 
 if TYPE_CHECKING:
     from vmmback.libvirt.asking import Standing
@@ -67,8 +68,8 @@ def install(emulators: tuple[Path, ...], *, as_json: bool) -> None:
     _print_changes("installed", changed, steps if changed else [], as_json=as_json)
 
 
-@libvirt.command(epilog="Exit codes: 0 nothing is left, 2 domains ask for secret RAM, 3 libvirt cannot be asked.")
-@click.option("--force", is_flag=True, help="Also while domains ask for secret RAM, which then cannot start.")
+@libvirt.command(epilog="Exit codes: 0 nothing is left, 2 domains need it, 3 libvirt cannot be asked.")
+@click.option("--force", is_flag=True, help="Also while domains need it, which then cannot start, and are not guarded.")
 @_JSON
 def uninstall(*, force: bool, as_json: bool) -> None:
     """Remove all that `install` installed.
@@ -82,7 +83,7 @@ def uninstall(*, force: bool, as_json: bool) -> None:
 
     _see_root("uninstall")
     if not force:
-        _see_nobody_asks()
+        _see_nobody_needs_it()
     places = Places()
     host_checks.stop_units(places, installation.manifest(places).files)
     removed = installation.uninstall(places)
@@ -186,17 +187,33 @@ def _see_root(command: str) -> None:
         raise HostUnfit("libvirt's folders are root's", f"run it as root: sudo vmmback libvirt {command}")
 
 
-def _see_nobody_asks() -> None:
+def _see_nobody_needs_it() -> None:
+    from vmmback.libvirt import asking
     from vmmback.libvirt.domain import Libvirt
 
     with Libvirt("qemu:///system") as connection:
-        asking = [domain for domain in connection.domains() if domain.may_ask]
-    if asking:
-        names = ", ".join(domain.name for domain in asking)
+        domains = connection.domains()
+        defined = [domain.name for domain in domains if asking.needs_us(domain.xml)]
+        running = [domain.name for domain in domains if domain.is_active and _runs_on_ours(connection, domain)]
+    problems = []
+    if running:
+        problems.append(f"these domains run on secret RAM, and polkit's rule would be gone: {', '.join(running)}")
+    if defined:
+        problems.append(f"these domains ask for secret RAM, and could not start any more: {', '.join(defined)}")
+    if problems:
         raise UsageError(
-            f"these domains ask for secret RAM, and could not start any more: {names}",
-            "vmmback libvirt disable each of them, or uninstall with --force",
+            "\n".join(problems),
+            "shut down those that run; vmmback libvirt disable each, or correct its <emulator> by virsh edit where "
+            "nothing else is left of it; or uninstall with --force",
         )
+
+
+def _runs_on_ours(connection: Libvirt, domain: Domain) -> bool:
+    from vmmback.libvirt import asking
+
+    with suppress(NoSuchGuest):  # it ended meanwhile
+        return asking.needs_us(connection.running_xml(domain.uuid))
+    return False
 
 
 def _places(connection: Libvirt) -> Places | None:

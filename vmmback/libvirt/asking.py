@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from vmmback.libvirt.domain import Domain
 from vmmback.libvirt.domain_refusals import refusals, refused
 from vmmback.libvirt.domain_xml import OnExposed, Source
 from vmmback.libvirt.installed_files import qemu_of
-from vmmback.libvirt.places import RECORDS, SECRET, Places, wrapper_of
+from vmmback.libvirt.places import LIBEXEC, RECORDS, SECRET, Places, wrapper_of
 from vmmback.linux import kvm
 from vmmback.toml_errors import ascii_path
 
@@ -70,12 +71,21 @@ def standing(domain: Domain, places: Places | None) -> Standing:
     return Standing(domain.name, domain.uuid, domain.state, asks, source, against, verdict, reasons)
 
 
+def needs_us(xml: str) -> bool:
+    """Tell whether a domain needs what is installed: it may ask, or its emulator is ours. Raises ConfigError."""
+    return domain_xml.mentions(xml) or LIBEXEC in _emulator(domain_xml.parse(xml)).parents
+
+
 def _qemu(xml: str) -> Path:
     """Return the QEMU of a domain, whether it asks already or not."""
     root = domain_xml.parse(xml)
     policy = domain_xml.policy_of(root)
     # One that has none is told so by whoever changes it.
-    return policy.emulator if policy else Path((root.findtext("devices/emulator") or "").strip() or "/none")
+    return policy.emulator if policy else _emulator(root)
+
+
+def _emulator(root: ET.Element) -> Path:
+    return Path((root.findtext("devices/emulator") or "").strip() or "/none")
 
 
 def _kvm_maps_secret(xml: str, *, is_here: bool) -> bool:
