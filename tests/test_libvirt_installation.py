@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import grp
+import itertools
 import os
 import re
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,54 +158,74 @@ def test_a_file_of_somebody_else_is_neither_replaced_nor_removed(places: Places)
     assert unit.exists()
 
 
-@pytest.mark.parametrize("fails_at", range(13))
 def test_an_installation_that_fails_at_any_file_leaves_all_as_it_was(
-    places: Places, fails_at: int, monkeypatch: pytest.MonkeyPatch
+    places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installation.install(places, host(QEMUS[0]))
     (places.libexec / "claim").write_text("of an older version")
     places.hook.unlink()
     before = tree(places.root)
-    real, count = Path.replace, 0
+    real, left = Path.replace, 0
 
     def replace(path: Path, target: Path) -> Path:
-        nonlocal count
-        count += 1
-        if count == fails_at + 1:
+        nonlocal left
+        if left == 0:
             raise OSError(28, "No space left on device")
+        left -= 1
         return real(path, target)
 
     monkeypatch.setattr(Path, "replace", replace)
-    if fails_at < 4:  # the manifest, and three files that are not as they are to be
+    # The manifest, three files that are not as they are to be, and, once the other wrapper is gone, the manifest.
+    for left in range(5):  # noqa: B007 (replace counts it down)
         with pytest.raises(HostUnfit, match="No space left on device"):
-            installation.install(places, host())
+            installation.install(places, host(QEMUS[1]))
         assert tree(places.root) == before
-    else:
-        installation.install(places, host())
-        assert count == 4
+    left = 5
+    installation.install(places, host(QEMUS[1]))
 
 
-def test_a_manifest_comes_first_so_that_nothing_is_forgotten(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the middle: what is there is known, and removed."""
-    before = tree(places.root)
-    real, count = installation._write, 0
-
-    def write(*arguments: object) -> None:
-        nonlocal count
-        count += 1
-        if count == 4:
-            os._exit(9)
-        real(*arguments)  # type: ignore[arg-type]
-
+def is_killed(places: Places, qemu: str, step: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Install in a process that ends, as by SIGKILL, before it puts or removes a file for the `step`th time from 0."""
     child = os.fork()
     if not child:
-        monkeypatch.setattr(installation, "_write", write)
-        installation.install(places, host())
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert tree(places.root) != before
-    installation.uninstall(places)
-    assert tree(places.root) == before
+        count = itertools.count()
+
+        def or_end(real: Callable[..., object]) -> Callable[..., object]:
+            return lambda *args, **named: os._exit(9) if next(count) == step else real(*args, **named)
+
+        try:
+            monkeypatch.setattr(Path, "replace", or_end(Path.replace))
+            monkeypatch.setattr(Path, "unlink", or_end(Path.unlink))
+            installation.install(places, host(qemu))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in {0, 9}
+    return code == 9
+
+
+@pytest.mark.parametrize("is_upgrade", [False, True], ids=["new", "upgrade"])
+def test_what_is_killed_at_any_step_is_removed_whole(
+    places: Places, is_upgrade: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libvirtd, virtqemud = (places.apparmor / f"usr.sbin.{daemon}" for daemon in ("libvirtd", "virtqemud"))
+    libvirtd.rename(virtqemud)
+    before = tree(places.root)
+    # Before the manifest is there, a new one leaves empty folders at most.
+    for step in itertools.count(0 if is_upgrade else 1):
+        if is_upgrade:  # it brings another wrapper and another block
+            virtqemud.rename(libvirtd)
+            installation.install(places, host(QEMUS[0]))
+            libvirtd.rename(virtqemud)
+        killed = is_killed(places, QEMUS[1], step, monkeypatch)
+        if killed:
+            assert tree(places.root) != before
+        installation.uninstall(places)
+        assert tree(places.root) == before, step
+        if not killed:
+            break
+    assert step == (6 if is_upgrade else 14)
 
 
 @pytest.mark.parametrize("name", ["claim", "qemu.d/50-vmmback"])

@@ -1,6 +1,7 @@
 """Making libvirt find us, and undoing it: all of it, or nothing where something goes wrong.
 
-A manifest in LIBEXEC is written before anything else, so that also an installation that was cut off is removed whole.
+A manifest in LIBEXEC names all that may be there at any moment, so that also what was cut off is removed whole: before
+anything else is written it has what was installed and what will be, and at the end the latter alone.
 """
 
 from __future__ import annotations
@@ -49,15 +50,20 @@ def install(places: Places, host: Host) -> list[Path]:
     before = manifest(places)
     kept, wanted = _planned(places, before, files(places, host))
     inserted = blocks(places)
+    folders = _missing_folders([places.manifest, *(file.path for file in wanted), *(block.path for block in inserted)])
+    made = (*folders, *(block.path for block in inserted if not block.path.exists()))
     now = Manifest(
         tuple(sorted(_named(places, file.path) for file in (*kept, *wanted))),
         tuple(_named(places, block.path) for block in inserted),
-        tuple(sorted({*before.made, *_missing(places, wanted, inserted)})),
+        tuple(sorted({*before.made, *(_named(places, path) for path in made)})),
     )
+    meanwhile = Manifest(*(tuple(sorted({*old, *new})) for old, new in zip(before, now, strict=True)))
     with ExitStack() as undo:
-        _make_folders(places, now, undo)
-        text = json.dumps(now._asdict(), indent=2) + "\n"
-        _write(File(places.manifest, text.encode(), 0o644), undo)
+        for folder in folders:
+            folder.mkdir()
+            undo.callback(folder.rmdir)
+            folder.chmod(0o755)
+        _write_manifest(places, meanwhile, undo)
         for file in wanted:
             _write(file, undo)
         changed = [file.path for file in wanted]
@@ -67,6 +73,7 @@ def install(places: Places, host: Host) -> list[Path]:
             changed += _remove(places.below(name), undo)
         if places.lock_launcher in changed:
             lock_launcher.verify(places.lock_launcher, host.user)
+        _write_manifest(places, now, undo)
         undo.pop_all()
     return changed
 
@@ -86,15 +93,6 @@ def _planned(places: Places, before: Manifest, all_files: Iterable[File]) -> tup
     return kept, wanted
 
 
-def _make_folders(places: Places, now: Manifest, undo: ExitStack) -> None:
-    for name in now.made:
-        path = places.below(name)
-        if name not in now.blocks and not path.exists():
-            path.mkdir()
-            undo.callback(path.rmdir)
-            path.chmod(0o755)
-
-
 def _former(places: Places, before: Manifest, now: Manifest) -> list[Block]:
     """Return files of others in which no block of ours is to be any more."""
     return [Block(places.below(name), "") for name in sorted({*before.blocks} - {*now.blocks})]
@@ -104,6 +102,8 @@ def uninstall(places: Places) -> list[Path]:
     """Remove all that was installed; return what was changed. Raises UsageError, OSError."""
     found = manifest(places)
     with ExitStack() as undo:
+        for path in (places.manifest, *map(places.below, (*found.files, *found.blocks))):
+            _remove(_draft(path), undo)  # of an installation that was cut off
         changed = [path for name in found.files for path in _remove(places.below(name), undo)]
         for name in found.blocks:
             changed += _insert(Block(places.below(name), ""), undo)
@@ -124,11 +124,9 @@ def _named(places: Places, path: Path) -> str:
     return f"/{path.relative_to(places.root)}"
 
 
-def _missing(places: Places, wanted: list[File], inserted: list[Block]) -> set[str]:
-    """Name the folders that are not there yet, and the files of others."""
-    paths = [places.manifest, *(file.path for file in wanted), *(block.path for block in inserted)]
-    folders = {folder for path in paths for folder in path.parents if not folder.exists()}
-    return {_named(places, path) for path in (*folders, *(block.path for block in inserted if not block.path.exists()))}
+def _missing_folders(paths: Iterable[Path]) -> list[Path]:
+    """Return the folders of files that are not there yet, outer ones first."""
+    return sorted({folder for path in paths for folder in path.parents if not folder.exists()})
 
 
 def _is_as_wanted(file: File) -> bool:
@@ -149,10 +147,19 @@ def _attribute(path: Path) -> bytes:
         return b""
 
 
+def _write_manifest(places: Places, what: Manifest, undo: ExitStack) -> None:
+    text = json.dumps(what._asdict(), indent=2) + "\n"
+    _write(File(places.manifest, text.encode(), 0o644), undo)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.vmmback")
+
+
 def _write(file: File, undo: ExitStack) -> None:
     """Put a file in its place, whole or not at all. Raises HostUnfit."""
     undo.callback(_restorer(file.path))
-    draft = file.path.with_name(f".{file.path.name}.vmmback")
+    draft = _draft(file.path)
     try:
         draft.write_bytes(file.content)
         if os.geteuid() == 0:
