@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vmmback.errors import HostUnfit
 from vmmback.libvirt import host_checks, installed_files, lock_launcher
 from vmmback.libvirt.lock_launcher import QemuUser
 from vmmback.libvirt.places import LIBEXEC, Places
@@ -48,6 +49,20 @@ def test_all_qemus_are_wrapped_and_those_that_were_named_stay(found: Places, tmp
     assert host_checks.host(found, []).qemus == [Path("/opt/qemu-system-arm"), usual[1]]
     other.unlink()
     assert host_checks.host(found, []).qemus == usual
+
+
+@pytest.mark.parametrize("version", ["libvirtd (libvirt) 7.1.0", "libvirtd (libvirt) 6.10.0", "nonsense"])
+def test_a_libvirt_that_describes_no_memory_in_json_is_refused(
+    places: Places, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    daemon = program(places.root / "libvirtd", f"#!/bin/sh\necho '{version}'\n")
+    monkeypatch.setattr(host_checks, "_DAEMONS", (str(daemon),))
+    with pytest.raises(HostUnfit, match="describes no memory to QEMU in JSON") as refused:
+        host_checks.host(places, [])
+    assert refused.value.hint == "libvirt 7.2 and later do"
+    program(daemon, "#!/bin/sh\necho 'libvirtd (libvirt) 7.2.0'\n")
+    with pytest.raises(HostUnfit, match="no QEMU is in /usr/bin"):  # what is looked at next
+        host_checks.host(places, [])
 
 
 def test_a_hook_that_was_there_needs_no_restart(places: Places) -> None:

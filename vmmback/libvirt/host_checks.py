@@ -17,7 +17,8 @@ from vmmback.libvirt.places import PERL, Places
 
 # The daemon, or of its parts the one for QEMU.
 _DAEMONS = ("/usr/sbin/libvirtd", "/usr/sbin/virtqemud")
-_FIRST_WITH_QEMU_D = (6, 5)  # NEWS.rst of libvirt: it calls all hooks of a folder qemu.d since then
+# It gives QEMU 6.0 and later their -object as JSON since then (commit f763b6e4390 of libvirt); qemu.d is older, of 6.5.
+_FIRST_WITH_JSON_OBJECTS = (7, 2)
 _ANSWERS_S = 20.0
 _UNITS = ("vmmback-broker.socket", "vmmback-broker.service")
 
@@ -95,9 +96,9 @@ def _see_libvirt() -> None:
         raise HostUnfit("libvirt's daemon is not installed", "install it: apt-get install libvirt-daemon-system")
     answer = subprocess.run([daemon, "--version"], capture_output=True, text=True, timeout=_ANSWERS_S, check=False)
     found = re.search(r"\b(\d+)\.(\d+)\.\d+\s*$", answer.stdout)
-    if not found or (int(found[1]), int(found[2])) < _FIRST_WITH_QEMU_D:
+    if not found or (int(found[1]), int(found[2])) < _FIRST_WITH_JSON_OBJECTS:
         said = answer.stdout.strip() or answer.stderr.strip()
-        raise HostUnfit(f"{daemon} is {said!r}, which knows no folder of hooks", "libvirt 6.5 and later do")
+        raise HostUnfit(f"{daemon} is {said!r}, which describes no memory to QEMU in JSON", "libvirt 7.2 and later do")
 
 
 def _absolute(path: Path) -> Path:

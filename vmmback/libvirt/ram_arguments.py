@@ -40,7 +40,7 @@ def name_of(arguments: Sequence[str]) -> str:
 def blocks_of(arguments: Sequence[str]) -> list[Block]:
     """Return QEMU's RAM blocks, in its order. Raises ConfigError for memory that cannot be secret.
 
-    (qemuBuildMemoryBackendProps in libvirt's src/qemu/qemu_command.c; JSON since libvirt 6.10.)
+    (qemuBuildMemoryBackendProps in libvirt's src/qemu/qemu_command.c; JSON since libvirt 7.2, for QEMU 6.0 and later.)
     """
     blocks = []
     for option, value in pairwise(arguments):
