@@ -14,8 +14,9 @@ from click.testing import CliRunner, Result
 
 from vmmback.cli.libvirt import libvirt
 from vmmback.errors import ConfigError, HostUnfit, NoSuchGuest, UsageError
-from vmmback.libvirt import asking, domain, host_checks, installation, installed_files
+from vmmback.libvirt import asking, domain, host_checks, installation, installed_files, lock_launcher
 from vmmback.libvirt.domain import Domain, Event
+from vmmback.libvirt.lock_launcher import QemuUser
 from vmmback.libvirt.places import Places, wrapper_of
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
@@ -156,6 +157,18 @@ def test_on_this_host_the_wrapper_must_be_there(
     assert error.hint == f"run vmmback libvirt install --emulator {QEMU}"
     wrapper.write_text(installed_files.wrapper(QEMU))
     assert run("enable", "web1").exception is None
+
+
+def test_an_emulator_that_no_wrapper_can_be_made_for_is_not_to_be_installed(
+    known: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known(made_up("web1", PLAIN.replace(str(QEMU), "/usr/bin/kvm")), here=True)
+    monkeypatch.setattr("vmmback.cli.libvirt._places", lambda _: Places(tmp_path))
+    monkeypatch.setattr(lock_launcher, "qemu_user", lambda _: QemuUser(1, 1))
+    error = run("enable", "web1").exception
+    assert isinstance(error, UsageError)
+    assert "the domain's QEMU is /usr/bin/kvm" in error.message
+    assert error.hint == "have <emulator> name a program qemu…, such as /usr/bin/qemu-system-x86_64 (virsh edit)"
 
 
 def test_disable_puts_all_back(known: Callable[..., None]) -> None:

@@ -20,9 +20,10 @@ import pytest
 from vmmback.broker import handoffs
 from vmmback.broker.ledger import Caller
 from vmmback.broker.lending import Broker
+from vmmback.broker.service import Refused
 from vmmback.errors import AdmissionRefused, ConfigError
 from vmmback.libvirt import domain_edit, domains, records
-from vmmback.libvirt.domains import Domains
+from vmmback.libvirt.domains import Domains, DomainsInterface
 from vmmback.libvirt.places import wrapper_of
 from vmmback.linux import page_file
 
@@ -395,3 +396,30 @@ def test_a_worker_that_has_ended_while_it_waited_is_no_domains(workers: Worker) 
         os.close(channel)
 
     run(workers, work)
+
+
+@pytest.mark.parametrize(
+    ("hint", "told"),
+    [
+        ("set [memory] size to at most 256MiB, or free memory on the host",
+         "give the domain less <memory> (virsh edit), or free memory on the host"),
+        ("choose a smaller [memory] size, or free memory or descriptors on the host",
+         "give the domain less <memory> (virsh edit), or free memory or descriptors on the host"),
+        ("free memory on the host", "free memory on the host"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["announce", "claim"])
+def test_hints_speak_of_a_domain_not_of_a_guest_file(
+    broker: MadeUp, monkeypatch: pytest.MonkeyPatch, method: str, hint: str, told: str
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise AdmissionRefused("it does not fit", hint)
+
+    async def work(made: Domains) -> None:
+        monkeypatch.setattr(made, method, refuse)
+        interface = DomainsInterface(made, CALLER._replace(uid=0), 0)
+        with pytest.raises(Refused) as refused:
+            await (interface.Announce("") if method == "announce" else interface.Claim([]))
+        assert refused.value.hint == told
+
+    run(broker, work)

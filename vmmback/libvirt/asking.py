@@ -13,7 +13,7 @@ from vmmback.libvirt import domain_edit, domain_xml, lock_launcher, own_user
 from vmmback.libvirt.domain import Domain
 from vmmback.libvirt.domain_refusals import refusals, refused
 from vmmback.libvirt.domain_xml import OnExposed, Source
-from vmmback.libvirt.installed_files import qemu_of
+from vmmback.libvirt.installed_files import can_be_wrapped, qemu_of
 from vmmback.libvirt.places import LIBEXEC, RECORDS, SECRET, Places, wrapper_of
 from vmmback.linux import kvm
 from vmmback.toml_errors import ascii_path
@@ -101,7 +101,9 @@ def _see_wrapper(places: Places, wrapper: Path, qemu: Path) -> None:
         what = f"is the wrapper of {ascii_path(wrapped)}" if wrapped else "is not there"
         raise UsageError(
             f"{ascii_path(wrapper)} {what}, and the domain's QEMU is {ascii_path(qemu)}",
-            f"run vmmback libvirt install --emulator {ascii_path(qemu)}",
+            f"run vmmback libvirt install --emulator {ascii_path(qemu)}"
+            if can_be_wrapped(qemu)
+            else "have <emulator> name a program qemu…, such as /usr/bin/qemu-system-x86_64 (virsh edit)",
         )
 
 

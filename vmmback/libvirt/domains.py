@@ -8,9 +8,10 @@ is root, writes the pid of what it starts to a file that only root can write. do
 # The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
 import asyncio
 import os
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -66,7 +67,7 @@ class DomainsInterface(VarlinkInterface, name="org.vmmback.Domains"):
 
         A domain that does not ask for secret RAM is none of ours.
         """
-        with refusing("the domain cannot have secret RAM"):
+        with refusing("the domain cannot have secret RAM"), _of_a_domain():
             self._by_root()
             await self._domains.announce(xml)
 
@@ -77,7 +78,7 @@ class DomainsInterface(VarlinkInterface, name="org.vmmback.Domains"):
         `filter` is the program (hex) for seccomp(2), whose listener goes to `channel` (org.vmmback.Handoff). For the
         process that libvirt has started for this domain alone, and once.
         """
-        with refusing("the domain cannot have its RAM"), held(self._pidfd) as pidfd:
+        with refusing("the domain cannot have its RAM"), _of_a_domain(), held(self._pidfd) as pidfd:
             channel = await self._domains.claim(arguments, self._caller, pidfd)
             return {
                 "channel": FileDescriptor(channel, should_close=True),
@@ -189,7 +190,7 @@ class Domains:
         if announced is None:
             raise AdmissionRefused(
                 f"no domain {name!a} was announced to the broker, or it has its RAM already",
-                "start it by libvirt, with vmmback's hook in place: vmmback libvirt install",
+                "start it by libvirt again; if that fails too: vmmback libvirt enable it, and vmmback libvirt install",
             )
         if pid_of(name) != caller.pid or caller.started < announced.since_ticks:
             raise AdmissionRefused(
@@ -284,6 +285,18 @@ def _user_of_all() -> int:
         return lock_launcher.qemu_user(Places()).uid
     except HostUnfit:
         return -1
+
+
+@contextmanager
+def _of_a_domain() -> Iterator[None]:
+    """Have hints speak of a domain's XML where they speak of a guest file, which a domain has not."""
+    try:
+        yield
+    except VmmbackError as error:
+        # How much fits is said of one RAM block, of which a domain may have several: no size of <memory>.
+        size = r"(?:set|choose a smaller) \[memory\] size(?: to at most \w+)?"
+        error.hint = re.sub(size, "give the domain less <memory> (virsh edit)", error.hint)
+        raise
 
 
 def purpose(name: str) -> str:

@@ -72,9 +72,14 @@ def filled(name: str, **values: str) -> str:
     return re.sub("@([A-Z]+)@", lambda found: values[found[1]], text)
 
 
+def can_be_wrapped(qemu: Path) -> bool:
+    """Tell whether a QEMU's path is one that a wrapper can be made for."""
+    return bool(re.fullmatch(r"/[A-Za-z0-9/._+-]+", str(qemu))) and qemu.name.startswith("qemu")
+
+
 def wrapper(qemu: Path) -> str:
     """Return the text of a QEMU's wrapper. Raises UsageError."""
-    if not re.fullmatch(r"/[A-Za-z0-9/._+-]+", str(qemu)) or not qemu.name.startswith("qemu"):
+    if not can_be_wrapped(qemu):
         raise UsageError(f"{quote(str(qemu))} cannot be wrapped", "give the plain absolute path of a program qemu…")
     return filled("emulator", QEMU=str(qemu))
 
