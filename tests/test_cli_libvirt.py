@@ -42,9 +42,9 @@ def made_up(name: str, xml: str = PLAIN, *, active: bool = False) -> Domain:
     return Domain(name, UUID, state, active, True, False, xml.replace("NAME", name))
 
 
-def asks(name: str) -> Domain:
+def asks(name: str, xml: str = PLAIN) -> Domain:
     places = None
-    return made_up(name)._replace(xml=asking.enabled(made_up(name), "kill", None, places))
+    return made_up(name)._replace(xml=asking.enabled(made_up(name, xml), "kill", None, places))
 
 
 class Libvirt:
@@ -172,10 +172,11 @@ def test_an_emulator_that_no_wrapper_can_be_made_for_is_not_to_be_installed(
 
 
 def test_disable_puts_all_back(known: Callable[..., None]) -> None:
-    known(asks("web1"))
+    plain = PLAIN.replace("<memory", "<description>not on secret-ram</description><memory")
+    known(asks("web1", plain))
     assert "-    <emulator>/usr/local" in run("disable", "web1", "--dry-run").stdout
     assert run("disable", "web1").stderr.startswith("vmmback: domain web1 does not ask for secret RAM")
-    assert made[-1].defined == [("web1", made_up("web1").xml)]
+    assert made[-1].defined == [("web1", made_up("web1", plain).xml)]
     known(made_up("web1"))
     assert run("disable", "web1").stderr == "vmmback: domain web1 is as it is to be\n"
     assert made[-1].defined == []

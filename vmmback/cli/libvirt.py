@@ -113,7 +113,7 @@ def enable(domain: str, on_exposed: OnExposed, source: Source | None, uri: str |
     with Libvirt(uri) as connection:
         found = connection.domain(domain)
         xml = asking.enabled(found, on_exposed, source, _places(connection))
-        _change(connection, found, xml, dry_run=dry_run)
+        _change(connection, found, xml, "asks for secret RAM", dry_run=dry_run)
 
 
 @libvirt.command(epilog="Exit codes: 0 fine, 2 its XML is wrong, 3 libvirt cannot do it, 7 no such domain.")
@@ -132,7 +132,7 @@ def disable(domain: str, uri: str | None, *, dry_run: bool) -> None:
 
     with Libvirt(uri) as connection:
         found = connection.domain(domain)
-        _change(connection, found, disabled(found.xml), dry_run=dry_run)
+        _change(connection, found, disabled(found.xml), "does not ask for secret RAM", dry_run=dry_run)
 
 
 @libvirt.command("list", epilog="Exit codes: 0 fine, 3 libvirt cannot be asked.")
@@ -223,7 +223,7 @@ def _places(connection: Libvirt) -> Places | None:
     return Places() if connection.is_here else None
 
 
-def _change(connection: Libvirt, domain: Domain, xml: str, *, dry_run: bool) -> None:
+def _change(connection: Libvirt, domain: Domain, xml: str, what: str, *, dry_run: bool) -> None:
     from vmmback.libvirt.domain_edit import difference
 
     if dry_run:
@@ -233,7 +233,6 @@ def _change(connection: Libvirt, domain: Domain, xml: str, *, dry_run: bool) -> 
         show(sys.stderr, f"vmmback: domain {domain.name} is as it is to be\n")
         return
     connection.define(domain, xml)
-    what = "asks for secret RAM" if xml.count("secret-ram") else "does not ask for secret RAM"
     show(sys.stderr, f"vmmback: domain {domain.name} {what} from its next start on\n")
     if domain.is_active:
         show(sys.stderr, "vmmback: hint: it runs as it was; shut it down and start it (a reboot starts no new QEMU)\n")
