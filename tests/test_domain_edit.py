@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vmmback.errors import ConfigError
 from vmmback.libvirt.domain_edit import difference, disabled, enabled
-from vmmback.libvirt.domain_xml import OnExposed, Source, read
+from vmmback.libvirt.domain_xml import OnExposed, Source, parse, read
 
 DEBIAN = (Path(__file__).parent / "domains/debian.xml").read_text()
 WRAPPER = Path("/usr/local/libexec/vmmback/qemu")
@@ -243,4 +243,5 @@ def test_disable_puts_all_back_byte_for_byte(xml: str, on_exposed: OnExposed, so
     domain = read(made.replace("<domain type='kvm'>", "<domain type='kvm'><os><type arch='i686'/></os>"))
     assert domain
     assert domain.policy == (on_exposed, Path("/usr/bin/qemu"))
-    assert (domain.emulator, domain.source, domain.ram[0].access) == (WRAPPER, source or domain.source, "shared")
+    assert parse(made).findtext("devices/emulator") == str(WRAPPER)
+    assert (domain.source, domain.ram[0].access) == (source or domain.source, "shared")

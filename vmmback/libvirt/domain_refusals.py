@@ -214,7 +214,7 @@ def _brings_memory(root: ET.Element) -> Iterator[Problem]:
     for device in root.findall("devices/*"):
         if device.tag not in _KINDS:
             reason = f"a device of a kind that is not known here: it could bring {_ORDINARY}"
-            yield Problem(f"devices/{quote(device.tag)[1:-1]}", reason, "remove it")
+            yield Problem(f"devices/{_named(device.tag)}", reason, "remove it")
 
 
 def _dumps(root: ET.Element) -> Iterator[Problem]:
@@ -230,7 +230,12 @@ def _each(root: ET.Element, kind: str, named_by: str = "", attribute: str = "") 
     for number, device in enumerate(root.findall(f"devices/{kind}")):
         named = device.find(named_by) if named_by else None
         name = "" if named is None else named.get(attribute, "")
-        yield f"devices/{kind}[{quote(name)[1:-1] or number}]", device
+        yield f"devices/{kind}[{_named(name) or number}]", device
+
+
+def _named(name: str) -> str:
+    """Return a name out of the XML as it can stand in a place: printable, and cut when it is long."""
+    return quote(name)[1:-1]
 
 
 def _past_libvirt(root: ET.Element) -> Iterator[Problem]:
@@ -244,11 +249,11 @@ def _past_libvirt(root: ET.Element) -> Iterator[Problem]:
         )
     for variable in root.findall(f"{_QEMU}commandline/{_QEMU}env"):
         yield Problem(
-            f"qemu:commandline/qemu:env[{quote(variable.get('name', ''))[1:-1]}]",
+            f"qemu:commandline/qemu:env[{_named(variable.get('name', ''))}]",
             "it could have QEMU, and the wrapper, load code of somebody else's",
             "remove it",
         )
     for element in root:
         if element.tag.startswith(_QEMU) and element.tag != f"{_QEMU}commandline":
             reason = "libvirt would start QEMU with other arguments than follow from the rest of the XML"
-            yield Problem(f"qemu:{quote(element.tag.removeprefix(_QEMU))[1:-1]}", reason, "remove it")
+            yield Problem(f"qemu:{_named(element.tag.removeprefix(_QEMU))}", reason, "remove it")

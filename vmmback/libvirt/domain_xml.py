@@ -62,8 +62,6 @@ class Domain(NamedTuple):
     uuid: str
     type: str
     """What runs the guest's code: "qemu" is TCG."""
-    emulator: Path | None
-    """What libvirt starts."""
     policy: Policy
     ram: tuple[RamBlock, ...]
     room: int
@@ -73,11 +71,6 @@ class Domain(NamedTuple):
     def source(self) -> Source | None:
         """What backs the guest's RAM, None if nothing can that is secret."""
         return self.ram[0].source
-
-    @property
-    def size(self) -> int:
-        """Bytes of RAM that the guest starts with."""
-        return sum(block.size for block in self.ram)
 
 
 def mentions(xml: str) -> bool:
@@ -98,7 +91,6 @@ def read(xml: str) -> Domain | None:
         name_of(root),
         _text(root, "uuid"),
         root.get("type", ""),
-        Path(emulator) if (emulator := _text(root, "devices/emulator")) else None,
         policy,
         ram,
         _room(root, sum(block.size for block in ram)),
