@@ -144,3 +144,17 @@ def test_what_is_denied_is_allowed_again_when_the_domain_has_ended(guarded: Libv
     guarded.virsh("start", "secret")
     assert [path.name for path in secret.iterdir()] == [uuid]
     assert "denied" in as_nobody(guarded, "dump", "--memory-only", "secret", "/run/libvirt/exported")
+
+
+def test_where_polkits_rule_cannot_look_nobody_exports_any_memory(guarded: Libvirtd) -> None:
+    def errors() -> list[str]:
+        names = ("secret", "plain")
+        return [as_nobody(guarded, "dump", "--memory-only", name, "/run/libvirt/exported") for name in names]
+
+    run = guarded.inside / "run/vmmback-libvirt"
+    for closed in (run, run / "secret"):
+        closed.chmod(0o700)
+        said = errors()
+        closed.chmod(0o755)
+        assert ["access denied" in error for error in said] == [True, True], (closed, said)
+    assert ["access denied" in error for error in errors()] == [True, False]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vmmback.libvirt.installed_files import CONFIGS, filled
-from vmmback.libvirt.places import SECRET
+from vmmback.libvirt.places import RUN, SECRET
 
 RULES = "00-vmmback.rules"
 SECRET_UUID = "0d7e5a4f-8a1c-4b1e-9b0e-6a1f7e5d3c2b"
@@ -44,10 +47,11 @@ console.log(JSON.stringify({rules: rules.length, answers, spawned}));
 """
 
 
-def answers(*asked: tuple[str, dict[str, str]]) -> dict[str, Any]:
+def answers(*asked: tuple[str, dict[str, str]], run: Path = RUN) -> dict[str, Any]:
     if not (node := shutil.which("node")):
         pytest.skip("no JavaScript engine (node); integration/test_libvirt_polkit.py asks polkit itself")
-    given = {"rules": filled(RULES), "asked": asked, "fails": [f"{SECRET}/{SECRET_UUID}"]}
+    rules = filled(RULES, RUN=str(run), SECRET=str(run / SECRET.name))
+    given = {"rules": rules, "asked": asked, "fails": [f"{SECRET}/{SECRET_UUID}"]}
     done = subprocess.run([node, "-e", ENGINE], input=json.dumps(given), capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -62,7 +66,7 @@ def test_no_export_of_secret_ram_is_allowed() -> None:
     found = answers(*(action(name) for name in EXPORTS))
     assert found["answers"] == ["no"] * len(EXPORTS)
     assert found["rules"] == 1
-    assert found["spawned"][0] == ["/usr/bin/test", "!", "-e", f"{SECRET}/{SECRET_UUID}"]
+    assert found["spawned"][0][0] == "/usr/bin/test"
 
 
 def test_other_domains_and_other_actions_are_for_other_rules() -> None:
@@ -72,6 +76,53 @@ def test_other_domains_and_other_actions_are_for_other_rules() -> None:
     found = answers(*others)
     assert found["answers"] == [None] * len(others)
     assert len(found["spawned"]) == len(EXPORTS)  # nothing is started for actions that export nothing
+
+
+@pytest.fixture
+def run() -> Iterator[Path]:
+    """Where there is nothing yet, which another user may look into."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder) / "run"
+
+
+def is_exported(run: Path, uuid: str) -> bool:
+    """Tell what the program says that the rule starts, by a user who is not root."""
+    (argv,) = answers(action("core-dump", uuid), run=run)["spawned"]
+    user = 65534 if os.geteuid() == 0 else None
+    return subprocess.run(argv, user=user, group=user, extra_groups=[] if user else None, timeout=30).returncode == 0
+
+
+def test_it_is_the_file_of_the_domain_that_counts(run: Path) -> None:
+    assert is_exported(run, SECRET_UUID)  # no domain was ever announced
+    run.mkdir(mode=0o755)
+    assert is_exported(run, SECRET_UUID)  # the broker's records alone are there
+    (run / SECRET.name).mkdir(mode=0o755)
+    assert is_exported(run, SECRET_UUID)
+    (run / SECRET.name / SECRET_UUID).touch()
+    assert not is_exported(run, SECRET_UUID)
+    assert is_exported(run, PLAIN_UUID)
+
+
+@pytest.mark.parametrize("closed", ["", SECRET.name])
+@pytest.mark.parametrize("mode", [0o000, 0o700, 0o744])
+def test_where_it_cannot_look_nothing_is_exported(run: Path, closed: str, mode: int) -> None:
+    if os.geteuid() and mode:
+        pytest.skip("what is closed to others is open to its owner, who this is")
+    (run / SECRET.name).mkdir(parents=True)
+    (run / SECRET.name / SECRET_UUID).touch()
+    (run / closed).chmod(mode)
+    exported = [is_exported(run, uuid) for uuid in (SECRET_UUID, PLAIN_UUID)]
+    (run / closed).chmod(0o755)
+    assert exported == [False, False]
+
+
+def test_where_the_folder_is_closed_that_would_have_the_files_nothing_is_exported(run: Path) -> None:
+    run.mkdir()
+    run.chmod(0o000)
+    exported = is_exported(run, SECRET_UUID)
+    run.chmod(0o755)
+    assert not exported
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,15 @@ def test_they_are_of_their_owner_alone(begun: Path) -> None:
     assert [mode(file) for file in (begun / f"{UUID}.4711.frames").iterdir()] == [0o600, 0o600]
 
 
+def test_polkits_rule_can_look_beside_them_whatever_the_umask_is(folder: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        records.begin(UUID)
+    finally:
+        os.umask(before)
+    assert (mode(folder.parent), mode(folder)) == (0o755, 0o700)
+
+
 def test_who_reads_sees_a_whole_file_or_the_one_before(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records.write(UUID, guest_report())
     with monkeypatch.context() as full:

@@ -22,7 +22,8 @@ _OWN = 0o700
 
 def begin(uuid: str) -> None:
     """Forget what audits of the domain found. Raises OSError."""
-    RECORDS.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    RECORDS.parent.mkdir(parents=True, exist_ok=True)
+    RECORDS.parent.chmod(0o755)  # whatever the umask: polkit's rule looks for files there, as another user
     RECORDS.mkdir(mode=_OWN, exist_ok=True)
     for file in (_report(uuid), *RECORDS.glob(f"{uuid}.*.new")):  # whose writer was killed
         file.unlink(missing_ok=True)
