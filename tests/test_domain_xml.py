@@ -16,6 +16,8 @@ DEBIAN = (DOMAINS / "debian.xml").read_text()
 WRAPPER = Path("/usr/local/libexec/vmmback/qemu")
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 
+ASKING = f'<v:secret-ram xmlns:v="{NAMESPACE}" emulator="{QEMU}"/>'
+
 
 def asking(xml: str = DEBIAN) -> str:
     return enabled(xml, WRAPPER, "kill")
@@ -86,6 +88,28 @@ def test_a_wrong_word_is_an_error_that_names_the_right_one(old: str, new: str, s
         read(xml.replace(old, new))
     assert said in raised.value.message
     assert raised.value.message.startswith('domain "debian": metadata')
+
+
+@pytest.mark.parametrize(
+    ("before", "place"),
+    [
+        ("<metadata><o:app xmlns:o='urn:o'>@</o:app></metadata>", "metadata/app/secret-ram"),
+        (f"<metadata><o:app xmlns:o='urn:o'>@</o:app>{ASKING}</metadata>", "metadata/app/secret-ram"),
+        (
+            f"<metadata><o:app xmlns:o='urn:o'><metadata>{ASKING}</metadata></o:app></metadata>",
+            "metadata/app/metadata/",
+        ),
+        ("<devices>@</devices>", "devices/secret-ram"),
+        ("@", "secret-ram"),
+    ],
+)
+def test_it_asks_directly_below_metadata_or_is_refused(before: str, place: str) -> None:
+    """The hook announces what has the element anywhere; were it not refused, QEMU would have ordinary memory."""
+    with pytest.raises(ConfigError) as raised:
+        read(f"<domain><name>x</name>{before.replace('@', ASKING)}</domain>")
+    assert raised.value.message.startswith(f'domain "x": {place}')
+    assert "move it directly below metadata" in raised.value.message
+    assert "virsh edit" in raised.value.hint
 
 
 def test_all_wrong_words_are_told_at_once() -> None:

@@ -122,13 +122,25 @@ def wrong_domain(name: str, problems: Iterable[tuple[str, str]], hint: str = "")
 def policy_of(root: ET.Element) -> Policy | None:
     """Return what a domain asks for, None if it does not ask for secret RAM. Raises ConfigError."""
     ours = [element for element in root.findall("metadata/*") if element.tag.startswith(f"{{{NAMESPACE}}}")]
-    if not ours:
-        return None
-    problems = list(_policy_problems(ours))
+    problems = [*_misplaced(root, ours), *_policy_problems(ours)]
     if problems:
         raise wrong_domain(name_of(root), problems, "correct it by virsh edit")
+    if not ours:
+        return None
     # What could be something else is a problem.
     return Policy(cast("OnExposed", ours[0].get("on-exposed", ON_EXPOSED[0])), Path(ours[0].get("emulator", "")))
+
+
+def _misplaced(root: ET.Element, ours: list[ET.Element]) -> Iterator[tuple[str, str]]:
+    # The hook announces a domain that has our element, wherever that is (configs/libvirt/announce).
+    misplaced = [element for element in root.iter(ASKS) if element not in ours]
+    above = {child: element for element in root.iter() for child in element} if misplaced else {}
+    for element in misplaced:
+        path, at = [], element
+        while at is not root:
+            path.append(_local(at))
+            at = above[at]
+        yield "/".join(reversed(path)), "it asks for nothing here; move it directly below metadata, or remove it"
 
 
 def _policy_problems(ours: list[ET.Element]) -> Iterator[tuple[str, str]]:
