@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from vmmback.linux import arch, procfs, seccomp
 from vmmback.linux.memfd_secret import memfd_secret
@@ -26,29 +27,39 @@ _PATH_MAX = 4096  # with the NUL; limits.h
 _AUXILIARY_BYTES = 4 << 30
 _ANY_BYTES = 1 << 63
 
+# QEMU maps what it gets before it asks for more, so it has one at a time. One under attack could ask for ever.
+_MOST_PROMISES = 64
+
 # How QEMU finds out what kinds of memfd there are (util/memfd.c); it maps none of these for a guest.
 _MEMFD_PROBE = b"test"
 # Other flags of memfd_create(2), such as those for huge pages, ask for what secretmem has not.
 _MEMFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 
 
+class More(Protocol):
+    """Where there is RAM for memory that is plugged in while the guest runs (broker/more_ram.py)."""
+
+    def has_room(self) -> bool:
+        """Tell whether anything can still be plugged in."""
+
+    def of_size(self, size: int) -> int:
+        """Return a descriptor of so many bytes of secret RAM, to be closed here; raises OSError if there is none."""
+
+
 class Answers:
     """What one listener's notifications are answered with. It owns neither the listener nor what is offered."""
 
-    def __init__(
-        self, is_qemu: Callable[[int], bool], *, secret_memfds: bool, more: Callable[[int], int] | None = None
-    ) -> None:
+    def __init__(self, is_qemu: Callable[[int], bool], *, secret_memfds: bool, more: More | None = None) -> None:
         """Answer with descriptors the threads that `is_qemu` tells by their ids, and nobody else.
 
-        With `secret_memfds` every memfd that it makes is one of memfd_secret(2), of which no copy stays here. `more`
-        returns a descriptor of so many bytes of secret RAM, to be closed here, for memory that is plugged in while the
-        guest runs; it raises OSError where there is none to be had.
+        With `secret_memfds` every memfd that it makes is one of memfd_secret(2), of which no copy stays here. Without
+        `more` no memory can be plugged in while the guest runs.
         """
         self._is_qemu = is_qemu
         self._secret_memfds = secret_memfds
         self._more = more
-        self._wanted = set[int]()
-        """The inodes of files without a size that stand for memory which is not mapped yet."""
+        self._promised: list[int] = []
+        """The inodes of files without a size that stand for memory which is not mapped yet, the oldest first."""
         self._offers: dict[bytes, int] = {}
         self._folders: set[bytes] = set()
         self._memfds: dict[bytes, list[int]] = {}
@@ -115,7 +126,7 @@ class Answers:
             # A signal may interrupt QEMU's open before the answer; the kernel then makes it again (seccomp_unotify(2)).
             if _give(listener, notification, self._offers[path]):
                 del self._offers[path]
-        elif self._more and self._is_in_our_folders(path) and self._is_qemu(notification.tid):
+        elif self._is_in_our_folders(path) and self._is_qemu(notification.tid):
             self._promise(listener, notification)
         elif self._is_in_our_folders(path):
             # QEMU would make an ordinary file of any mem-path that does not exist (system/physmem.c, file_ram_open).
@@ -128,17 +139,26 @@ class Answers:
 
     def _promise(self, listener: int, notification: seccomp.Notification) -> None:
         """Give QEMU a file without a size: what it is to hold, QEMU says when it maps it (_answer_mmap)."""
+        if not self._more or not self._more.has_room():
+            seccomp.answer_error(listener, notification, errno.ENOMEM if self._more else errno.EACCES)
+            return
         try:
             descriptor = memfd_secret()
             try:
                 inode = os.fstat(descriptor).st_ino
                 if _give(listener, notification, descriptor):
-                    self._wanted.add(inode)
+                    self._promised.append(inode)
                     self._longest[inode] = _ANY_BYTES
             finally:
                 os.close(descriptor)
         except OSError as error:
             seccomp.answer_error(listener, notification, error.errno or errno.ENOMEM)
+        if len(self._promised) > _MOST_PROMISES:
+            self._forget(self._promised[0])
+
+    def _forget(self, inode: int) -> None:
+        self._promised.remove(inode)
+        del self._longest[inode]
 
     def _answer_mmap(self, listener: int, notification: seccomp.Notification) -> None:
         """Put RAM of the size that is mapped in the place of a file without one, and let it be mapped.
@@ -147,17 +167,17 @@ class Answers:
         secretmem file has (lseek is ESPIPE), nor at its inode, so it does not notice that it has another one.
         """
         inode = _secret_inode(notification, 4)
-        if inode not in self._wanted or not self._more or not self._is_qemu(notification.tid):
+        if inode not in self._promised or not self._more or not self._is_qemu(notification.tid):
             seccomp.answer_continue(listener, notification)
             return
         try:
-            descriptor = self._more(notification.arguments[1])
+            descriptor = self._more.of_size(notification.arguments[1])
         except OSError as error:
             seccomp.answer_error(listener, notification, error.errno or errno.ENOMEM)
             return
         try:
             if seccomp.replace_descriptor(listener, notification, descriptor, notification.arguments[4]):
-                self._wanted.discard(inode)
+                self._forget(inode)
                 seccomp.answer_continue(listener, notification)
         except OSError as error:
             seccomp.answer_error(listener, notification, error.errno or errno.EMFILE)
@@ -195,10 +215,7 @@ class Answers:
             seccomp.answer_error(listener, notification, errno.EACCES)
             return
         if not offers:
-            if self._more:
-                self._promise(listener, notification)
-            else:
-                seccomp.answer_error(listener, notification, errno.EACCES)
+            self._promise(listener, notification)
             return
         status = os.fstat(offers[0])
         if _give(listener, notification, offers[0]):

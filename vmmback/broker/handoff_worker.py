@@ -151,7 +151,7 @@ def _agreed(
         raise UsageError("the descriptor is not the listener of a seccomp filter", _SEE)
     if len({name for call, name in names if call == "open"}) != [call for call, _ in names].count("open"):
         raise UsageError("one path is offered twice", _SEE)
-    answers = Answers(is_caller, secret_memfds=secret_memfds, more=more.of_size if more else None)
+    answers = Answers(is_caller, secret_memfds=secret_memfds, more=more)
     for offer in offers:
         _offer(answers, *offer)
     return listener, answers

@@ -43,13 +43,22 @@ class More:
         """After how long to look for what was unplugged, None while nothing is plugged in."""
         return 500 if self._leases else None
 
+    def has_room(self) -> bool:
+        """Tell whether anything can still be plugged in."""
+        self.release_unplugged()
+        return self._left > 0
+
+    @property
+    def _left(self) -> int:
+        return self._room - sum(leased for _, leased in self._leases.values())
+
     def of_size(self, size: int) -> int:
         """Return the descriptor of so many bytes of secret RAM. Raises OSError: ENOMEM where there is none to be had.
 
         A broker that has ended may be started again meanwhile.
         """
         self.release_unplugged()
-        if size > self._room - sum(leased for _, leased in self._leases.values()):
+        if size > self._left:
             raise OSError(errno.ENOMEM, "more than the domain's <maxMemory>")
         deadline = time.monotonic() + _RESTART_S
         while True:
