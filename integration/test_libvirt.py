@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from integration.conftest import MIB, Supervisor, eventually
-from integration.leftovers import descendants
+from integration.leftovers import command_line, descendants
 from vmmback import tiny_guest
 from vmmback.libvirt import domain_edit
 from vmmback.libvirt.own_user import own_uid
@@ -561,6 +561,28 @@ def test_more_memory_waits_for_the_next_broker_or_is_refused(ready: Host) -> Non
     assert libvirtd.virsh("domstate", "one") == "running"
     ready.start_broker(filled=False)
     assert ready.report("one")["verdict"] == "isolated"
+
+
+def test_another_qemu_of_the_same_name_is_not_started_in_the_place_of_the_domains_own(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one")
+    xml = libvirtd.virsh("dumpxml", "--inactive", "one")
+    (own,) = re.findall('emulator="([^"]+)"', xml)
+    other = Path("/usr/local/other") / Path(own).name
+    libvirtd.run("mkdir", str(other.parent))
+    libvirtd.run("ln", "-s", own, str(other))  # a copy would not find its modules
+    libvirtd.define(xml.replace(f'emulator="{own}"', f'emulator="{other}"'))
+    error = ready.refused("one")
+    assert f"is the wrapper of {own}" in error
+    assert f"vmmback libvirt install --emulator {other}" in error
+    assert "is the wrapper of" in vmmback(libvirtd, "libvirt", "enable", "one", exit_code=2).stderr
+    vmmback(libvirtd, "libvirt", "install", "--emulator", other)
+    libvirtd.virsh("start", "one")
+    libvirtd.wait_for("one", READY)
+    assert command_line(libvirtd.qemu_pid("one")).split()[0] == str(other)
+    libvirtd.virsh("destroy", "one")
+    vmmback(libvirtd, "libvirt", "disable", "one")
+    assert f"<emulator>{other}</emulator>" in libvirtd.virsh("dumpxml", "one")
 
 
 def test_the_hook_has_it_audited_and_what_was_its_ram_looked_at(ready: Host) -> None:

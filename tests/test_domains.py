@@ -21,10 +21,10 @@ from vmmback.broker import handoffs
 from vmmback.broker.ledger import Caller
 from vmmback.broker.lending import Broker
 from vmmback.broker.service import Refused
-from vmmback.errors import AdmissionRefused, ConfigError
-from vmmback.libvirt import domain_edit, domains, records
+from vmmback.errors import AdmissionRefused, ConfigError, UsageError
+from vmmback.libvirt import domain_edit, domains, installed_files, records
 from vmmback.libvirt.domains import Domains, DomainsInterface
-from vmmback.libvirt.places import wrapper_of
+from vmmback.libvirt.places import Places, wrapper_of
 from vmmback.linux import page_file
 
 XML = """<domain type='qemu'>
@@ -52,8 +52,11 @@ def arguments(name: str = "one", sizes: Sequence[int] = SIZES) -> list[str]:
 CALLER = Caller(os.getpid(), 1000, 100, 1 << 60)
 
 
+QEMU = Path("/usr/bin/qemu-system-x86_64")
+
+
 def asking(name: str = "one") -> str:
-    return domain_edit.enabled(XML.format(name=name), wrapper_of(Path("/usr/bin/qemu-system-x86_64")), "kill")
+    return domain_edit.enabled(XML.format(name=name), wrapper_of(QEMU), "kill")
 
 
 class Ready:
@@ -103,7 +106,8 @@ class Lent:
 class MadeUp:
     """A broker, with what was done of it; it is its own pool, ledger and workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Places) -> None:
+        self.places = places
         self.pool = self.ledger = self.handoffs = self
         self.reserved, self.given = list[Reserved](), list[Ready]()
         self.given_up, self.back, self.closed, self.ended = list[int](), list[int](), list[int](), list[int]()
@@ -157,18 +161,25 @@ def broker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[MadeUp]:
     monkeypatch.setattr(records, "RECORDS", tmp_path / "run/records")
     monkeypatch.setattr(domains, "_PIDFILES", tmp_path)
     (tmp_path / "one.pid").write_text(str(os.getpid()))
-    made_up = MadeUp()
+    made_up = MadeUp(Places(tmp_path / "root"))
+    install(made_up.places, QEMU)
     monkeypatch.setattr(handoffs, "tell", lambda _, *told: made_up.told.append(told))
     monkeypatch.setattr(domains, "_user_of_all", lambda: 64055)
     yield made_up
     os.close(made_up.pidfd)
 
 
+def install(places: Places, qemu: Path) -> None:
+    wrapper = places.below(wrapper_of(qemu))
+    wrapper.parent.mkdir(parents=True, exist_ok=True)
+    wrapper.write_text(installed_files.wrapper(qemu))
+
+
 def run(broker: MadeUp, work: Any) -> Any:
     """Do something with domains in an event loop, and close them."""
 
     async def all_of_it() -> Any:
-        made = Domains(cast("Broker", broker), wrapper_of)
+        made = Domains(cast("Broker", broker), broker.places)
         try:
             return await work(made)
         finally:
@@ -218,6 +229,25 @@ def test_who_claims_something_else_gets_nothing_and_the_domain_still_its_own(
             await made.claim(arguments(name, sizes), caller, broker.pidfd)
         assert broker.given == []
         os.close(await made.claim(arguments(), CALLER, broker.pidfd))
+
+    run(broker, work)
+
+
+def test_a_domain_whose_wrapper_would_start_another_qemu_is_refused(broker: MadeUp) -> None:
+    other = Path("/opt/other") / QEMU.name
+
+    async def work(made: Domains) -> None:
+        with pytest.raises(UsageError, match=f"is the wrapper of {QEMU}, and the domain's QEMU is {other}") as raised:
+            await made.announce(asking().replace(f'emulator="{QEMU}"', f'emulator="{other}"'))
+        assert f"vmmback libvirt install --emulator {other}" in raised.value.hint
+        assert broker.reserved == []
+        install(broker.places, other)
+        await made.announce(asking().replace(f'emulator="{QEMU}"', f'emulator="{other}"'))
+        with pytest.raises(UsageError, match="is the wrapper of /opt"):
+            await made.announce(asking())
+        broker.places.below(wrapper_of(QEMU)).unlink()
+        with pytest.raises(UsageError, match="is not there"):
+            await made.announce(asking())
 
     run(broker, work)
 
@@ -342,8 +372,8 @@ def test_a_name_is_escaped_as_libvirt_does(broker: MadeUp, tmp_path: Path) -> No
 class Worker(MadeUp):
     """A broker whose workers live until a test ends them."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, places: Places) -> None:
+        super().__init__(places)
         self.workers = list[socket.socket]()
         self.started = asyncio.Event()
 
@@ -363,7 +393,7 @@ class Worker(MadeUp):
 @pytest.fixture
 def workers(broker: MadeUp, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     monkeypatch.setattr(domains, "_UP_S", 0.0)
-    made_up = Worker()
+    made_up = Worker(broker.places)
     yield made_up
     for worker in made_up.workers:
         worker.close()

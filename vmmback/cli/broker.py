@@ -28,14 +28,15 @@ def broker(file: Path) -> None:
     from vmmback.broker import config
     from vmmback.broker.run import run
     from vmmback.cli.output import show
-    from vmmback.libvirt import domains, places
+    from vmmback.libvirt import domains
+    from vmmback.libvirt.places import Places
 
     def note(message: str) -> None:
         import sys
 
         show(sys.stderr, f"vmmback: {message}\n")
 
-    asyncio.run(run(config.load(file), note, lambda broker: domains.served(broker, places.wrapper_of)))
+    asyncio.run(run(config.load(file), note, lambda broker: domains.served(broker, Places())))
 
 
 @click.command(epilog="Exit codes: 0 fine, 3 no broker runs, or it does not answer.")

@@ -8,15 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vmmback.errors import ConfigError, UsageError
+from vmmback.errors import ConfigError
 from vmmback.libvirt import domain_edit, domain_xml, lock_launcher, own_user
 from vmmback.libvirt.domain import Domain
 from vmmback.libvirt.domain_refusals import refusals, refused
 from vmmback.libvirt.domain_xml import OnExposed, Source
-from vmmback.libvirt.installed_files import can_be_wrapped, qemu_of
+from vmmback.libvirt.installed_files import see_wrapper
 from vmmback.libvirt.places import LIBEXEC, RECORDS, SECRET, Places, wrapper_of
 from vmmback.linux import kvm
-from vmmback.toml_errors import ascii_path
 
 
 class Standing(NamedTuple):
@@ -47,7 +46,7 @@ def enabled(domain: Domain, on_exposed: OnExposed, source: Source | None, places
     if problems := refusals(xml, wrapper, _kvm_maps_secret(xml, is_here=places is not None)):
         raise refused(xml, problems)
     if places:
-        _see_wrapper(places, wrapper, _qemu(domain.xml))
+        see_wrapper(places, _qemu(domain.xml))
     return xml
 
 
@@ -91,20 +90,6 @@ def _emulator(root: ET.Element) -> Path:
 def _kvm_maps_secret(xml: str, *, is_here: bool) -> bool:
     """Tell whether KVM of the domain's host can map secret RAM; of another host its own hook has to find out."""
     return not is_here or domain_xml.parse(xml).get("type") != "kvm" or kvm.can_map_secret_ram().usable
-
-
-def _see_wrapper(places: Places, wrapper: Path, qemu: Path) -> None:
-    text = ""
-    with suppress(OSError):
-        text = places.below(wrapper).read_text()
-    if (wrapped := qemu_of(text)) != qemu:
-        what = f"is the wrapper of {ascii_path(wrapped)}" if wrapped else "is not there"
-        raise UsageError(
-            f"{ascii_path(wrapper)} {what}, and the domain's QEMU is {ascii_path(qemu)}",
-            f"run vmmback libvirt install --emulator {ascii_path(qemu)}"
-            if can_be_wrapped(qemu)
-            else "have <emulator> name a program qemu…, such as /usr/bin/qemu-system-x86_64 (virsh edit)",
-        )
 
 
 def _last_verdict(places: Places, uuid: str) -> tuple[str, tuple[str, ...]]:

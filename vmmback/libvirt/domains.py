@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -32,7 +32,8 @@ from vmmback.broker.service import Refused, held, refusing, shown
 from vmmback.errors import AdmissionRefused, ConfigError, HostUnfit, VmmbackError
 from vmmback.libvirt import domain_refusals, domain_xml, lock_launcher, records
 from vmmback.libvirt.domain_xml import Domain
-from vmmback.libvirt.places import Places
+from vmmback.libvirt.installed_files import see_wrapper
+from vmmback.libvirt.places import Places, wrapper_of
 from vmmback.libvirt.ram_arguments import Block, blocks_of, name_of
 from vmmback.linux import kvm, seccomp
 from vmmback.threads import in_thread
@@ -122,23 +123,24 @@ class _Announced:
 class Domains:
     """All that were announced and not claimed yet."""
 
-    def __init__(self, broker: Broker, wrapper: Callable[[Path], Path]) -> None:
-        """Know none; `wrapper` tells which emulator a domain must have whose QEMU is at a path."""
-        self._broker, self._wrapper = broker, wrapper
+    def __init__(self, broker: Broker, places: Places) -> None:
+        """Know none; `places` have the wrappers that libvirt starts."""
+        self._broker, self._places = broker, places
         self._announced: dict[str, _Announced] = {}
         self._closed = False
         self._spare = -1
         """The channel of a worker that waits for the next domain: to start one takes longer than a claim."""
 
     async def announce(self, xml: str) -> None:
-        """See DomainsInterface.Announce. Raises ConfigError, AdmissionRefused, HostUnfit, OSError."""
+        """See DomainsInterface.Announce. Raises ConfigError, UsageError, AdmissionRefused, HostUnfit, OSError."""
         domain = domain_xml.read(xml)
         if domain is None:
             return
         kvm_works = domain.type == "kvm" and (await in_thread(kvm.can_map_secret_ram)).usable
-        problems = domain_refusals.refusals(xml, self._wrapper(domain.policy.emulator), kvm_works)
+        problems = domain_refusals.refusals(xml, wrapper_of(domain.policy.emulator), kvm_works)
         if problems:
             raise domain_refusals.refused(xml, problems)
+        see_wrapper(self._places, domain.policy.emulator)
         await self.withdraw(domain.name)  # of an earlier start that came to nothing
         async with AsyncExitStack() as failed:
             since_ticks = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
@@ -305,9 +307,9 @@ def purpose(name: str) -> str:
 
 
 @asynccontextmanager
-async def served(broker: Broker, wrapper: Callable[[Path], Path]) -> AsyncIterator[Interfaces]:
+async def served(broker: Broker, places: Places) -> AsyncIterator[Interfaces]:
     """Serve libvirt's domains beside the broker while the block runs."""
-    domains = Domains(broker, wrapper)
+    domains = Domains(broker, places)
     expiring = asyncio.create_task(domains.expire())
     try:
         yield lambda caller, pidfd: DomainsInterface(domains, caller, pidfd)

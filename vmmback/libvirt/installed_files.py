@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,9 @@ from vmmback.broker.client import SOCKET
 from vmmback.errors import UsageError
 from vmmback.libvirt import lock_launcher
 from vmmback.libvirt.lock_launcher import CAPABILITY, QemuUser
-from vmmback.libvirt.places import LIBEXEC, PERL, RECORDS, RUN, SECRET, Places
+from vmmback.libvirt.places import LIBEXEC, PERL, RECORDS, RUN, SECRET, Places, wrapper_of
 from vmmback.linux import arch
-from vmmback.toml_errors import quote
+from vmmback.toml_errors import ascii_path, quote
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -88,6 +89,22 @@ def qemu_of(wrapper: str) -> Path | None:
     """Return which QEMU a wrapper executes, by its text."""
     found = re.search(r"^qemu=(/.+)$", wrapper, re.MULTILINE)
     return Path(found[1]) if found else None
+
+
+def see_wrapper(places: Places, qemu: Path) -> None:
+    """Raise UsageError unless the wrapper of a QEMU's name is there, and executes that one: they go by names alone."""
+    path, text = wrapper_of(qemu), ""
+    with suppress(OSError):
+        text = places.below(path).read_text()
+    if (wrapped := qemu_of(text)) == qemu:
+        return
+    what = f"is the wrapper of {ascii_path(wrapped)}" if wrapped else "is not there"
+    raise UsageError(
+        f"{ascii_path(path)} {what}, and the domain's QEMU is {ascii_path(qemu)}",
+        f"run vmmback libvirt install --emulator {ascii_path(qemu)}"
+        if can_be_wrapped(qemu)
+        else "have <emulator> name a program qemu…, such as /usr/bin/qemu-system-x86_64 (virsh edit)",
+    )
 
 
 def files(places: Places, host: Host) -> Iterator[File]:
