@@ -606,6 +606,39 @@ SMALL = 32 * MIB
 
 
 @pytest.mark.timeout_s(240)
+def answering(ready: Host) -> set[int]:
+    """Return the broker's processes that answer the calls of QEMUs, or wait for one."""
+    return {pid for pid, line in descendants(ready.broker_pid).items() if "handoff_worker" in line}
+
+
+def test_of_a_qemu_that_dies_with_libvirtd_nothing_is_left_and_another_one_runs_on(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    for name in ("dies", "lives"):
+        ready.define(name)
+        libvirtd.virsh("start", name)
+    uuids = {name: libvirtd.virsh("domuuid", name) for name in ("dies", "lives")}
+    eventually(lambda: {ready.recorded(name) for name in uuids} == {"isolated"}, "the hook's audits are there", 60)
+    pids = {name: libvirtd.qemu_pid(name) for name in uuids}
+    workers = answering(ready)
+    libvirtd.stop(signal.SIGKILL)
+    os.kill(pids["dies"], signal.SIGKILL)
+    lives = [("domain lives", 96 * MIB)]
+    eventually(lambda: ready.leases() == lives, "the lease of the dead one ends without libvirtd")
+
+    libvirtd.begin()
+    assert libvirtd.virsh("domstate", "dies") == "shut off"
+    assert libvirtd.qemu_pid("lives") == pids["lives"]
+    assert ready.report("lives")["verdict"] == "isolated"
+    run = libvirtd.inside / "run/vmmback-libvirt"
+    of_the_dead = f"{uuids['dies']}.{pids['dies']}.frames"
+    eventually(lambda: not (run / "records" / of_the_dead).exists(), "what was its RAM was looked at")
+    assert [path.name for path in (run / "secret").iterdir()] == [uuids["lives"]]
+    assert [path.name for path in (run / "names").iterdir()] == ["lives"]
+    assert len(workers - answering(ready)) == 1  # who answered its calls
+    libvirtd.virsh("start", "dies")
+    eventually(lambda: ready.leases() == sorted([*lives, ("domain dies", 96 * MIB)]), "it is lent to again")
+
+
 def test_many_domains_that_start_at_once_are_all_isolated(host: Host) -> None:
     """Tiny guests, whose boot takes nothing from the others: a ROM that fills its RAM, says READY and halts."""
     libvirtd = host.libvirtd
