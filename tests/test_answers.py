@@ -1,6 +1,6 @@
 """What a QEMU is promised for memory that is plugged in later; its calls are made up, and so are the answers' ways.
 
-integration/test_broker_handoff.py and integration/test_libvirt.py have the kernel stop real ones.
+integration/test_promises.py and integration/test_libvirt.py have the kernel stop real ones.
 """
 
 from __future__ import annotations
