@@ -228,11 +228,27 @@ def test_a_broker_that_is_silent_is_not_waited_for_for_ever(scripts: Scripts) ->
     assert "did not answer org.vmmback.Domains.Announce in time" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "element",
+    [
+        '<vmmback:secretram xmlns:vmmback="urn:vmmback:domain:1.0"/>',
+        "<secret-ram xmlns='urn:vmmback:domain:1.0'/>",
+        '<o:app xmlns:o="o" xmlns:x="urn:vmmback:domain:1.0"><x:secret-ram/></o:app>',
+        '<o:app xmlns:x="urn:vmmback:domain:1.0" xmlns:y="urn:vmmback:domain:1.0"><y:secret-ram/></o:app>',
+    ],
+    ids=["mistyped", "without a prefix", "within another", "of two prefixes"],
+)
+def test_the_broker_judges_each_element_of_ours(scripts: Scripts, element: str) -> None:
+    xml = XML.replace("METADATA", element)
+    assert scripts.hook("name", "prepare", "begin", "-", xml=xml).returncode == 0
+    assert scripts.broker.calls == [("org.vmmback.Domains.Announce", {"xml": xml})]
+
+
 def test_a_domain_that_does_not_ask_is_left_alone(scripts: Scripts) -> None:
-    for xml in (
-        PLAIN,
-        PLAIN.replace("</domain>", "<description>xmlns=&quot;urn:vmmback:domain:1.0&quot;</description>"),
-    ):
+    tells = "<description> &lt;vmmback:secret-ram xmlns=&quot;urn:vmmback:domain:1.0&quot;</description></domain>"
+    declared = PLAIN.replace("xmlns:a=", 'xmlns:v="urn:vmmback:domain:1.0" xmlns:a=')
+    another = ASKS.replace("urn:vmmback:domain:1.0", "urn:vmmback:domain:2.0")
+    for xml in (PLAIN, PLAIN.replace("</domain>", tells), declared, another):
         for operation in ("prepare begin", "start begin", "started begin", "stopped end", "release end"):
             done = scripts.hook("name", *operation.split(), "-", xml=xml)
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
