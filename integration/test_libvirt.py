@@ -752,10 +752,9 @@ run()
 """
 
 
-@pytest.mark.parametrize("on_exposed", ["kill", "warn"])
 @pytest.mark.parametrize(
-    ("signum", "reason"),
-    [(signal.SIGSTOP, "no answer within 2 s"), (signal.SIGTERM, "libvirt cannot be reached")],
+    ("signum", "reason", "on_exposed"),
+    [(signal.SIGSTOP, "no answer within 2 s", "kill"), (signal.SIGTERM, "libvirt cannot be reached", "warn")],
     ids=["hung", "gone"],
 )
 def test_a_domain_that_is_never_examined_does_not_go_on_unless_it_may(
