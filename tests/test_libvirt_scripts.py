@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ class FakeBroker:
         self.calls = list[tuple[str, dict[str, Any]]]()
         self.answer: object = OK
         self.answer_at_channel: object = OK
+        self.filter = seccomp.program(memfds=True)
         self.listeners = list[str]()
         """What the descriptors are that came over a channel."""
         self._listening = socket.socket(socket.AF_UNIX)
@@ -88,8 +91,7 @@ class FakeBroker:
                     self._say(connection, self.answer)
                     continue
                 ours, theirs = socket.socketpair()
-                filtered = seccomp.program(memfds=True).hex()
-                answer = {"parameters": {"channel": 0, "filter": filtered}}
+                answer = {"parameters": {"channel": 0, "filter": self.filter.hex()}}
                 with ours:
                     with theirs:
                         socket.send_fds(connection, [json.dumps(answer).encode() + b"\0"], [theirs.fileno()])
@@ -114,7 +116,9 @@ class FakeBroker:
         return descriptors
 
     def _say(self, connection: socket.socket, what: object) -> None:
-        if what is not None:
+        if what is None:
+            return
+        with suppress(BrokenPipeError):  # who called has ended
             connection.sendall(what if isinstance(what, bytes) else json.dumps(what).encode() + b"\0")
 
 
@@ -296,6 +300,35 @@ def test_an_audit_is_started_apart(scripts: Scripts, step: str, argued: list[str
     assert scripts.calls("vmm back") == [(["-m", "vmmback", "libvirt", "audit", *argued], "")]
 
 
+def test_only_of_a_domain_that_was_announced_an_audit_is_started(scripts: Scripts) -> None:
+    """What the hook leaves behind is of its session."""
+    hook = scripts.render("hook")
+    for is_announced in (False, True):
+        if is_announced:
+            scripts.hook("name", "prepare", "begin", "-")
+        process = subprocess.Popen(
+            [hook, "name", "started", "begin", "-"], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        assert process.wait(30) == 0
+        if is_announced:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            with pytest.raises(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_without_a_process_for_it_there_is_no_audit_and_the_hook_ends(scripts: Scripts) -> None:
+    """It must not become the audit, which asks libvirt, which waits for the hook."""
+    scripts.render("hook")
+    program = "BEGIN { *CORE::GLOBAL::fork = sub { undef } } do shift; die $@ if $@"
+    subprocess.run(
+        ["perl", "-e", program, scripts.folder / "announce", "name", "release"], input=ASKS, text=True, timeout=30,
+        check=True,
+    )  # fmt: skip
+    assert scripts.broker.calls == [("org.vmmback.Domains.Withdraw", {"name": "name"})]
+    assert scripts.calls("vmm back") == []
+
+
 def test_without_its_program_a_domain_that_asks_does_not_start_and_others_do(scripts: Scripts) -> None:
     hook = scripts.render("hook")
     (scripts.folder / "announce").unlink()
@@ -429,6 +462,16 @@ def test_whose_calls_nobody_will_answer_is_no_qemu(scripts: Scripts, answer: obj
     )
     assert (done.returncode, done.stdout) == (4 if isinstance(answer, dict) else 3, "")
     assert done.stderr.startswith("vmmback: error: ")
+    assert scripts.calls("real") == []
+
+
+def test_without_a_filter_there_is_no_qemu(scripts: Scripts) -> None:
+    scripts.broker.filter = bytes(8)  # it does not end by a return (bpf_check_classic of net/core/filter.c)
+    done = scripts.emulator(*ARGV, *RAM)
+    assert (done.returncode, done.stderr) == (
+        3,
+        "vmmback: error: QEMU cannot be put under a filter: Invalid argument\n",
+    )
     assert scripts.calls("real") == []
 
 
