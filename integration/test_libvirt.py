@@ -601,11 +601,6 @@ def test_the_hook_has_it_audited_and_what_was_its_ram_looked_at(ready: Host) -> 
     assert not (records / "secret" / uuid).exists()
 
 
-AT_ONCE = 20
-SMALL = 32 * MIB
-
-
-@pytest.mark.timeout_s(240)
 def answering(ready: Host) -> set[int]:
     """Return the broker's processes that answer the calls of QEMUs, or wait for one."""
     return {pid for pid, line in descendants(ready.broker_pid).items() if "handoff_worker" in line}
@@ -626,7 +621,7 @@ def test_of_a_qemu_that_dies_with_libvirtd_nothing_is_left_and_another_one_runs_
     eventually(lambda: ready.leases() == lives, "the lease of the dead one ends without libvirtd")
 
     libvirtd.begin()
-    assert libvirtd.virsh("domstate", "dies") == "shut off"
+    eventually(lambda: libvirtd.virsh("domstate", "dies") == "shut off", "libvirtd knows that it died")
     assert libvirtd.qemu_pid("lives") == pids["lives"]
     assert ready.report("lives")["verdict"] == "isolated"
     run = libvirtd.inside / "run/vmmback-libvirt"
@@ -639,6 +634,11 @@ def test_of_a_qemu_that_dies_with_libvirtd_nothing_is_left_and_another_one_runs_
     eventually(lambda: ready.leases() == sorted([*lives, ("domain dies", 96 * MIB)]), "it is lent to again")
 
 
+AT_ONCE = 20
+SMALL = 32 * MIB
+
+
+@pytest.mark.timeout_s(240)
 def test_many_domains_that_start_at_once_are_all_isolated(host: Host) -> None:
     """Tiny guests, whose boot takes nothing from the others: a ROM that fills its RAM, says READY and halts."""
     libvirtd = host.libvirtd
