@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 
 from vmmback.cli.libvirt import libvirt
 from vmmback.errors import ConfigError, HostUnfit, NoSuchGuest, UsageError
-from vmmback.libvirt import asking, domain, host_checks, installation, installed_files, lock_launcher
+from vmmback.libvirt import asking, capable_perl, domain, host_checks, installation, installed_files
+from vmmback.libvirt.capable_perl import QemuUser
 from vmmback.libvirt.domain import Domain, Event
-from vmmback.libvirt.lock_launcher import QemuUser
 from vmmback.libvirt.places import Places, wrapper_of
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
@@ -164,7 +164,7 @@ def test_an_emulator_that_no_wrapper_can_be_made_for_is_not_to_be_installed(
 ) -> None:
     known(made_up("web1", PLAIN.replace(str(QEMU), "/usr/bin/kvm")), here=True)
     monkeypatch.setattr("vmmback.cli.libvirt._places", lambda _: Places(tmp_path))
-    monkeypatch.setattr(lock_launcher, "qemu_user", lambda _: QemuUser(1, 1))
+    monkeypatch.setattr(capable_perl, "qemu_user", lambda _: QemuUser(1, 1))
     error = run("enable", "web1").exception
     assert isinstance(error, UsageError)
     assert "the domain's QEMU is /usr/bin/kvm" in error.message

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmmback.libvirt import installed_files
-from vmmback.linux import seccomp
+from vmmback.libvirt.places import PERL
+from vmmback.linux import procfs, seccomp
 
 UUID = "0d7e5a4f-8a1c-4b1e-9b0e-6a1f7e5d3c2b"
 XML = f"""<domain type='qemu' id='1'>
@@ -39,16 +40,18 @@ PLAIN = XML.replace("METADATA", "")
 RECORDER = f"""#!{sys.executable} -IS
 import json, os, pathlib, sys
 here = pathlib.Path(sys.argv[0])
-text = "" if os.isatty(0) or here.name == "setpriv" else sys.stdin.read()
+text = "" if os.isatty(0) else sys.stdin.read()
 calls = pathlib.Path("@FOLDER@", here.name + ".calls")
 with calls.open("a") as file:
     file.write(json.dumps([sys.argv[1:], text]) + "\\n")
-if here.name == "setpriv":
-    os.execv(sys.argv[4], sys.argv[4:])
 print("a word of " + here.name, file=sys.stderr)
 sys.exit(int(os.environ.get("ENDS_WITH", "0")))
 """
 OK: dict[str, Any] = {"parameters": {}}
+IPC_LOCK = 1 << 14
+NEEDS_IPC_LOCK = pytest.mark.skipif(
+    not int(procfs.status(os.getpid())["CapPrm"], 16) & IPC_LOCK, reason="needs CAP_IPC_LOCK"
+)
 
 
 def refusal(message: str, hint: str = "do it", exit_code: int = 4) -> dict[str, Any]:
@@ -86,7 +89,8 @@ class FakeBroker:
             except OSError:
                 return
             with connection:
-                self._heard(connection)
+                if self._heard(connection) is None:
+                    continue
                 if self.calls[-1][0] != "org.vmmback.Domains.Claim" or self.answer is not OK:
                     self._say(connection, self.answer)
                     continue
@@ -95,7 +99,7 @@ class FakeBroker:
                 with ours:
                     with theirs:
                         socket.send_fds(connection, [json.dumps(answer).encode() + b"\0"], [theirs.fileno()])
-                    listeners = self._heard(ours)
+                    listeners = self._heard(ours) or []
                     for listener in listeners:
                         self.listeners.append(str(Path(f"/proc/self/fd/{listener}").readlink()))
                     self._say(ours, self.answer_at_channel)
@@ -103,16 +107,18 @@ class FakeBroker:
                     for listener in listeners:
                         os.close(listener)
 
-    def _heard(self, connection: socket.socket) -> list[int]:
+    def _heard(self, connection: socket.socket) -> list[int] | None:
+        """Return the descriptors that came with a call, None if there came none."""
         data, descriptors = b"", list[int]()
         while not data.endswith(b"\0"):
             more, passed, _, _ = socket.recv_fds(connection, 1000, 4)
             if not more:
                 break
             data, descriptors = data + more, descriptors + passed
-        if data:
-            call = json.loads(data[:-1])
-            self.calls.append((call["method"], call["parameters"]))
+        if not data:
+            return None
+        call = json.loads(data[:-1])
+        self.calls.append((call["method"], call["parameters"]))
         return descriptors
 
     def _say(self, connection: socket.socket, what: object) -> None:
@@ -134,7 +140,7 @@ class Scripts:
         values |= {"RUN": str(self.folder / "run"), "SECRET": str(self.folder / "run/secret")}
         values |= {"VMMBACK": f"'{self.folder}/vmm back' -m vmmback"}
         names = {"hook": "50-vmmback", "emulator": "qemu-system-x86_64"}
-        for each in ("announce", "broker_call", "claim", name):
+        for each in ("announce", "broker_call", name):
             path = self.folder / names.get(each, each)
             path.write_text(installed_files.filled(each, **values))
             path.chmod(0o755)
@@ -160,9 +166,10 @@ class Scripts:
 
 @pytest.fixture
 def scripts(tmp_path: Path) -> Iterator[Scripts]:
-    for name in ("vmm back", "real", "setpriv"):
+    for name in ("vmm back", "real"):
         (tmp_path / name).write_text(RECORDER.replace("@FOLDER@", str(tmp_path)))
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "perl").symlink_to(PERL)  # without a capability of its own: root has it anyway
     made = Scripts(tmp_path)
     yield made
     made.broker.close()
@@ -396,7 +403,7 @@ def test_who_asks_what_a_qemu_can_do_gets_it_at_once(scripts: Scripts, asked: li
     odd = ODD if len(asked) > 1 else []
     assert scripts.emulator(*asked, *odd).returncode == 0
     assert [argv for argv, _ in scripts.calls("real")] == [[*asked, *odd]]
-    assert (scripts.broker.calls, scripts.calls("setpriv")) == ([], [])
+    assert scripts.broker.calls == []
 
 
 @pytest.mark.parametrize(
@@ -406,9 +413,10 @@ def test_who_asks_what_a_qemu_can_do_gets_it_at_once(scripts: Scripts, asked: li
         ["-name", "guest=x", "-machine", "none"],
         ["-machine", "q35", *ODD],
         ["-name", "-machine", "none"],
+        ["-machine", "none", "-name", "guest=x"],
         ["-m", "512"],
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_all_else_has_to_claim(scripts: Scripts, argv: list[str]) -> None:
     scripts.broker.answer = refusal("no")
@@ -416,6 +424,7 @@ def test_all_else_has_to_claim(scripts: Scripts, argv: list[str]) -> None:
     assert scripts.calls("real") == []
 
 
+@NEEDS_IPC_LOCK
 def test_a_domains_qemu_has_its_arguments_as_they_are_and_its_calls_are_answered(
     scripts: Scripts,
 ) -> None:
@@ -428,16 +437,29 @@ def test_a_domains_qemu_has_its_arguments_as_they_are_and_its_calls_are_answered
     assert scripts.broker.listeners == ["anon_inode:seccomp notify"]
 
 
-def test_the_launcher_comes_before(scripts: Scripts) -> None:
-    scripts.emulator(*ARGV, *ODD)
-    start = ["--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock", "--", "/usr/bin/perl"]
-    start += [f"{scripts.folder}/claim", f"{scripts.folder}/real"]
-    assert [argv for argv, _ in scripts.calls("setpriv")] == [[*start, *ARGV, *ODD]]
+@NEEDS_IPC_LOCK
+def test_its_qemu_keeps_one_capability(scripts: Scripts) -> None:
+    (scripts.folder / "real").write_text("#!/bin/sh\ngrep CapAmb /proc/self/status\n")
+    done = scripts.emulator(*ARGV, *RAM)
+    assert done.stdout.split() == ["CapAmb:", f"{IPC_LOCK:016x}"]
 
 
-def test_without_the_launcher_there_is_no_qemu(scripts: Scripts) -> None:
-    (scripts.folder / "setpriv").unlink()
-    assert scripts.emulator(*ARGV, *RAM).returncode == 127
+def test_without_the_capability_there_is_no_qemu(scripts: Scripts) -> None:
+    by = ["setpriv", "--bounding-set=-ipc_lock"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*by, scripts.render("emulator"), *ARGV, *RAM], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == (
+        "vmmback: error: QEMU cannot have CAP_IPC_LOCK: Operation not permitted\n  vmmback libvirt install\n"
+    )
+    assert (len(scripts.broker.calls), scripts.calls("real")) == (1, [])
+
+
+def test_without_its_perl_there_is_no_qemu(scripts: Scripts) -> None:
+    (scripts.folder / "perl").unlink()
+    with pytest.raises(FileNotFoundError):
+        scripts.emulator(*ARGV, *RAM)
     assert (scripts.broker.calls, scripts.calls("real")) == ([], [])
 
 
@@ -452,19 +474,19 @@ def test_without_its_ram_there_is_no_qemu(scripts: Scripts) -> None:
     assert scripts.calls("real") == []
 
 
+@NEEDS_IPC_LOCK
 @pytest.mark.parametrize("answer", [refusal("no"), None, b"{}"])
 def test_whose_calls_nobody_will_answer_is_no_qemu(scripts: Scripts, answer: object) -> None:
     scripts.broker.answer_at_channel = answer
-    claim = scripts.render("claim")
-    claim.write_text(claim.read_text().replace("$answer_s = 15", "$answer_s = 1"))
-    done = subprocess.run(
-        ["perl", claim, scripts.folder / "real", *ARGV, *RAM], capture_output=True, text=True, timeout=30, check=False
-    )
+    wrapper = scripts.render("emulator")
+    wrapper.write_text(wrapper.read_text().replace("$answer_s = 15", "$answer_s = 1"))
+    done = subprocess.run([wrapper, *ARGV, *RAM], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout) == (4 if isinstance(answer, dict) else 3, "")
     assert done.stderr.startswith("vmmback: error: ")
     assert scripts.calls("real") == []
 
 
+@NEEDS_IPC_LOCK
 def test_without_a_filter_there_is_no_qemu(scripts: Scripts) -> None:
     scripts.broker.filter = bytes(8)  # it does not end by a return (bpf_check_classic of net/core/filter.c)
     done = scripts.emulator(*ARGV, *RAM)
@@ -475,6 +497,7 @@ def test_without_a_filter_there_is_no_qemu(scripts: Scripts) -> None:
     assert scripts.calls("real") == []
 
 
+@NEEDS_IPC_LOCK
 def test_a_qemu_that_is_not_there_is_told(scripts: Scripts) -> None:
     (scripts.folder / "real").unlink()
     done = scripts.emulator(*ARGV, *RAM)
@@ -482,6 +505,7 @@ def test_a_qemu_that_is_not_there_is_told(scripts: Scripts) -> None:
     assert done.stderr == f"vmmback: error: {scripts.folder}/real cannot be executed: No such file or directory\n"
 
 
+@NEEDS_IPC_LOCK
 def test_the_wrapper_ends_as_what_it_executes(scripts: Scripts) -> None:
     assert scripts.emulator(*ARGV, *RAM, ENDS_WITH="3").returncode == 3
     assert scripts.emulator("-version", ENDS_WITH="3").returncode == 3

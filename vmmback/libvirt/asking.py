@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmmback.errors import ConfigError
-from vmmback.libvirt import domain_edit, domain_xml, lock_launcher, own_user
+from vmmback.libvirt import capable_perl, domain_edit, domain_xml, own_user
 from vmmback.libvirt.domain import Domain
 from vmmback.libvirt.domain_refusals import refusals, refused
 from vmmback.libvirt.domain_xml import OnExposed, Source
@@ -41,7 +41,7 @@ def enabled(domain: Domain, on_exposed: OnExposed, source: Source | None, places
     `places` are those of the host where it runs, if that is this one: what is there is looked at.
     """
     wrapper = wrapper_of(_qemu(domain.xml))
-    group = lock_launcher.qemu_user(places).group if places else own_user.GROUP
+    group = capable_perl.qemu_user(places).group if places else own_user.GROUP
     xml = domain_edit.enabled(domain.xml, wrapper, on_exposed, source, group)
     if problems := refusals(xml, wrapper, _kvm_maps_secret(xml, is_here=places is not None)):
         raise refused(xml, problems)

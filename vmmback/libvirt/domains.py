@@ -30,7 +30,7 @@ from vmmback.broker.pool import Ready, Reserved
 from vmmback.broker.server import Interfaces
 from vmmback.broker.service import Refused, held, refusing, shown
 from vmmback.errors import AdmissionRefused, ConfigError, HostUnfit, VmmbackError
-from vmmback.libvirt import domain_refusals, domain_xml, lock_launcher, records
+from vmmback.libvirt import capable_perl, domain_refusals, domain_xml, records
 from vmmback.libvirt.domain_xml import Domain
 from vmmback.libvirt.installed_files import see_wrapper
 from vmmback.libvirt.places import Places, wrapper_of
@@ -284,7 +284,7 @@ async def _given(reserved: Reserved, pidfd: int) -> Ready:
 def _user_of_all() -> int:
     """Return the uid that libvirt gives QEMUs which are not to have another one, -1 where that is not known."""
     try:
-        return lock_launcher.qemu_user(Places()).uid
+        return capable_perl.qemu_user(Places()).uid
     except HostUnfit:
         return -1
 

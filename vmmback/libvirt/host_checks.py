@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from vmmback.errors import HostUnfit
-from vmmback.libvirt import lock_launcher
+from vmmback.libvirt import capable_perl
 from vmmback.libvirt.installed_files import Host, qemu_of
 from vmmback.libvirt.places import PERL, Places
 
@@ -36,7 +36,7 @@ def host(places: Places, emulators: Sequence[Path]) -> Host:
         )
     # By its interpreter: which vmmback this is does not depend on anybody's PATH.
     program = [sys.executable, "-I", "-m", "vmmback"]
-    return Host(list(qemus.values()), program, lock_launcher.qemu_user(places))
+    return Host(list(qemus.values()), program, capable_perl.qemu_user(places))
 
 
 def next_steps(places: Places) -> list[str]:

@@ -11,13 +11,16 @@ from typing import NamedTuple
 
 from vmmback.broker.client import SOCKET
 from vmmback.errors import UsageError
-from vmmback.libvirt import lock_launcher
-from vmmback.libvirt.lock_launcher import CAPABILITY, QemuUser
+from vmmback.libvirt import capable_perl
+from vmmback.libvirt.capable_perl import CAPABILITY, QemuUser
 from vmmback.libvirt.places import LIBEXEC, PERL, RECORDS, RUN, SECRET, Places, wrapper_of
 from vmmback.linux import arch
 from vmmback.toml_errors import ascii_path, quote
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+# What Perl calls by number.
+_CALLS = ("capget", "capset", "prctl", "recvmsg", "seccomp", "sendmsg")
 
 _BEGIN, _END = b"# BEGIN vmmback: added and removed by `vmmback libvirt`\n", b"# END vmmback\n"
 _BLOCK = re.compile(re.escape(_BEGIN) + b".*?" + re.escape(_END), re.DOTALL)
@@ -68,7 +71,10 @@ def filled(name: str, **values: str) -> str:
     values |= {"LIBEXEC": str(LIBEXEC), "PERL": str(PERL), "SOCKET": str(SOCKET)} | values
     values |= {"RUN": str(RUN), "SECRET": str(SECRET), "RECORDS": str(RECORDS)} | values
     numbers = arch.current()
-    values |= {call.upper(): str(getattr(numbers, call)) for call in ("prctl", "recvmsg", "seccomp", "sendmsg")}
+    values |= {
+        call.upper(): str(getattr(numbers, call))
+        for call in ("capget", "capset", "prctl", "recvmsg", "seccomp", "sendmsg")
+    }
     text = (CONFIGS / "libvirt" / name).read_text()
     return re.sub("@([A-Z]+)@", lambda found: values[found[1]], text)
 
@@ -87,7 +93,7 @@ def wrapper(qemu: Path) -> str:
 
 def qemu_of(wrapper: str) -> Path | None:
     """Return which QEMU a wrapper executes, by its text."""
-    found = re.search(r"^qemu=(/.+)$", wrapper, re.MULTILINE)
+    found = re.search(r"^my \$qemu = '(/.+)';$", wrapper, re.MULTILINE)
     return Path(found[1]) if found else None
 
 
@@ -117,9 +123,9 @@ def files(places: Places, host: Host) -> Iterator[File]:
         mtime_ns = places.below(qemu).stat().st_mtime_ns
         yield File(places.libexec / qemu.name, wrapper(qemu).encode(), 0o755, mtime_ns=mtime_ns)
     program = shlex.join(host.program)
-    for name in ("announce", "broker_call", "claim"):
+    for name in ("announce", "broker_call"):
         yield File(places.libexec / name, filled(name, VMMBACK=program).encode(), 0o644)
-    yield File(places.lock_launcher, lock_launcher.program(), 0o750, host.user.gid, capability=CAPABILITY)
+    yield File(places.capable_perl, capable_perl.program(), 0o750, host.user.gid, capability=CAPABILITY)
     if places.polkit_rules.parent.is_dir():
         yield File(places.polkit_rules, filled("00-vmmback.rules").encode(), 0o644)
     if places.below("/run/systemd/system").is_dir():

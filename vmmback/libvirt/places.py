@@ -45,9 +45,9 @@ class Places:
         return self.libexec / "installed.json"
 
     @property
-    def lock_launcher(self) -> Path:
-        """A setpriv that gives QEMU a capability which others of its user have not: to lock memory."""
-        return self.libexec / "setpriv"
+    def capable_perl(self) -> Path:
+        """A perl that executes wrappers, with a capability which others of QEMU's user have not: to lock memory."""
+        return self.libexec / "perl"
 
     @property
     def hooks(self) -> Path:

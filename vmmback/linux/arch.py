@@ -44,6 +44,8 @@ class Architecture(NamedTuple):
     kcmp: int
     pivot_root: int
     mount_setattr: int
+    capget: int
+    capset: int
     prctl: int
     recvmsg: int
     sendmsg: int
@@ -83,6 +85,8 @@ KNOWN = {
             kcmp=312,
             pivot_root=155,
             mount_setattr=442,
+            capget=125,
+            capset=126,
             prctl=157,
             recvmsg=47,
             sendmsg=46,
@@ -117,6 +121,8 @@ KNOWN = {
             kcmp=272,
             pivot_root=41,
             mount_setattr=442,
+            capget=90,
+            capset=91,
             prctl=167,
             recvmsg=212,
             sendmsg=211,

@@ -1,10 +1,10 @@
-"""What starts QEMU's wrapper with the right to lock memory, CAP_IPC_LOCK, a capability that nothing beside QEMU has.
+"""The perl that executes QEMU's wrapper with the right to lock memory, CAP_IPC_LOCK, which nothing beside QEMU has.
 
 A process of the same user has no access to one with a capability that it lacks (ptrace(2)), and so none to QEMU's files
 and memory. The capability is also what goes beyond the limit on locked memory, as which secret RAM counts
-(mm/secretmem.c), where the host's root may not raise it (CAP_SYS_RESOURCE), as in many containers. A copy of setpriv
-gives it, by a file capability, and QEMU's group alone may execute it. Sources: capabilities(7),
-include/uapi/linux/capability.h.
+(mm/secretmem.c), where the host's root may not raise it (CAP_SYS_RESOURCE), as in many containers. A copy of perl has
+it, as a file capability, and QEMU's group alone may execute it; its wrapper hands it on to QEMU. Sources:
+capabilities(7), include/uapi/linux/capability.h.
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ from __future__ import annotations
 import grp
 import pwd
 import re
-import shutil
 import struct
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 from vmmback.errors import HostUnfit
-from vmmback.libvirt.places import Places
+from vmmback.libvirt.places import PERL, Places
 
 _IPC_LOCK = 14
 _REVISION_2, _EFFECTIVE = 0x02000000, 1
 
 # struct vfs_cap_data: effective, and permitted; nothing inheritable.
 CAPABILITY = struct.pack("<5I", _REVISION_2 | _EFFECTIVE, 1 << _IPC_LOCK, 0, 0, 0)
-
-RAISE = ("--inh-caps=+ipc_lock", "--ambient-caps=+ipc_lock", "--")
-"""The launcher's arguments, before the command that it is to execute."""
 
 # As whom QEMU runs where qemu.conf does not say: Debian's and Fedora's.
 _USERS = ("libvirt-qemu", "qemu")
@@ -72,25 +68,23 @@ def _setting(key: str) -> str:
 
 
 def program() -> bytes:
-    """Return the program that the launcher is a copy of. Raises HostUnfit."""
-    if not (found := shutil.which("setpriv")):
-        raise HostUnfit("setpriv was not found on PATH", "install it: apt-get install util-linux")
-    return Path(found).read_bytes()
+    """Return the program that it is a copy of. Raises OSError."""
+    return PERL.read_bytes()
 
 
-def verify(launcher: Path, user: QemuUser) -> None:
-    """See that a program started by it as QEMU's user has the capability, and no other. Raises HostUnfit."""
+def verify(perl: Path, user: QemuUser) -> None:
+    """See that it has the capability, and no other, when QEMU's user executes it. Raises HostUnfit."""
     try:
         ended = subprocess.run(
-            [launcher, *RAISE, "/bin/cat", "/proc/self/status"], user=user.uid, group=user.gid, extra_groups=[],
+            [perl, "-pe", "", "/proc/self/status"], user=user.uid, group=user.gid, extra_groups=[],
             capture_output=True, text=True, timeout=_ENDS_S, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or str(error)
-        raise HostUnfit(f"QEMU's user cannot lock memory by {launcher}: {said.strip()}", _HINT) from error
-    found = re.findall(r"^Cap(Prm|Eff|Amb):\s*([0-9a-f]+)", ended.stdout, re.MULTILINE)
+        raise HostUnfit(f"QEMU's user cannot execute {perl}: {said.strip()}", _HINT) from error
+    found = re.findall(r"^Cap(Prm|Eff):\s*([0-9a-f]+)", ended.stdout, re.MULTILINE)
     if {mask for _, mask in found} != {f"{1 << _IPC_LOCK:016x}"}:
-        raise HostUnfit(f"QEMU's user gets other capabilities by {launcher}: {dict(found)}", _HINT)
+        raise HostUnfit(f"QEMU's user gets other capabilities by {perl}: {dict(found)}", _HINT)
 
 
 _HINT = "have /usr/local on a file system without nosuid, with capabilities of files; run vmmback libvirt install again"
