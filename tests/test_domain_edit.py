@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vmmback.errors import ConfigError
 from vmmback.libvirt.domain_edit import difference, disabled, enabled
-from vmmback.libvirt.domain_xml import OnExposed, Source, parse, read
+from vmmback.libvirt.domain_xml import OnExposed, Source, domain_of, parse
 
 DEBIAN = (Path(__file__).parent / "domains/debian.xml").read_text()
 WRAPPER = Path("/usr/local/libexec/vmmback/qemu")
@@ -104,7 +104,7 @@ def test_metadata_by_hand_has_nothing_to_put_back_but_the_emulator() -> None:
     xml = DEBIAN.replace("/usr/bin/qemu-system-x86_64", str(WRAPPER)).replace(
         "  </metadata>", f"    {ours}\n  </metadata>"
     )
-    assert read(xml)
+    assert domain_of(parse(xml))
     assert disabled(xml) == DEBIAN
 
 
@@ -240,7 +240,7 @@ def test_disable_puts_all_back_byte_for_byte(xml: str, on_exposed: OnExposed, so
     made = enabled(xml, WRAPPER, on_exposed, source)
     assert enabled(made, WRAPPER, on_exposed) == made
     assert disabled(made) == xml
-    domain = read(made.replace("<domain type='kvm'>", "<domain type='kvm'><os><type arch='i686'/></os>"))
+    domain = domain_of(parse(made.replace("<domain type='kvm'>", "<domain type='kvm'><os><type arch='i686'/></os>")))
     assert domain
     assert domain.policy == (on_exposed, Path("/usr/bin/qemu"))
     assert parse(made).findtext("devices/emulator") == str(WRAPPER)

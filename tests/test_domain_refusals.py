@@ -17,8 +17,8 @@ from tests.markdown import tables
 from vmmback.errors import ConfigError
 from vmmback.libvirt import domain_refusals
 from vmmback.libvirt.domain_edit import enabled
-from vmmback.libvirt.domain_refusals import refusals, refused
-from vmmback.libvirt.domain_xml import read
+from vmmback.libvirt.domain_refusals import Problem, refusals, refused
+from vmmback.libvirt.domain_xml import domain_of, parse
 
 ROOT = Path(__file__).parents[1]
 WRAPPER = Path("/usr/local/libexec/vmmback/qemu")
@@ -319,6 +319,10 @@ def test_each_row_is_tried_and_each_try_has_its_row() -> None:
     assert sorted(row_of(*about) for about in [*TRIES, *ERRORS]) == sorted(all_rows())
 
 
+def problems_of(xml: str) -> list[Problem]:
+    return refusals(parse(xml), WRAPPER, kvm_maps_secret=False)
+
+
 def cases(tries: dict[tuple[str, str], list[Try]]) -> list[Any]:
     return [
         pytest.param(one, id=f"{about[0]} {about[1]} {n}")
@@ -329,15 +333,15 @@ def cases(tries: dict[tuple[str, str], list[Try]]) -> list[Any]:
 
 @pytest.mark.parametrize("one", cases(TRIES))
 def test_what_a_row_says_is_refused_at_its_place_and_its_twin_is_not(one: Try) -> None:
-    problems = refusals(one.domain(one.bad), WRAPPER, kvm_maps_secret=False)
+    problems = problems_of(one.domain(one.bad))
     assert [problem.place for problem in problems] == [one.place]
     assert all(problems[0])
-    assert refusals(one.domain(one.good), WRAPPER, kvm_maps_secret=False) == []
+    assert problems_of(one.domain(one.good)) == []
 
 
 @pytest.mark.parametrize("one", cases(ERRORS))
 def test_what_an_error_says(one: Try) -> None:
-    for look in (read, lambda xml: refusals(xml, WRAPPER, kvm_maps_secret=False)):
+    for look in (lambda xml: domain_of(parse(xml)), problems_of):
         with pytest.raises(ConfigError, match=f'domain "debian": {re.escape(one.place)}: '):
             look(one.domain(one.bad))
         assert look(one.domain(one.good)) is not None
@@ -346,31 +350,31 @@ def test_what_an_error_says(one: Try) -> None:
 @pytest.mark.parametrize("name", ["debian", "cells"])
 def test_a_domain_needs_no_more_than_to_be_enabled(name: str) -> None:
     xml = (ROOT / f"tests/domains/{name}.xml").read_text()
-    assert {problem.place for problem in refusals(xml, WRAPPER, kvm_maps_secret=False)} == {
+    assert {problem.place for problem in problems_of(xml)} == {
         "devices/emulator",
         "memoryBacking/source",
         "seclabel model='dac'",
     }
-    assert refusals(enabled(xml, WRAPPER, "kill"), WRAPPER, kvm_maps_secret=False) == []
+    assert problems_of(enabled(xml, WRAPPER, "kill")) == []
 
 
 def test_enabling_once_more_is_advised_where_it_helps() -> None:
     for there in (STATIC.replace("dac", "selinux"), STATIC.replace("static", "dynamic")):
-        (problem,) = refusals(DOMAIN.replace(STATIC, there), WRAPPER, kvm_maps_secret=False)
+        (problem,) = problems_of(DOMAIN.replace(STATIC, there))
         assert problem.advice == "run vmmback libvirt enable once more"
-    (problem,) = refusals(DOMAIN.replace("+1885632029:", "root:"), WRAPPER, kvm_maps_secret=False)
+    (problem,) = problems_of(DOMAIN.replace("+1885632029:", "root:"))
     assert problem.advice == "remove it, and run vmmback libvirt enable once more"
 
 
 def test_kvm_where_it_can_map_secret_ram() -> None:
     kvm = DOMAIN.replace("type='qemu'", "type='kvm'", 1)
-    assert refusals(kvm, WRAPPER, kvm_maps_secret=True) == []
+    assert refusals(parse(kvm), WRAPPER, kvm_maps_secret=True) == []
 
 
 def test_all_problems_are_told_at_once_each_on_a_line() -> None:
     devices = "<video/><tpm/><shmem/>" + disk(driver="cache='none'") + "</devices>"
     everything = DOMAIN.replace("</devices>", devices).replace(CRASH, "<on_crash>coredump-destroy</on_crash>")
-    error = refused(everything, refusals(everything, WRAPPER, kvm_maps_secret=False))
+    error = refused(parse(everything), problems_of(everything))
     assert isinstance(error, ConfigError)
     places = [re.match(r'domain "debian": (\S+?)[:/ ].*; \w', line) for line in error.message.splitlines()]
     assert len(places) == 5
@@ -379,7 +383,7 @@ def test_all_problems_are_told_at_once_each_on_a_line() -> None:
 
 def test_names_of_devices_are_shown_as_ascii() -> None:
     share = "<filesystem><driver type='virtiofs'/><target dir='\u202eé'/></filesystem>"
-    (problem,) = refusals(DOMAIN.replace("</devices>", f"{share}</devices>"), WRAPPER, kvm_maps_secret=False)
+    (problem,) = problems_of(DOMAIN.replace("</devices>", f"{share}</devices>"))
     assert problem.place == r"devices/filesystem[\u202e\u00e9]/driver type='virtiofs'"
 
 
@@ -414,7 +418,7 @@ def test_there_is_no_refusal_in_the_code_that_the_table_lacks() -> None:
     with traced() as ran:
         for tries in TRIES.values():
             for one in tries:
-                refusals(one.domain(one.bad), WRAPPER, kvm_maps_secret=False)
+                problems_of(one.domain(one.bad))
     lines = list(refusing_lines())
     assert len(lines) > 15
     assert [tells[0] for tells in lines if not ran & set(tells)] == []

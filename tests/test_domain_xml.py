@@ -8,7 +8,7 @@ import pytest
 
 from vmmback.errors import ConfigError
 from vmmback.libvirt.domain_edit import enabled
-from vmmback.libvirt.domain_xml import NAMESPACE, Policy, mentions, read
+from vmmback.libvirt.domain_xml import NAMESPACE, Domain, Policy, domain_of, mentions, parse
 
 MIB = 1 << 20
 DOMAINS = Path(__file__).parent / "domains"
@@ -21,6 +21,10 @@ ASKING = f'<v:secret-ram xmlns:v="{NAMESPACE}" emulator="{QEMU}"/>'
 
 def asking(xml: str = DEBIAN) -> str:
     return enabled(xml, WRAPPER, "kill")
+
+
+def read(xml: str) -> Domain | None:
+    return domain_of(parse(xml))
 
 
 def with_memory(memory: str, cells: str = "", devices: str = "") -> str:

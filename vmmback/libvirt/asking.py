@@ -40,13 +40,15 @@ def enabled(domain: Domain, on_exposed: OnExposed, source: Source | None, places
 
     `places` are those of the host where it runs, if that is this one: what is there is looked at.
     """
-    wrapper = wrapper_of(_qemu(domain.xml))
+    qemu = _qemu(domain_xml.parse(domain.xml))
+    wrapper = wrapper_of(qemu)
     group = capable_perl.qemu_user(places).group if places else own_user.GROUP
     xml = domain_edit.enabled(domain.xml, wrapper, on_exposed, source, group)
-    if problems := refusals(xml, wrapper, _kvm_maps_secret(xml, is_here=places is not None)):
-        raise refused(xml, problems)
+    root = domain_xml.parse(xml)
+    if problems := refusals(root, wrapper, _kvm_maps_secret(root, is_here=places is not None)):
+        raise refused(root, problems)
     if places:
-        see_wrapper(places, _qemu(domain.xml))
+        see_wrapper(places, qemu)
     return xml
 
 
@@ -57,12 +59,14 @@ def standing(domain: Domain, places: Places | None) -> Standing:
     verdict, reasons = _last_verdict(places, domain.uuid) if places and is_of_this_run else ("", ())
     asks, source, against = False, "", tuple[str, ...]()
     try:
-        asks = domain_xml.policy_of(domain_xml.parse(domain.xml)) is not None
-        xml = domain.xml if asks else domain_edit.enabled(domain.xml, wrapper_of(_qemu(domain.xml)), "kill")
-        found = domain_xml.read(xml)
+        root = domain_xml.parse(domain.xml)
+        asks = domain_xml.policy_of(root) is not None
+        if not asks:
+            root = domain_xml.parse(domain_edit.enabled(domain.xml, wrapper_of(_qemu(root)), "kill"))
+        found = domain_xml.domain_of(root)
         assert found
         source = found.source or ""
-        problems = refusals(xml, wrapper_of(found.policy.emulator), _kvm_maps_secret(xml, is_here=places is not None))
+        problems = refusals(root, wrapper_of(found.policy.emulator), _kvm_maps_secret(root, is_here=places is not None))
         against = tuple(problem.place for problem in problems)
     except ConfigError as error:
         asks = asks or domain.may_ask
@@ -75,9 +79,8 @@ def needs_us(xml: str) -> bool:
     return domain_xml.mentions(xml) or LIBEXEC in _emulator(domain_xml.parse(xml)).parents
 
 
-def _qemu(xml: str) -> Path:
+def _qemu(root: ET.Element) -> Path:
     """Return the QEMU of a domain, whether it asks already or not."""
-    root = domain_xml.parse(xml)
     policy = domain_xml.policy_of(root)
     # One that has none is told so by whoever changes it.
     return policy.emulator if policy else _emulator(root)
@@ -87,9 +90,9 @@ def _emulator(root: ET.Element) -> Path:
     return Path((root.findtext("devices/emulator") or "").strip() or "/none")
 
 
-def _kvm_maps_secret(xml: str, *, is_here: bool) -> bool:
+def _kvm_maps_secret(root: ET.Element, *, is_here: bool) -> bool:
     """Tell whether KVM of the domain's host can map secret RAM; of another host its own hook has to find out."""
-    return not is_here or domain_xml.parse(xml).get("type") != "kvm" or kvm.can_map_secret_ram().usable
+    return not is_here or root.get("type") != "kvm" or kvm.can_map_secret_ram().usable
 
 
 def _last_verdict(places: Places, uuid: str) -> tuple[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vmmback.errors import ConfigError
 from vmmback.libvirt.domain_arguments import KNOWN, refused_arguments
-from vmmback.libvirt.domain_xml import name_of, parse, policy_of, ram_of, wrong_domain
+from vmmback.libvirt.domain_xml import name_of, policy_of, ram_of, wrong_domain
 from vmmback.libvirt.own_user import is_own
 from vmmback.toml_errors import ascii_path, quote
 
@@ -49,12 +49,11 @@ class Problem(NamedTuple):
         return f"{self.reason}; {self.advice}"
 
 
-def refusals(xml: str, wrapper: Path, kvm_maps_secret: bool) -> list[Problem]:
+def refusals(root: ET.Element, wrapper: Path, kvm_maps_secret: bool) -> list[Problem]:
     """Return all that is wrong with a domain whose RAM is to be secret, in no order. Raises ConfigError.
 
     `wrapper` is the emulator that it must have; `kvm_maps_secret` says whether KVM of this host can map secret RAM.
     """
-    root = parse(xml)
     problems = [*_emulator(root, wrapper), *_memory(root), *_disks(root), *_devices(root), *_brings_memory(root)]
     problems += [*_machine(root), *_user(root), *_dumps(root), *_past_libvirt(root)]
     if root.get("type") == "kvm" and not kvm_maps_secret:
@@ -65,9 +64,9 @@ def refusals(xml: str, wrapper: Path, kvm_maps_secret: bool) -> list[Problem]:
     return list(dict.fromkeys(problems))
 
 
-def refused(xml: str, problems: Sequence[Problem]) -> ConfigError:
+def refused(root: ET.Element, problems: Sequence[Problem]) -> ConfigError:
     """Return the error that tells all problems of a domain, one a line."""
-    return wrong_domain(name_of(parse(xml)), [(problem.place, problem.said) for problem in problems])
+    return wrong_domain(name_of(root), [(problem.place, problem.said) for problem in problems])
 
 
 def _emulator(root: ET.Element, wrapper: Path) -> Iterator[Problem]:

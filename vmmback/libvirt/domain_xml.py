@@ -78,11 +78,8 @@ def mentions(xml: str) -> bool:
     return NAMESPACE in xml
 
 
-def read(xml: str) -> Domain | None:
+def domain_of(root: ET.Element) -> Domain | None:
     """Return the domain, None if it does not ask for secret RAM. Raises ConfigError."""
-    if not mentions(xml):
-        return None
-    root = parse(xml)
     policy = policy_of(root)
     if not policy:
         return None

@@ -133,13 +133,16 @@ class Domains:
 
     async def announce(self, xml: str) -> None:
         """See DomainsInterface.Announce. Raises ConfigError, UsageError, AdmissionRefused, HostUnfit, OSError."""
-        domain = domain_xml.read(xml)
+        if not domain_xml.mentions(xml):
+            return
+        root = domain_xml.parse(xml)
+        domain = domain_xml.domain_of(root)
         if domain is None:
             return
         kvm_works = domain.type == "kvm" and (await in_thread(kvm.can_map_secret_ram)).usable
-        problems = domain_refusals.refusals(xml, wrapper_of(domain.policy.emulator), kvm_works)
+        problems = domain_refusals.refusals(root, wrapper_of(domain.policy.emulator), kvm_works)
         if problems:
-            raise domain_refusals.refused(xml, problems)
+            raise domain_refusals.refused(root, problems)
         see_wrapper(self._places, domain.policy.emulator)
         await self.withdraw(domain.name)  # of an earlier start that came to nothing
         async with AsyncExitStack() as failed:
