@@ -625,6 +625,20 @@ def test_what_a_manager_kept_and_nobody_had_is_ready_after_a_kill_and_what_was_l
     assert not set(got) & (manager.inodes() if forgets else set())
 
 
+def test_no_manager_keeps_what_was_made_for_one_caller(brokers: Brokers, manager: Manager) -> None:
+    """The next broker would have it ready, once its lease has ended."""
+    brokers.start(pool())
+    eventually(filled, "the pool is filled", timeout_s=60)
+    kept = manager.inodes()
+    with client() as connection:
+        answer, descriptors = call(connection, "Make", size=2 * TINY_BYTES, purpose="a test")
+        assert "error" not in answer, answer
+        assert len(kept) == 1
+        assert manager.inodes() == kept
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
 @pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
 def test_a_guest_outlives_the_broker_and_the_next_one_knows_its_lease(brokers: Brokers, tmp_path: Path) -> None:
     brokers.start(pool())

@@ -38,8 +38,7 @@ _KEPT = "ready-"  # and the inode: the name by which the service manager keeps a
 class Ready:
     """A file that nobody ever had, and what tells its borrower where its pages are: a file of page_file, for `frames`.
 
-    Both are made before somebody asks, as that takes as long as all else of an answer. A service manager keeps copies
-    of them while the broker is not there, until they are lent.
+    Both are made before somebody asks, as that takes as long as all else of an answer.
     """
 
     def __init__(self, size: int, descriptors: dict[str, int]) -> None:
@@ -58,9 +57,7 @@ class Ready:
             if others:
                 descriptors[_HIDDEN] = page_file.sealed(page_file.without_numbers(memory.frames))
             failed.pop_all()
-        made = cls(memory.size, descriptors | {_MEMORY: memory.detach()})
-        made._kept = notify.store(made._name, *made._descriptors.values())
-        return made
+        return cls(memory.size, descriptors | {_MEMORY: memory.detach()})
 
     @classmethod
     def kept(cls, passed: Iterable[tuple[str, int]]) -> list[Self]:
@@ -89,6 +86,10 @@ class Ready:
     def fits(self, *, others: bool) -> bool:
         """Tell whether others than root may borrow it, if they are to."""
         return _HIDDEN in self._descriptors or not others
+
+    def keep(self) -> None:
+        """Have the service manager keep copies while the broker is not there; `forget` them before it is lent."""
+        self._kept = notify.store(self._name, *self._descriptors.values())
 
     def forget(self) -> None:
         """Have the manager close its copies, before somebody gets it. Raises OSError where it cannot be told."""
@@ -274,7 +275,9 @@ class Pool:
         with SecretRam(size) as memory:
             self._promise.backed_by(memory.inode)
             await memory.prefault(self._promise.touched, idle=True, anew=self._promise.anew)
-            return Ready.of(memory, others=self._others)
+            ready = Ready.of(memory, others=self._others)
+            ready.keep()
+            return ready
 
 
 class Reserved:
