@@ -180,7 +180,9 @@ from vmmback.isolation.direct_map import pagemap_entries
 from vmmback.linux import page_file
 uuid, pid, inode, size = sys.argv[1], *map(int, sys.argv[2:])
 records.begin(uuid)
-records.write_frames(uuid, pid, {inode: page_file.sealed(pagemap_entries(pid, inode))})
+folder = records.new_frames(uuid)
+records.write_frames(folder, {inode: page_file.sealed(pagemap_entries(pid, inode))})
+records.name_frames(folder, uuid, pid)
 with Libvirt(None) as connection:
     report = asyncio.run(audit.examine(audit.Subject("plain", uuid, "qemu", pid), connection.hmp("plain")))
 print(report.as_json())

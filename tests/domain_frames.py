@@ -14,7 +14,9 @@ def write_frames(uuid: str, pid: int, frames: Mapping[int, array[int]]) -> None:
     """Write the pagemap entries of a run, by inode."""
     files = {inode: page_file.sealed(entries) for inode, entries in frames.items()}
     try:
-        records.write_frames(uuid, pid, files)
+        folder = records.new_frames(uuid)
+        records.write_frames(folder, files)
+        records.name_frames(folder, uuid, pid)
     finally:
         for file in files.values():
             os.close(file)

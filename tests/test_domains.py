@@ -6,9 +6,11 @@ Pool, ledger and workers are made up; integration/test_libvirt.py has the real o
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
+import threading
 from array import array
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +40,7 @@ XML = """<domain type='qemu'>
   </devices>
 </domain>
 """
+UUID = "c0dedd50-80a2-4d4a-ab37-39d77e436206"
 SIZES = [32 << 20, 32 << 20]
 
 
@@ -61,7 +64,7 @@ def asking(name: str = "one") -> str:
 
 class Ready:
     def __init__(self, size: int, inode: int) -> None:
-        self.size, self.inode = size, inode
+        self.size, self.inode, self.frames = size, inode, page_file.sealed(array("Q", [1]))
 
 
 class Reserved:
@@ -78,7 +81,7 @@ class Reserved:
             raise AdmissionRefused("the prefault was killed")
         if self.made_up.makes:
             self.made_up.makes.set()
-            await asyncio.Event().wait()
+            await self.made_up.is_made.wait()
         self.ready = False
         ready = Ready(self.size, len(self.made_up.given))
         self.made_up.given.append(ready)
@@ -88,8 +91,6 @@ class Reserved:
         if self.ready:
             self.ready = False
             self.made_up.given_up.append(self.size)
-            if self.made_up.given_up == SIZES:
-                self.made_up.given_back.set()
 
 
 class Lent:
@@ -107,13 +108,14 @@ class MadeUp:
     """A broker, with what was done of it; it is its own pool, ledger and workers."""
 
     def __init__(self, places: Places) -> None:
-        self.places = places
+        self.places, self.records = places, places.root.parent / "records"
         self.pool = self.ledger = self.handoffs = self
         self.reserved, self.given = list[Reserved](), list[Ready]()
         self.given_up, self.back, self.closed, self.ended = list[int](), list[int](), list[int](), list[int]()
         self.refused, self.prefaults_that_fail = set[int](), False
         self.makes: asyncio.Event | None = None
-        """Set when a file that is never done is waited for."""
+        """Set when a file is waited for that is not done before `is_made`."""
+        self.is_made = asyncio.Event()
         self.leases = list[SimpleNamespace]()
         """Of others."""
         self.pidfd = os.pidfd_open(os.getpid())
@@ -141,28 +143,38 @@ class MadeUp:
         return self.reserved[-1]
 
     def not_lent(self, ready: Ready) -> None:
+        os.close(ready.frames)
         self.back.append(ready.inode)
+        if len(self.back) == len(SIZES):
+            self.given_back.set()
 
     def hand_over(self, ready: Ready, caller: Caller, _: int, purpose: str) -> tuple[Any, Lent, int]:
         assert (caller, purpose) == (CALLER, "domain one")
         lease = type("Lease", (), {"number": ready.inode})
-        return lease, Lent(self, ready.inode), page_file.sealed(array("Q", [1]))
+        return lease, Lent(self, ready.inode), ready.frames
 
     def end(self, number: int) -> None:
         self.ended.append(number)
 
     @property
-    def open_channels(self) -> int:
-        return sum(os.path.exists(f"/proc/self/fd/{channel}") for channel in self.channels)  # noqa: PTH110
+    def recorded(self) -> list[str]:
+        """What is there of domains' runs."""
+        return [path.name for path in self.records.iterdir()]
+
+    @property
+    def still_open(self) -> int:
+        """How many of the descriptors that it gave: channels, and frames."""
+        given = {*self.channels, *(ready.frames for ready in self.given)}
+        return sum(os.path.exists(f"/proc/self/fd/{descriptor}") for descriptor in given)  # noqa: PTH110
 
 
 @pytest.fixture
 def broker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[MadeUp]:
-    monkeypatch.setattr(records, "RECORDS", tmp_path / "run/records")
     monkeypatch.setattr(domains, "_PIDFILES", tmp_path)
     (tmp_path / "one.pid").write_text(str(os.getpid()))
-    made_up = MadeUp(Places(tmp_path / "root"))
+    made_up = MadeUp(Places(tmp_path / "host/root"))
     install(made_up.places, QEMU)
+    monkeypatch.setattr(records, "RECORDS", made_up.records)
     monkeypatch.setattr(handoffs, "tell", lambda _, *told: made_up.told.append(told))
     monkeypatch.setattr(domains, "_user_of_all", lambda: 64055)
     yield made_up
@@ -189,6 +201,11 @@ def run(broker: MadeUp, work: Any) -> Any:
     return asyncio.run(coroutine)
 
 
+async def all_is_ready() -> None:
+    """Wait for what is done beside."""
+    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+
+
 def test_what_was_announced_is_claimed_once(broker: MadeUp) -> None:
     async def work(made: Domains) -> None:
         await made.announce(asking())
@@ -198,14 +215,40 @@ def test_what_was_announced_is_claimed_once(broker: MadeUp) -> None:
         ((pid, pidfd, offered, more),) = broker.told
         assert (pid, pidfd, offered) == (CALLER.pid, broker.pidfd, offers)
         assert more["purpose"] == "domain one"
-        assert set(records.frames("c0dedd50-80a2-4d4a-ab37-39d77e436206", CALLER.pid)) == {0, 1}
+        assert set(records.frames(UUID, CALLER.pid)) == {0, 1}
         os.close(channel)
         with pytest.raises(AdmissionRefused, match="was announced"):
             await made.claim(arguments(), CALLER, broker.pidfd)
 
     run(broker, work)
     assert (broker.given_up, broker.back, broker.closed, broker.ended) == ([], [], [1, 0], [])
-    assert broker.open_channels == 0
+    assert (broker.still_open, broker.recorded) == (0, [f"{UUID}.{CALLER.pid}.frames"])
+
+
+def test_a_claim_waits_for_nothing_that_could_be_done_before(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        await all_is_ready()
+        claim = made.claim(arguments(), CALLER, broker.pidfd)
+        with pytest.raises(StopIteration) as returned:  # at its first step
+            claim.send(None)
+        os.close(returned.value.value)
+
+    run(broker, work)
+
+
+def test_a_claim_waits_for_what_is_being_made(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        broker.makes = asyncio.Event()
+        await made.announce(asking())
+        claim = asyncio.create_task(made.claim(arguments(), CALLER, broker.pidfd))
+        await broker.makes.wait()
+        assert not claim.done()
+        broker.is_made.set()
+        os.close(await asyncio.wait_for(claim, 30))
+
+    run(broker, work)
+    assert (broker.given_up, broker.back, broker.closed) == ([], [], [1, 0])
 
 
 @pytest.mark.parametrize(
@@ -227,7 +270,7 @@ def test_who_claims_something_else_gets_nothing_and_the_domain_still_its_own(
         await made.announce(asking())
         with pytest.raises(error):
             await made.claim(arguments(name, sizes), caller, broker.pidfd)
-        assert broker.given == []
+        assert broker.told == []
         os.close(await made.claim(arguments(), CALLER, broker.pidfd))
 
     run(broker, work)
@@ -283,6 +326,38 @@ def test_what_is_made_for_who_has_ended_goes_back(broker: MadeUp) -> None:
 
     run(broker, work)
     assert (broker.given, broker.given_up) == ([], SIZES)
+    assert (broker.still_open, broker.recorded) == (0, [])
+
+
+def test_what_is_made_for_a_claim_that_is_cancelled_goes_back(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        broker.makes = asyncio.Event()
+        await made.announce(asking())
+        claim = asyncio.create_task(made.claim(arguments(), CALLER, broker.pidfd))
+        await broker.makes.wait()
+        claim.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await claim
+
+    run(broker, work)
+    assert (broker.given, broker.given_up) == ([], SIZES)
+    assert (broker.still_open, broker.recorded) == (0, [])
+
+
+def test_a_claim_that_still_waits_when_its_domain_is_announced_anew_gets_its_own(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        broker.makes = asyncio.Event()
+        await made.announce(asking())
+        claim = asyncio.create_task(made.claim(arguments(), CALLER, broker.pidfd))
+        await broker.makes.wait()
+        await made.announce(asking())
+        broker.is_made.set()
+        os.close(await asyncio.wait_for(claim, 30))
+        os.close(await made.claim(arguments(), CALLER, broker.pidfd))
+
+    run(broker, work)
+    assert (len(broker.given), len(broker.back), len(broker.closed), len(broker.told)) == (4, 0, 4, 2)
+    assert (broker.still_open, broker.recorded) == (0, [f"{UUID}.{CALLER.pid}.frames"])
 
 
 def test_a_domain_that_does_not_ask_is_none_of_ours(broker: MadeUp) -> None:
@@ -306,7 +381,7 @@ def test_what_does_not_fit_goes_back_whole(broker: MadeUp) -> None:
 
     run(broker, work)
     assert broker.given_up == SIZES[:1]
-    assert broker.open_channels == 0
+    assert broker.still_open == 0
 
 
 def test_of_two_announcements_at_once_the_last_one_counts_and_nothing_is_lost(broker: MadeUp) -> None:
@@ -316,11 +391,17 @@ def test_of_two_announcements_at_once_the_last_one_counts_and_nothing_is_lost(br
 
     run(broker, work)
     assert len(broker.reserved) == 6
-    assert broker.given_up == SIZES * 2
-    assert broker.open_channels == 0
+    assert len(broker.given_up) + len(broker.back) == 4
+    assert (broker.still_open, broker.recorded) == (0, [f"{UUID}.{CALLER.pid}.frames"])
 
 
-def test_a_claim_that_fails_half_way_gives_all_of_it_back(broker: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "step", "lent"),
+    [(records, "write_frames", []), (records, "name_frames", [0, 1]), (handoffs, "tell", [0, 1])],
+)
+def test_a_claim_that_fails_half_way_gives_all_of_it_back(
+    broker: MadeUp, monkeypatch: pytest.MonkeyPatch, module: object, step: str, lent: list[int]
+) -> None:
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
@@ -330,10 +411,11 @@ def test_a_claim_that_fails_half_way_gives_all_of_it_back(broker: MadeUp, monkey
             await made.claim(arguments(), CALLER, broker.pidfd)
 
     with monkeypatch.context() as full:
-        full.setattr(records, "write_frames", fail)
+        full.setattr(module, step, fail)
         run(broker, work)
-    assert (sorted(broker.closed), sorted(broker.ended), broker.back) == ([0, 1], [0, 1], [])
-    assert broker.open_channels == 0
+    assert (sorted(broker.closed), sorted(broker.ended)) == (lent, lent)
+    assert sorted(broker.back + lent) == [0, 1]
+    assert (broker.still_open, broker.recorded) == (0, [])
 
 
 def test_of_a_claim_whose_second_file_cannot_be_made_the_first_goes_back(broker: MadeUp) -> None:
@@ -346,6 +428,71 @@ def test_of_a_claim_whose_second_file_cannot_be_made_the_first_goes_back(broker:
 
     run(broker, work)
     assert (broker.back, broker.closed, broker.given_up) == ([0], [], SIZES[1:])
+    assert (broker.still_open, broker.recorded) == (0, [])
+
+
+def test_what_fails_of_a_domain_that_nobody_claims_is_told_nobody(broker: MadeUp) -> None:
+    broker.prefaults_that_fail = True
+    said = list[dict[str, Any]]()
+
+    async def work(made: Domains) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+        await made.announce(asking())
+        await all_is_ready()
+        await made.withdraw("one")
+        gc.collect()
+
+    run(broker, work)
+    assert said == []
+    assert (broker.back, broker.given_up, broker.still_open, broker.recorded) == ([0], SIZES[1:], 0, [])
+
+
+@pytest.mark.parametrize("is_ready", [True, False], ids=["ready", "not begun"])
+@pytest.mark.parametrize("end", ["withdrawn", "announced anew", "closed"])
+def test_what_was_got_ready_for_nothing_goes_back(broker: MadeUp, end: str, *, is_ready: bool) -> None:
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        if is_ready:
+            await all_is_ready()
+            assert len(broker.given) == 2
+        if end == "withdrawn":
+            await made.withdraw("one")
+            await made.withdraw("one")
+        elif end == "announced anew":
+            await made.announce(asking())
+            os.close(await made.claim(arguments(), CALLER, broker.pidfd))
+        else:
+            await made.close()
+
+    run(broker, work)
+    assert (broker.back, broker.given_up) == (([0, 1], []) if is_ready else ([], SIZES))
+    claimed = [f"{UUID}.{CALLER.pid}.frames"] if end == "announced anew" else []
+    assert (broker.still_open, broker.recorded) == (0, claimed)
+
+
+def test_what_is_just_written_goes_back_when_it_is_written(broker: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, sizes, write_frames = threading.Event(), list[int](), records.write_frames
+
+    async def work(made: Domains) -> None:
+        loop, writes = asyncio.get_running_loop(), asyncio.Event()
+
+        def write(folder: Path, frames: dict[int, int]) -> None:
+            loop.call_soon_threadsafe(writes.set)
+            assert goes_on.wait(30)
+            sizes.extend(os.fstat(file).st_size for file in frames.values())
+            write_frames(folder, frames)
+
+        monkeypatch.setattr(records, "write_frames", write)
+        await made.announce(asking())
+        await writes.wait()
+        withdrawn = asyncio.create_task(made.withdraw("one"))
+        await asyncio.sleep(0)
+        goes_on.set()
+        await withdrawn
+
+    run(broker, work)
+    assert (broker.back, sizes) == ([0, 1], [8, 8])
+    assert (broker.still_open, broker.recorded) == (0, [])
 
 
 def test_what_nobody_claims_goes_back(broker: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +544,7 @@ def workers(broker: MadeUp, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]
     yield made_up
     for worker in made_up.workers:
         worker.close()
-    assert made_up.open_channels == 0
+    assert made_up.still_open == 0
 
 
 def test_a_worker_waits_for_the_next_domain(workers: Worker) -> None:

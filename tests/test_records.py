@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tests.domain_frames import write_frames
 from tests.sample_reports import exposed_report, guest_report
 from vmmback.libvirt import records
+from vmmback.linux import page_file
 
 UUID = "0d7e5a4f-8a1c-4b1e-9b0e-6a1f7e5d3c2b"
 OTHER = "1d7e5a4f-8a1c-4b1e-9b0e-6a1f7e5d3c2b"
@@ -130,8 +132,40 @@ def test_who_reads_sees_a_whole_file_or_the_one_before(begun: Path, monkeypatch:
             write_frames(UUID, 4711, FRAMES)
     assert records.read(UUID) == guest_report()
     assert records.frames(UUID, 4711) == {}  # of a file that is not whole nothing is known
+    assert len(list(begun.glob("*.new"))) == 2
     records.begin(UUID)
+    assert list(begun.iterdir()) == []
+
+
+def test_frames_are_of_no_run_until_they_get_its_pid(begun: Path) -> None:
+    one, other = records.new_frames(UUID), records.new_frames(UUID)
+    file = page_file.sealed(FRAMES[17])
+    records.write_frames(one, {17: file})
+    records.write_frames(other, {18: file})
+    os.close(file)
+    assert records.runs(UUID) == []
+    records.name_frames(one, UUID, 4711)
+    records.drop_frames(other)
+    records.drop_frames(one)
+    assert (records.runs(UUID), records.frames(UUID, 4711)) == ([4711], {17: FRAMES[17]})
     assert [file.name for file in begun.iterdir()] == [f"{UUID}.4711.frames"]
+    with pytest.raises(FileNotFoundError):
+        records.name_frames(other, UUID, 4711)
+
+
+def test_of_frames_that_are_written_when_the_next_run_begins_none_are_named(
+    begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = records.new_frames(UUID), page_file.sealed(FRAMES[17])
+    records.write_frames(folder, {17: file})
+    with monkeypatch.context() as half_way:
+        half_way.setattr(shutil, "rmtree", lambda *_, **__: (folder / "17").unlink(missing_ok=True))
+        records.begin(UUID)
+    os.close(file)
+    with pytest.raises(FileNotFoundError):
+        records.name_frames(folder, UUID, 4711)
+    records.begin(UUID)
+    assert list(begun.iterdir()) == []
 
 
 def test_several_who_write_at_once_do_not_mix(begun: Path) -> None:

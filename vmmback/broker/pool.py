@@ -97,6 +97,11 @@ class Ready:
             raise BlockingIOError(errno.EAGAIN, "the service manager does not listen")
         self._kept = False
 
+    @property
+    def frames(self) -> int:
+        """The descriptor of the frames with their numbers, still its own."""
+        return self._descriptors[_FRAMES]
+
     def give(self, *, numbers: bool) -> tuple[int, int]:
         """Return the descriptors of the memory and of the frames, the caller's from now on; all else is closed."""
         given = self._descriptors.pop(_MEMORY), self._descriptors.pop(_FRAMES if numbers else _HIDDEN)

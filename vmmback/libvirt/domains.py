@@ -11,8 +11,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TypedDict
@@ -26,7 +25,7 @@ from vmmback.broker.closing import Lent
 from vmmback.broker.handoffs import Offer
 from vmmback.broker.ledger import Caller
 from vmmback.broker.lending import Broker
-from vmmback.broker.pool import Ready, Reserved
+from vmmback.broker.pool import Pool, Ready, Reserved
 from vmmback.broker.server import Interfaces
 from vmmback.broker.service import Refused, held, refusing, shown
 from vmmback.errors import AdmissionRefused, ConfigError, HostUnfit, VmmbackError
@@ -100,24 +99,49 @@ class DomainsInterface(VarlinkInterface, name="org.vmmback.Domains"):
             )
 
 
-@dataclass
 class _Announced:
-    """A domain whose RAM is ready, or will be."""
+    """A domain that may start. What its claim would wait for is done before, while libvirt gets on."""
 
-    domain: Domain
-    channel: int
-    """That of the worker which will answer its QEMU's calls."""
-    until_s: float
-    since_ticks: int
-    """When it was announced, as starts of processes are told: in ticks since boot (proc_pid_stat(5))."""
-    ram: list[Reserved] = field(default_factory=list)
+    def __init__(self, domain: Domain, pool: Pool, ram: list[Reserved], channel: int) -> None:
+        """Take over what its QEMU will get, and the channel of the worker that will answer its calls. Raises OSError.
+
+        Call it in an event loop.
+        """
+        self.domain, self.channel = domain, channel
+        self.until_s = time.monotonic() + _CLAIM_TIMEOUT_S
+        self.since_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+        """When it was announced, as starts of processes are told: in ticks since boot (proc_pid_stat(5))."""
+        records.begin(domain.uuid)
+        self.frames = records.new_frames(domain.uuid)
+        """Where it is written where its RAM lies, until it is said of which run."""
+        self.ready = list[Ready]()
+        """What is there of its RAM, and not lent."""
+        self._pool, self._ram = pool, ram
+        self._preparing = asyncio.create_task(self._prepare())
+
+    async def _prepare(self) -> None:
+        for reserved in self._ram:
+            self.ready.append(await reserved.given())
+        await in_thread(partial(records.write_frames, self.frames, {each.inode: each.frames for each in self.ready}))
+
+    async def prepared(self, pidfd: int) -> None:
+        """Wait until all is ready, as long as who has claimed it lives. Raises VmmbackError, OSError."""
+        if not self._preparing.done():
+            await _done_or_ended(self._preparing, pidfd)
+        if not self._preparing.done():
+            raise AdmissionRefused("the process that has claimed it has ended", "start the domain again")
+        self._preparing.result()
 
     async def close(self) -> None:
-        """Give all of it back that was not claimed."""
-        for reserved in self.ram:
+        """Give all of it back that was not lent."""
+        self._preparing.cancel()
+        await asyncio.gather(self._preparing, return_exceptions=True)  # errors are for its claim
+        for ready in self.ready:
+            self._pool.not_lent(ready)
+        for reserved in self._ram:
             await reserved.give_up()
-        if self.channel >= 0:
-            os.close(self.channel)
+        records.drop_frames(self.frames)
+        os.close(self.channel)
 
 
 class Domains:
@@ -146,18 +170,16 @@ class Domains:
         see_wrapper(self._places, domain.policy.emulator)
         await self.withdraw(domain.name)  # of an earlier start that came to nothing
         async with AsyncExitStack() as failed:
-            since_ticks = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
-            announced = _Announced(domain, self._worker(), time.monotonic() + _CLAIM_TIMEOUT_S, int(since_ticks))
-            failed.push_async_callback(announced.close)
+            channel, ram = self._worker(), list[Reserved]()
+            failed.callback(os.close, channel)
             for block in domain.ram:
-                reserved = self._broker.pool.reserve(block.size, self._broker.ledger.next_number())
-                announced.ram.append(reserved)
-                await reserved.admitted()
-            records.begin(domain.uuid)
+                ram.append(self._broker.pool.reserve(block.size, self._broker.ledger.next_number()))
+                failed.push_async_callback(ram[-1].give_up)
+                await ram[-1].admitted()
             while domain.name in self._announced:  # of a hook that was ended meanwhile
                 await self.withdraw(domain.name)
+            self._announced[domain.name] = _Announced(domain, self._broker.pool, ram, channel)
             failed.pop_all()
-            self._announced[domain.name] = announced
 
     def _worker(self) -> int:
         """Return the channel of a worker, and have a new one started once this domain is up. Raises OSError."""
@@ -181,11 +203,8 @@ class Domains:
         del self._announced[name]
         async with AsyncExitStack() as failed:
             failed.push_async_callback(announced.close)
-            ready = list[Ready]()
-            failed.callback(self._not_lent, ready)
-            for reserved in announced.ram:
-                ready.append(await _given(reserved, pidfd))
-            await self._lend(announced, blocks, ready, caller, pidfd)
+            await announced.prepared(pidfd)
+            self._lend(announced, blocks, caller, pidfd)
             failed.pop_all()
             return announced.channel
 
@@ -202,7 +221,7 @@ class Domains:
                 f"process {caller.pid} is not the one that libvirt has started for domain {name!a}",
                 "only libvirt starts a domain's emulator",
             )
-        wanted, sizes = [reserved.size for reserved in announced.ram], [block.size for block in blocks]
+        wanted, sizes = [block.size for block in announced.domain.ram], [block.size for block in blocks]
         if sizes != wanted:
             raise ConfigError(
                 f"domain {name!a} was announced with RAM blocks of {wanted} bytes, and its QEMU wants {sizes}",
@@ -218,28 +237,22 @@ class Domains:
             )
         return announced
 
-    async def _lend(
-        self, announced: _Announced, blocks: Sequence[Block], ready: list[Ready], caller: Caller, pidfd: int
-    ) -> None:
+    def _lend(self, announced: _Announced, blocks: Sequence[Block], caller: Caller, pidfd: int) -> None:
         """Lend the files of a domain to its QEMU, and tell the worker which of its calls to answer with them."""
-        name, memory, frames = announced.domain.name, list[Lent](), dict[int, int]()
-        async with AsyncExitStack() as failed, AsyncExitStack() as lending:
-            while ready:
-                inode = ready[0].inode
-                lease, lent, frames[inode] = self._broker.hand_over(ready.pop(0), caller, pidfd, purpose(name))
-                lending.callback(os.close, frames[inode])
+        name, uuid, memory = announced.domain.name, announced.domain.uuid, list[Lent]()
+        with ExitStack() as failed, ExitStack() as lending:
+            while announced.ready:
+                lease, lent, frames = self._broker.hand_over(announced.ready.pop(0), caller, pidfd, purpose(name))
                 lending.callback(lent.close)
                 failed.callback(self._broker.end, lease.number)
                 memory.append(lent)
-            await in_thread(partial(records.write_frames, announced.domain.uuid, caller.pid, frames))
+                os.close(frames)
+            failed.callback(records.forget_frames, uuid, caller.pid)
+            records.name_frames(announced.frames, uuid, caller.pid)
             offers = [Offer(block.call, block.name, lent.fileno()) for block, lent in zip(blocks, memory, strict=True)]
             more = {"broker": str(socket_path()), "purpose": purpose(name), "room": announced.domain.room}
             handoffs.tell(announced.channel, caller.pid, pidfd, offers, more)
             failed.pop_all()
-
-    def _not_lent(self, ready: Sequence[Ready]) -> None:
-        for each in ready:
-            self._broker.pool.not_lent(each)
 
     async def withdraw(self, name: str) -> None:
         """Give the RAM of a domain back that was announced."""
@@ -265,22 +278,16 @@ class Domains:
                         await self.withdraw(name)
 
 
-async def _given(reserved: Reserved, pidfd: int) -> Ready:
-    """Return a file once it is there. Raises AdmissionRefused where who has claimed it ends before, and as `given`."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
+async def _done_or_ended(task: asyncio.Task[None], pidfd: int) -> None:
+    """Wait until a task is done, or a process has ended."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(pidfd, ended.set)
-    given, end = asyncio.ensure_future(reserved.given()), asyncio.ensure_future(ended.wait())
+    end = asyncio.create_task(ended.wait())
     try:
-        await asyncio.wait({given, end}, return_when=asyncio.FIRST_COMPLETED)
-        is_given = given.done()
+        await asyncio.wait({task, end}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         loop.remove_reader(pidfd)
         end.cancel()
-        given.cancel()
-    if not is_given:
-        raise AdmissionRefused("the process that has claimed it has ended", "start the domain again")
-    return given.result()
 
 
 @cache

@@ -21,27 +21,46 @@ _OWN = 0o700
 
 
 def begin(uuid: str) -> None:
-    """Forget what audits of the domain found. Raises OSError."""
+    """Forget what audits of the domain found, and what is of no run. Raises OSError."""
     RECORDS.parent.mkdir(parents=True, exist_ok=True)
     RECORDS.parent.chmod(0o755)  # whatever the umask: polkit's rule looks for files there, as another user
     RECORDS.mkdir(mode=_OWN, exist_ok=True)
-    for file in (_report(uuid), *RECORDS.glob(f"{uuid}.*.new")):  # whose writer was killed
-        file.unlink(missing_ok=True)
+    _report(uuid).unlink(missing_ok=True)
+    for left in list(RECORDS.glob(f"{uuid}.*.new")):  # whose writer was killed
+        if left.is_dir():
+            # All of it at once: of what is still being written for an earlier start no part is ever named.
+            drop_frames(left.rename(new_frames(uuid)))
+        else:
+            left.unlink(missing_ok=True)
 
 
-def write_frames(uuid: str, pid: int, frames: Mapping[int, int]) -> None:
-    """Write where the RAM of a run lies: by inode the pagemap entries of all pages (page_file.py). Raises OSError.
+def new_frames(uuid: str) -> Path:
+    """Return where `write_frames` can write what is of no run yet; nothing is there."""
+    return RECORDS / f"{uuid}.{os.urandom(8).hex()}.frames.new"
 
-    `pid` is QEMU's.
+
+def write_frames(folder: Path, frames: Mapping[int, int]) -> None:
+    """Write where the RAM of a run will lie: by inode the pagemap entries of all pages (page_file.py). Raises OSError.
+
+    It is of no run until it gets the pid of one: `name_frames`.
     """
-    folder = _frames(uuid, pid)
-    forget_frames(uuid, pid)
     folder.mkdir(mode=_OWN)
     for inode, entries in frames.items():
         with _put(folder / str(inode)) as descriptor:
             left = size = os.fstat(entries).st_size
-            while left:  # a start waits for it, so the kernel copies
+            while left:  # a start may wait for it, so the kernel copies
                 left -= os.sendfile(descriptor, entries, size - left, left)
+
+
+def name_frames(folder: Path, uuid: str, pid: int) -> None:
+    """Say that what was written is of the run whose QEMU has this pid; the folder is gone. Raises OSError."""
+    forget_frames(uuid, pid)
+    folder.rename(_frames(uuid, pid))
+
+
+def drop_frames(folder: Path) -> None:
+    """Remove what is of no run, and will be of none."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def frames(uuid: str, pid: int) -> dict[int, array[int]]:
