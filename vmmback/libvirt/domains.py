@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypedDict
 from xml.sax.saxutils import escape
@@ -229,7 +229,7 @@ class Domains:
             )
         # Who runs as one user can take each other's descriptors, capabilities or not (own_user.py).
         others = {lease.purpose for lease in self._broker.ledger if lease.uid == caller.uid} - {purpose(name)}
-        if others or caller.uid == _user_of_all():
+        if others or caller.uid == self._user_of_all:
             shares = f"{min(others)} does" if others else "all domains do by default"
             raise AdmissionRefused(
                 f"domain {name!a} would run as user {caller.uid}, as {shares}, and they could take each other's RAM",
@@ -253,6 +253,14 @@ class Domains:
             more = {"broker": str(socket_path()), "purpose": purpose(name), "room": announced.domain.room}
             handoffs.tell(announced.channel, caller.pid, pidfd, offers, more)
             failed.pop_all()
+
+    @cached_property
+    def _user_of_all(self) -> int:
+        """The uid that libvirt gives QEMUs which are not to have another one, -1 where that is not known."""
+        try:
+            return capable_perl.qemu_user(self._places).uid
+        except HostUnfit:
+            return -1
 
     async def withdraw(self, name: str) -> None:
         """Give the RAM of a domain back that was announced."""
@@ -288,15 +296,6 @@ async def _done_or_ended(task: asyncio.Task[None], pidfd: int) -> None:
     finally:
         loop.remove_reader(pidfd)
         end.cancel()
-
-
-@cache
-def _user_of_all() -> int:
-    """Return the uid that libvirt gives QEMUs which are not to have another one, -1 where that is not known."""
-    try:
-        return capable_perl.qemu_user(Places()).uid
-    except HostUnfit:
-        return -1
 
 
 @contextmanager
