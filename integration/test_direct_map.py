@@ -19,8 +19,10 @@ from vmmback.errors import HostUnfit
 from vmmback.isolation.access import ProcMemProbe, VmaFlagsProbe
 from vmmback.isolation.direct_map import DirectMapProbe, PageCount, pagemap_entries
 from vmmback.isolation.probe import Target
-from vmmback.linux import bpf, direct_map
-from vmmback.linux.bpf import R0, R2, Program, SharedValue
+from vmmback.linux import bpf_assembler as asm
+from vmmback.linux import direct_map
+from vmmback.linux.bpf import Program, SharedValue
+from vmmback.linux.bpf_assembler import R0, R2
 from vmmback.linux.direct_map import DirectMap, find, own_pages
 from vmmback.linux.memfd_secret import memfd_secret
 from vmmback.linux.procfs import PAGE_SIZE
@@ -379,7 +381,7 @@ def open_descriptors() -> set[str]:
 
 def test_a_rejected_program_shows_the_verifiers_words() -> None:
     with pytest.raises(HostUnfit, match=r"rejected the BPF program bad \(EACCES\): .*R2 !read_ok"):
-        Program([bpf.move(R0, R2), bpf.leave()], "bad")
+        Program([asm.move(R0, R2), asm.leave()], "bad")
 
 
 def test_a_load_ends_however_often_signals_come() -> None:
@@ -407,7 +409,7 @@ def test_a_load_ends_however_often_signals_come() -> None:
 
 
 def test_descriptors_are_close_on_exec() -> None:
-    with SharedValue(PAGE_SIZE, "value") as value, Program([bpf.move(R0, 0), bpf.leave()], "good") as program:
+    with SharedValue(PAGE_SIZE, "value") as value, Program([asm.move(R0, 0), asm.leave()], "good") as program:
         assert not os.get_inheritable(value.descriptor)
         assert not os.get_inheritable(program.descriptor)
 

@@ -24,8 +24,10 @@ from copy import copy
 from typing import NamedTuple, Self, TypeAlias
 
 from vmmback.errors import HostUnfit
-from vmmback.linux import bpf, procfs
-from vmmback.linux.bpf import R0, R1, R2, R3, R6, R7, R8, R9, Helper, Instruction, Label, Program, SharedValue
+from vmmback.linux import bpf_assembler as asm
+from vmmback.linux import procfs
+from vmmback.linux.bpf import Program, SharedValue
+from vmmback.linux.bpf_assembler import R0, R1, R2, R3, R6, R7, R8, R9, Helper, Instruction, Label
 from vmmback.linux.procfs import PAGE_SIZE
 
 # Raw entries of /proc/PID/pagemap, 8 bytes a page: bit 63 present, bits 0 to 54 the PFN.
@@ -225,7 +227,7 @@ def _scrub(memory: mmap.mmap) -> None:
 
 
 def _count(field: int) -> list[Instruction]:
-    return [bpf.load(R1, R6, field), bpf.add(R1, 1), bpf.store(R6, field, R1)]
+    return [asm.load(R1, R6, field), asm.add(R1, 1), asm.store(R6, field, R1)]
 
 
 def find() -> int:
@@ -246,70 +248,70 @@ def _read_frames(value: SharedValue, lanes: int, frames: int = _BATCH) -> list[I
     through all rounds and both ways at each jump: few of either make it load quickly.
     """
     return [
-        bpf.load(R7, R1, 0),
-        bpf.jump_if(R7, ">=", lanes, "done"),
-        bpf.multiply(R7, _LANE_BYTES),
-        bpf.load_map_value(R6, value.descriptor),
-        bpf.add(R6, R7),
-        bpf.load(R9, R6, _SIZE),
-        bpf.jump_if(R9, ">", PAGE_SIZE, "done"),
-        bpf.move(R7, 0),
+        asm.load(R7, R1, 0),
+        asm.jump_if(R7, ">=", lanes, "done"),
+        asm.multiply(R7, _LANE_BYTES),
+        asm.load_map_value(R6, value.descriptor),
+        asm.add(R6, R7),
+        asm.load(R9, R6, _SIZE),
+        asm.jump_if(R9, ">", PAGE_SIZE, "done"),
+        asm.move(R7, 0),
         Label("next"),
-        bpf.move(R8, R7),
-        bpf.shift_left(R8, 3),
-        bpf.add(R8, R6),
-        bpf.load(R3, R8, _ENTRIES),
+        asm.move(R8, R7),
+        asm.shift_left(R8, 3),
+        asm.add(R8, R6),
+        asm.load(R3, R8, _ENTRIES),
         # R2 = present, bit 63
-        bpf.move(R2, R3),
-        bpf.shift_right(R2, 63),
-        bpf.move(R1, R2),
-        bpf.add(R1, _ABSENT),
-        bpf.store(R8, _ENTRIES, R1),
-        bpf.load(R1, R6, _PRESENT),
-        bpf.add(R1, R2),
-        bpf.store(R6, _PRESENT, R1),
+        asm.move(R2, R3),
+        asm.shift_right(R2, 63),
+        asm.move(R1, R2),
+        asm.add(R1, _ABSENT),
+        asm.store(R8, _ENTRIES, R1),
+        asm.load(R1, R6, _PRESENT),
+        asm.add(R1, R2),
+        asm.store(R6, _PRESENT, R1),
         # R3 = PFN, bits 0 to 54; for an absent page, where these bits can be a place in swap, 0
-        bpf.shift_left(R3, 9),
-        bpf.shift_right(R3, 9),
-        bpf.multiply(R3, R2),
-        bpf.jump_if(R3, "==", 0, "skip"),
-        bpf.load(R1, R6, _LIMIT),
-        bpf.jump_if(R3, ">=", R1, "skip"),
+        asm.shift_left(R3, 9),
+        asm.shift_right(R3, 9),
+        asm.multiply(R3, R2),
+        asm.jump_if(R3, "==", 0, "skip"),
+        asm.load(R1, R6, _LIMIT),
+        asm.jump_if(R3, ">=", R1, "skip"),
         # bpf_probe_read_kernel(frame[R7], size, base + PFN * PAGE_SIZE)
-        bpf.shift_left(R3, _PAGE_SHIFT),
-        bpf.load(R1, R6, _BASE),
-        bpf.add(R3, R1),
-        bpf.move(R1, R7),
-        bpf.shift_left(R1, _PAGE_SHIFT),
-        bpf.add(R1, R6),
-        bpf.add(R1, _FRAMES),
-        bpf.move(R2, R9),
-        bpf.call(Helper.PROBE_READ_KERNEL),
-        bpf.store(R8, _ENTRIES, R0),
-        bpf.jump_if(R0, "==", 0, "readable"),
-        bpf.jump_if(R0, "!=", -errno.EFAULT, "skip"),
-        bpf.jump("checked"),
+        asm.shift_left(R3, _PAGE_SHIFT),
+        asm.load(R1, R6, _BASE),
+        asm.add(R3, R1),
+        asm.move(R1, R7),
+        asm.shift_left(R1, _PAGE_SHIFT),
+        asm.add(R1, R6),
+        asm.add(R1, _FRAMES),
+        asm.move(R2, R9),
+        asm.call(Helper.PROBE_READ_KERNEL),
+        asm.store(R8, _ENTRIES, R0),
+        asm.jump_if(R0, "==", 0, "readable"),
+        asm.jump_if(R0, "!=", -errno.EFAULT, "skip"),
+        asm.jump("checked"),
         Label("readable"),
         *_count(_READABLE),
         Label("checked"),
         *_count(_CHECKED),
         Label("skip"),
-        bpf.add(R7, 1),
-        bpf.jump_if(R7, "<", frames, "next"),
+        asm.add(R7, 1),
+        asm.jump_if(R7, "<", frames, "next"),
         Label("done"),
-        bpf.move(R0, 0),
-        bpf.leave(),
+        asm.move(R0, 0),
+        asm.leave(),
     ]
 
 
 def current_task() -> int:
     """Return the address of the calling thread's task_struct: slab memory, hence in the direct map."""
     program = [
-        bpf.move(R6, R1),
-        bpf.call(Helper.GET_CURRENT_TASK),
-        bpf.store(R6, 0, R0),
-        bpf.move(R0, 0),
-        bpf.leave(),
+        asm.move(R6, R1),
+        asm.call(Helper.GET_CURRENT_TASK),
+        asm.store(R6, 0, R0),
+        asm.move(R0, 0),
+        asm.leave(),
     ]
     with Program(program, "vmmback_task") as current_task:
         return int.from_bytes(current_task.run(bytes(8)), "little")

@@ -16,23 +16,9 @@ from pathlib import Path
 
 from vmmback.errors import HostUnfit
 from vmmback.linux import bpf, btf
-from vmmback.linux.bpf import (
-    R0,
-    R1,
-    R2,
-    R3,
-    R4,
-    R5,
-    R6,
-    R7,
-    R10,
-    Helper,
-    Instruction,
-    Label,
-    Program,
-    ProgramKind,
-    SharedValue,
-)
+from vmmback.linux import bpf_assembler as asm
+from vmmback.linux.bpf import Program, ProgramKind, SharedValue
+from vmmback.linux.bpf_assembler import R0, R1, R2, R3, R4, R5, R6, R7, R10, Helper, Instruction, Label
 from vmmback.linux.perf import PerfEvent
 
 # enum bpf_cmd, enum bpf_prog_type, enum bpf_attach_type
@@ -192,9 +178,9 @@ def at_event(event: PerfEvent, pid: int, *, may_sleep: bool) -> Iterator[UserRea
 
 def _copy_from_task(value: SharedValue) -> Sequence[Instruction | Label]:
     return [
-        bpf.load(R4, R1, _CONTEXT_TASK),
-        bpf.jump_if(R4, "==", 0, "done"),  # the walk is at its end
-        bpf.move(R5, 0),
+        asm.load(R4, R1, _CONTEXT_TASK),
+        asm.jump_if(R4, "==", 0, "done"),  # the walk is at its end
+        asm.move(R5, 0),
         *_read(value, Helper.COPY_FROM_USER_TASK),
     ]
 
@@ -205,17 +191,17 @@ def _read_in_context(value: SharedValue, pid: int, helper: Helper) -> Sequence[I
     device = os.major(namespace.st_dev) << 20 | os.minor(namespace.st_dev)  # as the kernel writes it inside
     _NAMESPACE.pack_into(value.memory, _NS_DEVICE, device, namespace.st_ino)
     return [
-        bpf.load_map_value(R6, value.descriptor),
-        bpf.load(R1, R6, _NS_DEVICE),
-        bpf.load(R2, R6, _NS_INODE),
-        bpf.move(R3, R10),
-        bpf.add(R3, _IDS),
-        bpf.move(R4, _IDS_BYTES),
-        bpf.call(Helper.GET_NS_CURRENT_PID_TGID),
-        bpf.jump_if(R0, "!=", 0, "done"),
-        bpf.load(R0, R10, _IDS),
-        bpf.shift_right(R0, 32),
-        bpf.jump_if(R0, "!=", pid, "done"),
+        asm.load_map_value(R6, value.descriptor),
+        asm.load(R1, R6, _NS_DEVICE),
+        asm.load(R2, R6, _NS_INODE),
+        asm.move(R3, R10),
+        asm.add(R3, _IDS),
+        asm.move(R4, _IDS_BYTES),
+        asm.call(Helper.GET_NS_CURRENT_PID_TGID),
+        asm.jump_if(R0, "!=", 0, "done"),
+        asm.load(R0, R10, _IDS),
+        asm.shift_right(R0, 32),
+        asm.jump_if(R0, "!=", pid, "done"),
         *_read(value, helper),
     ]
 
@@ -223,17 +209,17 @@ def _read_in_context(value: SharedValue, pid: int, helper: Helper) -> Sequence[I
 def _read(value: SharedValue, helper: Helper) -> Sequence[Instruction | Label]:
     """Call helper(data, READ_BYTES, address, R4, R5), count it and note its result."""
     return [
-        bpf.load_map_value(R6, value.descriptor),
-        bpf.load(R3, R6, _ADDRESS),
-        bpf.move(R1, R6),
-        bpf.add(R1, _DATA),
-        bpf.move(R2, READ_BYTES),
-        bpf.call(helper),
-        bpf.store(R6, _RESULT, R0),
-        bpf.load(R7, R6, _TRIES),
-        bpf.add(R7, 1),
-        bpf.store(R6, _TRIES, R7),
+        asm.load_map_value(R6, value.descriptor),
+        asm.load(R3, R6, _ADDRESS),
+        asm.move(R1, R6),
+        asm.add(R1, _DATA),
+        asm.move(R2, READ_BYTES),
+        asm.call(helper),
+        asm.store(R6, _RESULT, R0),
+        asm.load(R7, R6, _TRIES),
+        asm.add(R7, 1),
+        asm.store(R6, _TRIES, R7),
         Label("done"),
-        bpf.move(R0, 0),
-        bpf.leave(),
+        asm.move(R0, 0),
+        asm.leave(),
     ]
