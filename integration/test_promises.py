@@ -1,4 +1,4 @@
-"""Memory that a QEMU is promised for what is plugged in later: a program in its place asks for more than there can be.
+"""What the worker of a domain's QEMU has on offer: a program in its place asks for more, or would offer files itself.
 
 Real are the kernel, which stops its calls, and the worker that answers them; there is no broker to borrow from.
 """
@@ -25,18 +25,26 @@ pytestmark = pytest.mark.usefixtures("needs_seccomp", "needs_secretmem")
 NAME = "memory-backend-memfd"
 ROOT = Path(__file__).parents[1]
 
-# Puts itself under the filter as the wrapper of a domain does, and takes what the domain starts with. Then it has as
-# many files promised as it is told, and says what became of the calls, and of making each of the files 1 MiB long.
-QEMU = f"""
+# Puts itself under the filter as the wrapper of a domain does, and calls the worker.
+CALLS = """
 import json, os, socket, sys
-from vmmback.linux import seccomp
+from vmmback.linux import memfd_secret, seccomp
 sys.stdin.readline()
 channel = socket.socket(fileno=int(sys.argv[1]))
+own = memfd_secret.memfd_secret()
+os.ftruncate(own, 4096)
 listener = seccomp.install_listener(memfds=True, mappings=True)
-parameters = {{"listener": 0, "offers": [], "secret_memfds": False}}
-call = {{"method": "org.vmmback.Handoff.Answer", "parameters": parameters}}
-socket.send_fds(channel, [json.dumps(call).encode() + b"\\0"], [listener])
-assert json.loads(channel.recv(1 << 16)[:-1]) == {{"parameters": {{}}}}
+def answered(offers):
+    parameters = {"listener": 0, "offers": offers, "secret_memfds": False}
+    call = {"method": "org.vmmback.Handoff.Answer", "parameters": parameters}
+    socket.send_fds(channel, [json.dumps(call).encode() + b"\\0"], [listener, own])
+    return json.loads(channel.recv(1 << 16)[:-1])
+"""
+
+# Takes what the domain starts with. Then it has as many files promised as it is told, and says what became of the
+# calls, and of making each of the files 1 MiB long.
+TAKES = f"""{CALLS}
+assert answered([]) == {{"parameters": {{}}}}
 os.close(listener)
 assert os.fstat(os.memfd_create("{NAME}")).st_size == {MIB}
 promised, error = [], 0
@@ -50,9 +58,14 @@ for descriptor in promised:
 print(json.dumps([error, [os.fstat(descriptor).st_size for descriptor in promised]]))
 """
 
+# Offers a file of its own, under the name argv[2], and says how that was answered.
+OFFERS = f"""{CALLS}
+print(json.dumps(answered([{{"call": "memfd_create", "name": sys.argv[2], "descriptor": 1}}])))
+"""
 
-def asked(times: int, room: int) -> Any:
-    """Return what the program says whose domain has so much room."""
+
+def asked(program: str, argument: object, room: int = 0) -> Any:
+    """Return what the program says whose domain has so much room; the worker has ended as well."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         worker = subprocess.Popen(
@@ -60,7 +73,7 @@ def asked(times: int, room: int) -> Any:
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={},
         )  # fmt: skip
         qemu = subprocess.Popen(
-            [sys.executable, "-c", QEMU, str(ours.fileno()), str(times)], pass_fds=[ours.fileno()], cwd=ROOT,
+            [sys.executable, "-c", program, str(ours.fileno()), str(argument)], pass_fds=[ours.fileno()], cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         pidfd, memory = os.pidfd_open(qemu.pid), memfd_secret()
@@ -80,10 +93,19 @@ def asked(times: int, room: int) -> Any:
 
 
 def test_without_room_nothing_is_promised() -> None:
-    error, sizes = asked(1, 0)
+    error, sizes = asked(TAKES, 1)
     assert (os.strerror(error), sizes) == ("Cannot allocate memory", [])
 
 
 def test_of_many_promises_only_the_last_ones_are_kept() -> None:
     """The size of a file that is kept is said when it is mapped; one that was forgotten is the program's own affair."""
-    assert asked(66, 1 << 30) == [0, [MIB] * 2 + [0] * 64]
+    assert asked(TAKES, 66, 1 << 30) == [0, [MIB] * 2 + [0] * 64]
+
+
+@pytest.mark.parametrize("name", [NAME, "another"])
+def test_beside_what_the_broker_has_on_offer_nobody_offers_anything(name: str) -> None:
+    """A QEMU that could would be given RAM of its own choice, which the broker knows nothing of."""
+    refused = asked(OFFERS, name)
+    assert refused["error"] == "org.vmmback.Broker.Refused"
+    assert refused["parameters"]["message"] == "this channel takes no offers: the broker has made them"
+    assert refused["parameters"]["exit_code"] == 2
