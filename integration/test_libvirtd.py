@@ -227,9 +227,13 @@ def test_two_of_them_run_beside_each_other_and_leave_nothing(tmp_path: Path, nee
     assert Path("/proc/self/mountinfo").read_text() == mounts
 
 
-def test_what_is_left_running_fails_the_test_and_is_ended(tmp_path: Path, needs_libvirt: None) -> None:
+def test_what_is_left_running_fails_the_test_and_is_ended(
+    tmp_path: Path, needs_libvirt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from integration import libvirtd
     from integration.libvirtd import Libvirtd
 
+    monkeypatch.setattr(libvirtd, "_ALL_ENDED_S", 1.0)
     detaches = "#!/bin/sh\ncat >/dev/null\nsetsid sleep 4711 >/dev/null 2>&1 </dev/null &\n"
     left: list[int] = []
 
