@@ -67,7 +67,7 @@ def test_the_broker_keeps_the_rights_that_are_named_and_no_process_of_its_has_mo
     brokers: Brokers, tmp_path: Path
 ) -> None:
     """With a thread beside its own, which looks for figures, while the pool is being filled."""
-    broker = brokers.start(f'metrics = "{tmp_path}/metrics"\n' + pool(512 * MIB))
+    broker = brokers.start(f'metrics = "{tmp_path}/metrics"\n' + pool(4 * MIB, 64))
     assert "vmmback" in scraped(tmp_path / "metrics")
     own = linux_capabilities.names(int(procfs.status("self")["CapPrm"], 16))
     kept = set(RIGHTS) & set(own)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +272,10 @@ def test_a_file_that_qemu_could_not_read_is_refused_first(tmp_path: Path, runtim
 
 def unused_account(*, of_another_group: bool = False) -> pwd.struct_passwd:
     """Return an account that no process runs as; its group has another number than it, if that is wanted."""
-    running = {Path(f"/proc/{pid}").stat().st_uid for pid in procfs.processes() if Path(f"/proc/{pid}").exists()}
+    running = set()
+    for pid in procfs.processes():
+        with suppress(FileNotFoundError):  # it has ended meanwhile
+            running.add(Path(f"/proc/{pid}").stat().st_uid)
     unused = (a for a in pwd.getpwall() if a.pw_uid not in running and 0 < a.pw_uid < 1000)
     return next(a for a in unused if not of_another_group or a.pw_gid != a.pw_uid)
 
