@@ -245,7 +245,7 @@ def test_daemons_that_stand_still_are_ended_before_the_frames_are_looked_at(
     report = IsolationReport.from_json(ended.stdout)
     freed = report.probes[-1]
     assert (freed.name, freed.verdict) == ("freed-frames", Verdict.BLOCKED), freed
-    assert int(freed.detail.split()[0]) > 16384, freed  # most of 32768 are zero: they were freed
+    assert int(freed.detail.split()[0]) > 32768 // 8, freed  # zero: they were freed, and are not all in use again
 
 
 @virtiofsd

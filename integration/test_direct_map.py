@@ -121,20 +121,24 @@ def test_another_process(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_frames_after_the_end(kind: Kind) -> None:
-    with child(kind) as other, DirectMap.open() as kernel:
-        entries = pagemap_entries(other.process.pid, other.inode)
-        other.end()
-        zeroness = kernel.zeroness(entries)
-        canaries = sum(frame is not None and other.canary in frame for _, frame in kernel.read_frames(entries))
-    assert (zeroness.present, zeroness.checked) == (PAGES, PAGES)
-    # Back in the direct map; the kernel may have given some frames to others meanwhile, as secret RAM again even.
-    assert zeroness.readable > PAGES // 2
-    if kind == "secret":
-        assert canaries == 0
-        assert zeroness.nonzero < PAGES // 2
-    else:
-        assert canaries > PAGES // 2
-        assert zeroness.nonzero > PAGES // 2
+    """Back in the direct map. Others may have got them at once, as secret RAM again even: one time must do."""
+    found = []
+    for _ in range(5):
+        with child(kind) as other, DirectMap.open() as kernel:
+            entries = pagemap_entries(other.process.pid, other.inode)
+            other.end()
+            zeroness = kernel.zeroness(entries)
+            canaries = sum(frame is not None and other.canary in frame for _, frame in kernel.read_frames(entries))
+        assert (zeroness.present, zeroness.checked) == (PAGES, PAGES)
+        if kind == "secret":
+            assert canaries == 0
+            expected = zeroness.nonzero < PAGES // 2
+        else:
+            expected = canaries > PAGES // 2 and zeroness.nonzero > PAGES // 2
+        if zeroness.readable > PAGES // 2 and expected:
+            return
+        found.append((zeroness.readable, zeroness.nonzero, canaries))
+    pytest.fail(f"of {PAGES} frames were readable, not zero, and with the canary, time for time: {found}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

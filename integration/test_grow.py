@@ -377,7 +377,7 @@ def test_linux_fills_its_new_ram_with_a_canary_that_only_the_twins_host_can_read
         assert freed.target.value == ("blocked" if backing == "secret" else "readable"), freed
         if backing == "secret":
             assert frames_with(fingerprint, dimm) == 0
-            assert zero_frames(dimm) > len(dimm) // 2  # of the rest, most are in use again
+            assert zero_frames(dimm) > len(dimm) // 8  # the rest is in use again
 
 
 def zero_frames(entries: array[int]) -> int:

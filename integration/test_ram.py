@@ -341,7 +341,7 @@ def test_frames_that_the_kernel_reads_elsewhere_are_set_aside(monkeypatch: pytes
 
     monkeypatch.setattr(ram.Ram, "_touch", spy)
     counts = []
-    for _ in range(5):
+    for _ in range(20):
         monkeypatch.setattr(kernel_image, "image_range", lambda: None)
         with ram.SecretRam(8 * MIB) as before:
             prefault(before)
