@@ -103,7 +103,7 @@ class Launched:
 
     def audit(self, *options: str | Path) -> Ended:
         """Run `vmmback audit` of it; a hunt reads all of the host's memory, the first time slowly (docs/HUNT.md)."""
-        return self.vmmback("audit", self.name, "--json", *options).ended(90.0)
+        return self.vmmback("audit", self.name, "--json", *options).ended(240)
 
     def end(self) -> Ended:
         """Ask for its end, and wait for that."""

@@ -34,7 +34,8 @@ from vmmback.isolation.audit import REQUIRED
 from vmmback.isolation.catalogue import HOLDER_PROBES, LIVE_PROBES, RIGHTS_PROBES
 from vmmback.linux import procfs
 
-pytestmark = pytest.mark.usefixtures("needs_qemu", "needs_direct_map")
+# A hunt that is the first of all to read the whole of RAM may take a minute (docs/HUNT.md).
+pytestmark = [pytest.mark.usefixtures("needs_qemu", "needs_direct_map"), pytest.mark.timeout_s(300)]
 
 WARN = 'on-exposed = "warn"'
 ALL = REQUIRED | {probe.name for probe in (*LIVE_PROBES, *RIGHTS_PROBES)}
@@ -64,7 +65,7 @@ def test_a_running_guest_is_isolated_and_goes_on(launched: Launches, vmmback: St
     probes = probes_of(report)
     assert probes.keys() == ALL
     assert {(probe["verdict"], probe["control"]) for probe in probes.values()} == {("blocked", "readable")}
-    assert report["timings"]["audit"] < 1
+    assert 0 < report["timings"]["audit"] < 20  # ./dev bench has the figure
     assert (report["drifts"], report["hunt"]) == ([], None)
     assert f">{guest.name}<" in page.read_text()
     assert {case.name for suite in JUnitXml.fromfile(str(xml)) for case in suite} >= ALL
@@ -158,7 +159,7 @@ def test_whoever_audits_gets_the_report_before_the_guest_is_ended(launched: Laun
     guest = launched()
     with intruder("maps", guest):
         assert_exposed(guest.audit(), "holders")
-        over = guest.process.ended(10)
+        over = guest.process.ended()
     assert over.code == 5, over.stderr
     assert readable(report_of(over)) == {"holders"}
     assert "drift at " in over.stderr
@@ -177,7 +178,7 @@ def test_a_guest_found_exposed_before_it_is_ready_is_ended_at_once(
     ended = vmmback("audit", file.stem, "--json").ended()
     assert ended.code == 5, ended.stderr
     assert report_of(ended)["validated_after"] == "a request while it ran"
-    over = running.ended(10)
+    over = running.ended()
     assert over.code == 5, over.stderr
     assert "the guest is exposed and is ended (on-exposed is kill)" in over.stderr
 
@@ -191,11 +192,11 @@ def test_a_guest_that_ends_during_the_audit(launched: Launches, vmmback: Start, 
     audit = vmmback("audit", guest.name, "--json")
     audit.wait_until(began.exists, "the audit is under way")
     os.kill(guest.qemu, signal.SIGKILL)
-    ended = audit.ended(10)
+    ended = audit.ended()
     assert ended.code == 6, ended.stderr
     assert ended.stdout == ""
     assert ended.has_one_error()
-    over = guest.process.ended(10)
+    over = guest.process.ended()
     assert over.code == 6, over.stderr
     assert over.has_one_error()
 
@@ -211,11 +212,11 @@ def test_a_supervisor_that_is_killed_during_the_audit(
     guest.process.process.send_signal(signum)
     if signum == signal.SIGSTOP:  # it answers nobody; whoever asked can still be stopped
         audit.signal(signal.SIGINT)
-        ended = audit.ended(10)
+        ended = audit.ended()
         assert (ended.code, ended.stderr) == (130, "vmmback: error: stopped by SIGINT before the audit was done\n")
         guest.process.process.kill()
     else:
-        ended = audit.ended(10)
+        ended = audit.ended()
         assert (ended.code, ended.stderr) == (6, "vmmback: error: the guest ended meanwhile\n")
     assert ended.stdout == ""
 
@@ -397,7 +398,7 @@ def test_a_signal_ends_a_hunt_and_the_terminal_echoes_again(
             terminal.type(b"\x03")
         else:
             os.kill(terminal.process.pid, signum)
-        terminal.read_until(lambda: "before the audit was done" in terminal.text, "it says what ended it", 5)
+        terminal.read_until(lambda: "before the audit was done" in terminal.text, "it says what ended it")
         echoes = terminal.echoes
         assert terminal.ended() == 128 + signum, terminal.text
     assert echoes

@@ -26,6 +26,9 @@ from vmmback.isolation.direct_map import pagemap_entries
 from vmmback.isolation.residue import FreedFramesProbe, clears_freed_memory
 from vmmback.report import Verdict
 
+# The first of all to read the whole of RAM may take a minute (docs/HUNT.md).
+pytestmark = pytest.mark.timeout_s(300)
+
 
 @pytest.fixture(autouse=True)
 def needs(needs_qemu: None, needs_direct_map: None) -> None:
