@@ -43,8 +43,10 @@ async def ticks_per_ms(guest: LiveGuest) -> float:
     """Compare the guest's counter with our clock: lines come when they are printed, within some ms."""
     start = len(guest.watcher.printed)
     began = time.monotonic()
-    await asyncio.sleep(0.5)
-    counters = [int(counter, 16) for _, counter in LINE.findall(guest.watcher.printed[start:])]
+    counters = list[int]()
+    while time.monotonic() < began + 0.5 or len(counters) <= 4:
+        await asyncio.sleep(0.05)
+        counters = [int(counter, 16) for _, counter in LINE.findall(guest.watcher.printed[start:])]
     return ((counters[-1] - counters[0]) & 0xFFFF_FFFF) / ((time.monotonic() - began) * 1000)
 
 

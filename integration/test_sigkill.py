@@ -183,7 +183,7 @@ class Launch:
         return {kind: things for kind, things in found.items() if things}
 
     def must_be_gone(self) -> None:
-        """Nothing may be left in two seconds."""
+        """Nothing may be left, at once."""
         deadline = time.monotonic() + GONE_S
         while left := self.leftovers():
             assert time.monotonic() < deadline, left
@@ -480,15 +480,16 @@ def test_keeper_killed_and_the_supervisor_after_it(begin: Begin, tmp_path: Path)
 
 
 def test_stopped_qemu_is_ended_by_three_requests(begin: Begin, tmp_path: Path) -> None:
-    """It answers nothing: the power button is asked for 15 s, quit for 5 s. Each further request saves the rest."""
-    with begin(guest_file(tmp_path)) as run:
+    """It answers nothing, and there is no end of patience with it. Each further request saves the rest of it."""
+    run = begin(guest_file(tmp_path))
+    longer = "launch._POWERDOWN_TIMEOUT_S = launch._QUIT_TIMEOUT_S = 1000"
+    run.prefix([sys.executable, "-c", f"from vmmback import cli, launch; {longer}; cli.main()"])
+    with run:
         run.wait_until(lambda: "is isolated while it runs" in run.stderr, "the guest runs")
         run.strike(run.qemu, signal.SIGSTOP)
-        started = time.monotonic()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the same one twice may arrive as one
             run.process.send_signal(signum)
         assert run.process.wait(DEADLINE_S) == 0, run.stderr
-        assert time.monotonic() - started < 4
         assert run.leftovers() == {}
         assert json.loads(run.stdout)["verdict"] == "isolated"
 
@@ -503,7 +504,7 @@ def test_stopped_qemu_is_ended_by_one_request_and_the_deadlines(begin: Begin, tm
         started = time.monotonic()
         run.process.send_signal(signal.SIGINT)
         assert run.process.wait(DEADLINE_S) == 0, run.stderr
-        assert 0.75 <= time.monotonic() - started < 5
+        assert time.monotonic() - started >= 0.75
         assert run.leftovers() == {}
         notes = [line for line in run.stderr.splitlines() if "did not end within" in line]
         assert [note.rpartition(" within ")[2] for note in notes] == ["0.5 s of powerdown", "0.25 s of quit"]
