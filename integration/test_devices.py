@@ -171,7 +171,7 @@ def check_balloon(live: LiveGuest) -> None:
         return int(answer["actual"]) <= 97 * MIB
 
     live.run(live.guest.monitor.execute("balloon", {"value": 96 * MIB}))
-    eventually(inflated, "the balloon has its size", 20)
+    eventually(inflated, "the balloon has its size")
     given_back = before - present_bytes(live)
     log = (live.guest.folder / "qemu.log").read_text()
     if live.guest.ram[0].backing == "secret":
@@ -189,7 +189,7 @@ def check_end_of_a_daemon(live: LiveGuest) -> None:
 
     async def end_one() -> None:
         watched = shares.watched(live.guest.daemons, live.guest.qemu, note_and_tell)
-        async with watched, asyncio.timeout(10):
+        async with watched, asyncio.timeout(30):
             os.kill(max(live.guest.daemons[0].pids), signal.SIGKILL)
             await told.wait()
 

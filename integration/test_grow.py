@@ -229,7 +229,7 @@ def test_qemu_that_is_killed_amid_it(growing: LiveGuest, monkeypatch: pytest.Mon
     monkeypatch.setattr(type(growing.guest.monitor), "execute", killed)
     with pytest.raises(QemuFailed):
         grown(growing)
-    assert growing.guest.qemu.status == -signal.SIGKILL or growing.run(growing.guest.qemu.ended(5)) == -signal.SIGKILL
+    assert growing.guest.qemu.status == -signal.SIGKILL or growing.run(growing.guest.qemu.ended(30)) == -signal.SIGKILL
     assert not growing.guest.exposed.is_set()
     assert held_by("self") == {memory.inode for memory in growing.guest.ram}
 
@@ -353,7 +353,7 @@ def test_linux_fills_its_new_ram_with_a_canary_that_only_the_twins_host_can_read
             return b"GUEST READY" in live.watcher.printed
 
         grown(live)
-        eventually(filled, "the guest has filled its RAM", 30)
+        eventually(filled, "the guest has filled its RAM", 60)
         report = live.run(live.guest.examine())
         printed = live.watcher.printed.decode()
         assert "GREW BY 131072 KiB" in printed

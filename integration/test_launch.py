@@ -402,7 +402,7 @@ def test_while_ram_is_prefaulted(
     (worker,) = worker_of(runtime_dir)
     assert os.getpgid(worker) != running.process.pid  # a terminal's Ctrl-C is not for it
     running.signal(signum)
-    assert_interrupted(running.ended(10), signum)
+    assert_interrupted(running.ended(), signum)
     assert processes_of(runtime_dir) == {}
     eventually(lambda: memory_group.used() < 64 * MIB, "memory is back", GONE_S)
 
@@ -428,7 +428,7 @@ def test_while_qemu_starts(start: Start, tmp_path: Path, runtime_dir: Path, sign
     running = start(sys.executable, "-c", STARTS_NEVER, str(programs), "launch", guest_file(tmp_path), "--json")
     running.wait_until(lambda: "sleep" in names_of_children(running), "QEMU's stand-in runs")
     running.signal(signum)
-    assert_interrupted(running.ended(10), signum)
+    assert_interrupted(running.ended(), signum)
 
 
 def names_of_children(running: Supervisor) -> set[str]:
@@ -446,7 +446,7 @@ def test_while_the_guest_boots(start: Start, tmp_path: Path, signum: signal.Sign
     running = patient(start, 0.1, "launch", guest_file(tmp_path, ready="NEVER"), "--json")
     running.wait_for("READY")
     running.signal(signum)
-    ended = running.ended(10)
+    ended = running.ended()
     assert ended.code == 8, ended.stderr
     assert report_of(ended)["verdict"] == "inconclusive"
     assert "spy: audit" not in ended.stderr
@@ -458,7 +458,7 @@ def test_while_the_probes_run(start: Start, tmp_path: Path, signum: signal.Signa
     running = patient(start, 0.1, "launch", guest_file(tmp_path, size="128MiB"), "--json")
     running.wait_for("spy: audit begins")
     running.signal(signum)
-    ended = running.ended(10)
+    ended = running.ended()
     assert ended.code == 0, ended.stderr
     assert report_of(ended)["verdict"] == "isolated"
 
@@ -470,7 +470,7 @@ def test_while_the_guest_runs(start: Start, tmp_path: Path, runtime_dir: Path, s
     (qemu,) = qemu_of(runtime_dir)
     assert os.getpgid(qemu) != running.process.pid  # nor is it for QEMU, which would end at once
     running.signal(signum)
-    ended = running.ended(10)
+    ended = running.ended()
     assert ended.code == 0, ended.stderr
     assert report_of(ended)["verdict"] == "isolated"
     assert ended.stderr.index("spy: powerdown ends") < ended.stderr.index("spy: quit begins")
@@ -483,7 +483,7 @@ def test_a_second_signal_cuts_the_patience_short(start: Start, tmp_path: Path) -
     running.wait_for("spy: powerdown ends")
     assert "spy: quit" not in running.stderr
     running.signal(signal.SIGINT)
-    ended = running.ended(10)
+    ended = running.ended()
     assert ended.code == 0, ended.stderr
     assert "spy: quit begins" in ended.stderr
 
@@ -494,7 +494,7 @@ def test_two_signals_at_once_count_as_two(start: Start, tmp_path: Path) -> None:
     running.wait_for("is isolated while it runs")
     running.signal(signal.SIGINT)
     running.signal(signal.SIGTERM)
-    ended = running.ended(10)
+    ended = running.ended()
     assert ended.code == 0, ended.stderr
 
 
@@ -508,7 +508,7 @@ def test_a_third_signal_kills_a_qemu_that_does_not_answer(start: Start, tmp_path
         running.signal(signal.SIGINT)
         running.wait_for(begins)
     running.signal(signal.SIGINT)
-    ended = running.ended(10)
+    ended = running.ended()
     assert ended.code == 0, ended.stderr
     assert report_of(ended)["verdict"] == "isolated"
     assert_frames_came_back_zeroed(report_of(ended))

@@ -105,7 +105,7 @@ def test_powerdown_is_delivered_and_does_not_end_a_guest_that_ignores_it(guest_r
 
 def test_quit_ends_qemu(guest_running: LiveGuest) -> None:
     guest_running.run(guest_running.guest.monitor.quit())
-    assert guest_running.run(guest_running.guest.qemu.ended(10)) == 0
+    assert guest_running.run(guest_running.guest.qemu.ended(30)) == 0
 
 
 def test_quit_of_a_qemu_that_is_gone_is_no_error(guest_paused: LiveGuest) -> None:
@@ -130,7 +130,7 @@ def test_qemu_that_is_killed_in_the_middle_of_a_command(guest_paused: LiveGuest)
     started = time.monotonic()
     with pytest.raises(QemuFailed, match="QEMU went away during query-version"):
         guest_paused.run(killed())
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 def test_a_command_after_its_end(guest_paused: LiveGuest) -> None:
@@ -167,7 +167,7 @@ def test_a_peer_that_never_greets() -> None:
     started = time.monotonic()
     with pytest.raises(QemuFailed, match=r"QEMU did not greet over QMP within 0\.2 s"):
         talk(lambda peer: None)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 def test_a_peer_that_greets_but_never_answers() -> None:
@@ -182,9 +182,9 @@ def test_a_peer_that_greets_but_never_answers() -> None:
 )
 def test_a_peer_that_greets_with_garbage(garbage: bytes) -> None:
     with pytest.raises(QemuFailed, match="QEMU did not greet over QMP: "):
-        talk(lambda peer: peer.sendall(garbage), timeout_s=5)
+        talk(lambda peer: peer.sendall(garbage), timeout_s=30)
 
 
 def test_a_peer_that_hangs_up() -> None:
     with pytest.raises(QemuFailed, match="QEMU did not greet over QMP: "):
-        talk(socket.socket.close, timeout_s=5)
+        talk(socket.socket.close, timeout_s=30)

@@ -210,7 +210,7 @@ def test_what_ends_the_guest_is_answered_and_its_last_event_is_heard(
             assert await watches.receive() is None
             while await asks.receive():
                 pass
-            assert await guest_running.guest.qemu.ended(10) == 0
+            assert await guest_running.guest.qemu.ended(30) == 0
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.open_unix_connection(path)
 
@@ -354,8 +354,8 @@ FLOODS = [
     ('{"execute":"', 1, False),
 ]
 
-# How long a quick command may take while all those flood: some ten times of what is seen, as other tests run beside it.
-PATIENCE_S = {"client": 4.0, "supervisor": 0.5, "event loop": 0.25}
+# How long a quick command may take while all those flood: twenty times of what is seen, as other tests run beside it.
+PATIENCE_S = {"client": 8.0, "supervisor": 1.0, "event loop": 0.5}
 
 
 @asynccontextmanager
@@ -389,7 +389,7 @@ def test_clients_that_behave_badly_hold_up_nobody(tmp_path: Path, guest_paused: 
             booted_after = 0.0
             await qemu_monitor.cont()
             while not booted_after or len(delays["client"]) < 20:
-                assert time.monotonic() - started < 30
+                assert time.monotonic() - started < 60
                 for who, ask in (
                     ("client", lambda: client.ask("query-name")),
                     ("supervisor", lambda: qemu_monitor.execute("query-name")),

@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=85,
         check=False,
     )
     assert processes_of(folder / "run") == {}
@@ -94,7 +94,7 @@ def test_every_vector_is_tried_and_its_control_works(
     report = json.loads(ended.stdout)
     vectors = vectors_of(ended.stdout)
     assert (report["verdict"], report["reasons"]) == ("passed", [])
-    assert report["seconds"] < 60
+    assert report["seconds"] < 85
     assert len(vectors) == len(report["vectors"]) >= 30
     assert vectors.keys() == {kind.name for kind in CATALOGUE}
     assert {
@@ -211,7 +211,7 @@ def test_a_signal_ends_it_and_leaves_nothing(
     running = start(*SELFTEST, "--json")
     running.wait_until(lambda: any(what in line for line in processes_of(runtime_dir).values()), f"there is a {what}")
     running.process.send_signal(signum)
-    ended = running.ended(10)
+    ended = running.ended()
     assert ended.code == 128 + signum, ended.stderr
     assert ended.stderr == f"vmmback: error: stopped by {signum.name} before the self-test was done\n"
     assert ended.stdout == ""

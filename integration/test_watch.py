@@ -71,7 +71,7 @@ def test_a_drift_is_told_once_and_ends_the_guest(launched: Launches) -> None:
     guest = launched(isolation=EVERY)
     with events_of(guest) as events, intruder("maps", guest) as pid:
         expected = f"process {pid} ({procfs.command_name(pid)}) maps it"
-        over = guest.process.ended(15)
+        over = guest.process.ended()
         told = [event for event in events() if event["event"] == "__org.vmmback_DRIFT"]
     assert over.code == 5, over.stderr
     report = report_of(over)
