@@ -116,7 +116,7 @@ class Host:
         return self.launch("peer", "128MiB", "secret", boot, BRIDGE, "PEER READY")
 
     def audit(self, guest: Guest) -> dict[str, Any]:
-        ended = self.vmmback("audit", guest.name, "--hunt-from-guest", "--json").ended(60)
+        ended = self.vmmback("audit", guest.name, "--hunt-from-guest", "--json").ended(240)
         report: dict[str, Any] = json.loads(ended.stdout)
         return report
 

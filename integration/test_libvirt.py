@@ -659,7 +659,7 @@ AT_ONCE = 20
 SMALL = 32 * MIB
 
 
-@pytest.mark.timeout_s(240)
+@pytest.mark.timeout_s(480)
 def test_many_domains_that_start_at_once_are_all_isolated(host: Host) -> None:
     """Tiny guests, whose boot takes nothing from the others: a ROM that fills its RAM, says READY and halts."""
     libvirtd = host.libvirtd
