@@ -95,4 +95,4 @@ class Terminal:
             return False
 
         eventually(closed, "the program closes its terminal", 60)
-        return self.process.wait(10)
+        return self.process.wait(30)

@@ -344,7 +344,7 @@ async def start():
     async with contextlib.AsyncExitStack() as stack:
         guest = await launch.prepare(config.load(Path(sys.argv[1])), SilentWatcher(), stack)
         await guest.monitor.cont()
-        await asyncio.wait_for(guest.console.ready.wait(), 20)
+        await asyncio.wait_for(guest.console.ready.wait(), 60)
         (memory,) = guest.ram
         mapped = [each for each in procfs.maps(guest.qemu.pid) if each.inode == memory.inode]
         (path,) = {each.path for each in mapped}

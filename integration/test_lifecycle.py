@@ -379,7 +379,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     path = str(tmp_path / name) if request.param == "path" else f"\0{name}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(path)
-        listening.settimeout(20)
+        listening.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", path.replace("\0", "@"))
         yield listening
 

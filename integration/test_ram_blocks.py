@@ -147,14 +147,14 @@ def bus(tmp_path: Path) -> Iterator[Bus]:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen()
-        listening.settimeout(10)
+        listening.settimeout(60)
         with plain_qemu(
             64 * MIB, "-S", "-drive", f"if=pflash,format=raw,readonly=on,file={flash}", "-netdev", "user,id=n",
             "-device", f"virtio-net-pci,addr=2,netdev=n,romfile={flash}",
             "-qtest", f"unix:{path}", "-qtest-log", "/dev/null",
         ) as qemu:  # fmt: skip
             connection, _ = listening.accept()
-            connection.settimeout(10)
+            connection.settimeout(60)
             with connection, connection.makefile("rw") as lines:
                 bus = Bus(lines)
                 for register, value in ((0x04, 2), (0x30, ROM | 1)):
