@@ -136,7 +136,7 @@ def test_a_qemu_that_does_not_answer_is_ended_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memlock, "allows", lambda _: True)
-    monkeypatch.setattr(host_qemu, "_QEMU_ANSWERS_S", 0.3)
+    monkeypatch.setattr(host_qemu, "_QEMU_ANSWERS_S", 1.0)
     qemu = fake_qemu(tmp_path, f"echo ' aux-ram-share=<bool>'; echo $$ >{tmp_path}/pid; exec sleep 60")
     assert not can_share_aux_ram(qemu, "q35", 0)
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()

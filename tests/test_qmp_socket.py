@@ -467,7 +467,7 @@ def test_the_end_does_not_wait_for_a_qemu_that_is_silent(tmp_path: Path, monkeyp
 
 
 def test_a_client_that_never_negotiates_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qmp_socket, "NEGOTIATION_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(qmp_socket, "NEGOTIATION_TIMEOUT_S", 0.5)
 
     async def scene(scene: Scene) -> None:
         async with Client.connected(scene[0]) as good, Client.connected(scene[0], negotiate=False) as half_open:
