@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,23 @@ def test_what_is_no_answer_is_an_error(scripts: Scripts, answer: object, said: s
     done = scripts.hook("name", "prepare", "begin", "-")
     assert (done.returncode, done.stdout) == (3, "")
     assert said in done.stderr
+
+
+def test_a_broker_that_takes_no_more_calls_is_said_to_be_stopped(scripts: Scripts) -> None:
+    hook, broker_call = scripts.render("hook"), scripts.folder / "broker_call"
+    broker_call.write_text(broker_call.read_text().replace("pack 'q2', 10,", "pack 'q2', 1,"))
+    path = scripts.folder / "socket"
+    path.unlink()
+    with ExitStack() as stack:
+        stopped, waiting = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2))
+        stopped.bind(str(path))
+        stopped.listen(0)
+        waiting.connect(str(path))
+        done = subprocess.run(
+            [hook, "name", "prepare", "begin", "-"], input=ASKS, capture_output=True, text=True, timeout=30, check=False
+        )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.endswith("Resource temporarily unavailable\n  look whether it is stopped\n")
 
 
 def test_a_broker_that_is_silent_is_not_waited_for_for_ever(scripts: Scripts) -> None:
