@@ -361,6 +361,62 @@ def test_a_claim_that_still_waits_when_its_domain_is_announced_anew_gets_its_own
     assert (broker.still_open, broker.recorded) == (0, [f"{UUID}.{CALLER.pid}.frames"])
 
 
+def test_a_claim_whose_domain_was_announced_anew_when_all_was_written_says_so(
+    broker: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name_frames = records.name_frames
+
+    def late(*about: Any) -> None:
+        records.begin(UUID)
+        name_frames(*about)
+
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        monkeypatch.setattr(records, "name_frames", late)
+        with pytest.raises(AdmissionRefused, match="domain 'one' was announced anew meanwhile"):
+            await made.claim(arguments(), CALLER, broker.pidfd)
+
+    run(broker, work)
+    assert (broker.told, broker.ended, broker.still_open, broker.recorded) == ([], [1, 0], 0, [])
+
+
+def test_what_is_announced_while_the_broker_ends_goes_back(broker: MadeUp) -> None:
+    async def work(made: Domains) -> None:
+        announcing = asyncio.create_task(made.announce(asking()))
+        await asyncio.sleep(0)
+        await made.close()
+        with pytest.raises(AdmissionRefused, match="the broker ends"):
+            await announcing
+
+    run(broker, work)
+    assert (broker.given, broker.given_up, broker.still_open) == ([], SIZES[::-1], 0)
+
+
+def test_what_cannot_be_given_back_keeps_nothing_else(broker: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(_: Reserved) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def work(made: Domains) -> None:
+        await made.announce(asking())
+        await all_is_ready()
+        monkeypatch.setattr(Reserved, "give_up", fails)
+        with pytest.raises(OSError, match="No space left"):
+            await made.withdraw("one")
+
+    run(broker, work)
+    assert (sorted(broker.back), broker.still_open, broker.recorded) == ([0, 1], 0, [])
+
+
+def test_what_an_earlier_broker_wrote_for_nobody_is_removed(broker: MadeUp) -> None:
+    async def work() -> None:
+        async with domains.served(cast("Broker", broker), broker.places):
+            assert broker.recorded == [f"{UUID}.7.frames"]
+
+    for name in (f"{UUID}.7.frames", f"{UUID}.0123456789abcdef.frames.new"):
+        (broker.records / name).mkdir(parents=True)
+    asyncio.run(work())
+
+
 def test_a_domain_that_does_not_ask_is_none_of_ours(broker: MadeUp) -> None:
     async def work(made: Domains) -> None:
         await made.announce(XML.format(name="one"))

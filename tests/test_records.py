@@ -153,6 +153,17 @@ def test_frames_are_of_no_run_until_they_get_its_pid(begun: Path) -> None:
         records.name_frames(other, UUID, 4711)
 
 
+def test_what_is_of_no_run_can_be_removed_of_all_domains(begun: Path) -> None:
+    write_frames(UUID, 4711, FRAMES)
+    for uuid in (UUID, OTHER):
+        records.write_frames(records.new_frames(uuid), {})
+    assert len(list(begun.iterdir())) == 3
+    records.drop_unnamed()
+    assert [path.name for path in begun.iterdir()] == [f"{UUID}.4711.frames"]
+    shutil.rmtree(begun)
+    records.drop_unnamed()
+
+
 def test_of_frames_that_are_written_when_the_next_run_begins_none_are_named(
     begun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

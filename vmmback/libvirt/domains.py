@@ -1,8 +1,8 @@
 """Domains of libvirt that ask for secret RAM, as the broker knows them: announced by the hook, claimed by the wrapper.
 
 The hook announces a domain before libvirt starts it, which is when its XML is judged and its RAM is got ready. What
-libvirt starts then in QEMU's place (configs/libvirt/claim) claims that RAM, once: nobody else can, for libvirt, which
-is root, writes the pid of what it starts to a file that only root can write. docs/LIBVIRT.md has the interface.
+libvirt starts then in QEMU's place (configs/libvirt/emulator) claims that RAM, once: nobody else can, for libvirt,
+which is root, writes the pid of what it starts to a file that only root can write. docs/LIBVIRT.md has the interface.
 """
 
 # The annotations of the methods are the interface: asyncvarlink reads them, so they must not all be strings.
@@ -136,12 +136,13 @@ class _Announced:
         """Give all of it back that was not lent."""
         self._preparing.cancel()
         await asyncio.gather(self._preparing, return_exceptions=True)  # errors are for its claim
-        for ready in self.ready:
-            self._pool.not_lent(ready)
-        for reserved in self._ram:
-            await reserved.give_up()
-        records.drop_frames(self.frames)
-        os.close(self.channel)
+        async with AsyncExitStack() as last_first:
+            last_first.callback(os.close, self.channel)
+            last_first.callback(records.drop_frames, self.frames)
+            for reserved in reversed(self._ram):
+                last_first.push_async_callback(reserved.give_up)
+            for ready in reversed(self.ready):
+                last_first.callback(self._pool.not_lent, ready)
 
 
 class Domains:
@@ -178,6 +179,8 @@ class Domains:
                 await ram[-1].admitted()
             while domain.name in self._announced:  # of a hook that was ended meanwhile
                 await self.withdraw(domain.name)
+            if self._closed:
+                raise AdmissionRefused("the broker ends", "start the domain again once the next one runs")
             self._announced[domain.name] = _Announced(domain, self._broker.pool, ram, channel)
             failed.pop_all()
 
@@ -248,7 +251,12 @@ class Domains:
                 memory.append(lent)
                 os.close(frames)
             failed.callback(records.forget_frames, uuid, caller.pid)
-            records.name_frames(announced.frames, uuid, caller.pid)
+            try:
+                records.name_frames(announced.frames, uuid, caller.pid)
+            except FileNotFoundError as error:  # records.begin has removed them
+                raise AdmissionRefused(
+                    f"domain {name!a} was announced anew meanwhile", "start the domain again"
+                ) from error
             offers = [Offer(block.call, block.name, lent.fileno()) for block, lent in zip(blocks, memory, strict=True)]
             more = {"broker": str(socket_path()), "purpose": purpose(name), "room": announced.domain.room}
             handoffs.tell(announced.channel, caller.pid, pidfd, offers, more)
@@ -273,8 +281,8 @@ class Domains:
         if self._spare >= 0:
             os.close(self._spare)
             self._spare = -1
-        for name in list(self._announced):
-            await self.withdraw(name)
+        while self._announced:
+            await self.withdraw(next(iter(self._announced)))
 
     async def expire(self) -> None:
         """Give back for ever what nobody has claimed in time."""
@@ -318,6 +326,7 @@ def purpose(name: str) -> str:
 @asynccontextmanager
 async def served(broker: Broker, places: Places) -> AsyncIterator[Interfaces]:
     """Serve libvirt's domains beside the broker while the block runs."""
+    records.drop_unnamed()
     domains = Domains(broker, places)
     expiring = asyncio.create_task(domains.expire())
     try:

@@ -63,6 +63,12 @@ def drop_frames(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def drop_unnamed() -> None:
+    """Remove what is of no run of any domain: whoever wrote it was killed."""
+    for folder in RECORDS.glob("*.frames.new"):
+        drop_frames(folder)
+
+
 def frames(uuid: str, pid: int) -> dict[int, array[int]]:
     """Return where the RAM of a run lies; nothing where that is not known."""
     found = {}
