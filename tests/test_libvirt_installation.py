@@ -56,7 +56,7 @@ def host(*qemus: str) -> Host:
 
 
 @pytest.fixture(autouse=True)
-def launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def perl(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capability of a file is root's to give: integration/ has the real one."""
     monkeypatch.setattr(capable_perl, "program", lambda: b"perl")
     monkeypatch.setattr(capable_perl, "verify", lambda *_: None)

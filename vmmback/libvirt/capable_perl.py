@@ -1,10 +1,10 @@
-"""The perl that executes QEMU's wrapper with the right to lock memory, CAP_IPC_LOCK, which nothing beside QEMU has.
+"""The perl that executes QEMU's wrapper with the right to lock memory, CAP_IPC_LOCK, as QEMU's group alone can.
 
 A process of the same user has no access to one with a capability that it lacks (ptrace(2)), and so none to QEMU's files
-and memory. The capability is also what goes beyond the limit on locked memory, as which secret RAM counts
-(mm/secretmem.c), where the host's root may not raise it (CAP_SYS_RESOURCE), as in many containers. A copy of perl has
-it, as a file capability, and QEMU's group alone may execute it; its wrapper hands it on to QEMU. Sources:
-capabilities(7), include/uapi/linux/capability.h.
+and memory; who is in QEMU's group can get this one, and has another user (own_user.py). The capability also goes
+beyond the limit on locked memory, as which secret RAM counts (mm/secretmem.c), where the host's root may not raise it
+(CAP_SYS_RESOURCE), as in many containers. A copy of perl has it, as a file capability; its wrapper hands it on to QEMU.
+Sources: capabilities(7), include/uapi/linux/capability.h.
 """
 
 from __future__ import annotations

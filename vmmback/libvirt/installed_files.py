@@ -71,10 +71,7 @@ def filled(name: str, **values: str) -> str:
     values |= {"LIBEXEC": str(LIBEXEC), "PERL": str(PERL), "SOCKET": str(SOCKET)} | values
     values |= {"RUN": str(RUN), "SECRET": str(SECRET), "RECORDS": str(RECORDS)} | values
     numbers = arch.current()
-    values |= {
-        call.upper(): str(getattr(numbers, call))
-        for call in ("capget", "capset", "prctl", "recvmsg", "seccomp", "sendmsg")
-    }
+    values |= {call.upper(): str(getattr(numbers, call)) for call in _CALLS}
     text = (CONFIGS / "libvirt" / name).read_text()
     return re.sub("@([A-Z]+)@", lambda found: values[found[1]], text)
 
@@ -118,21 +115,21 @@ def files(places: Places, host: Host) -> Iterator[File]:
     names = [qemu.name for qemu in host.qemus]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two QEMUs are called {twice[0]}", "name one of them: --emulator PATH")
+    program = shlex.join(host.program)
+    # What wrappers and the hook execute is there before they are.
+    for name in ("announce", "broker_call"):
+        yield File(places.libexec / name, filled(name, VMMBACK=program).encode(), 0o644)
+    yield File(places.capable_perl, capable_perl.program(), 0o750, host.user.gid, capability=CAPABILITY)
     for qemu in host.qemus:
         # libvirt looks at the wrapper's times, not at QEMU's: they are the same, and the hook keeps them so.
         mtime_ns = places.below(qemu).stat().st_mtime_ns
         yield File(places.libexec / qemu.name, wrapper(qemu).encode(), 0o755, mtime_ns=mtime_ns)
-    program = shlex.join(host.program)
-    for name in ("announce", "broker_call"):
-        yield File(places.libexec / name, filled(name, VMMBACK=program).encode(), 0o644)
-    yield File(places.capable_perl, capable_perl.program(), 0o750, host.user.gid, capability=CAPABILITY)
     if places.polkit_rules.parent.is_dir():
         yield File(places.polkit_rules, filled("00-vmmback.rules").encode(), 0o644)
     if places.below("/run/systemd/system").is_dir():
         for unit in ("vmmback-broker.service", "vmmback-broker.socket"):
             yield File(places.units / unit, (CONFIGS / "systemd" / unit).read_bytes(), 0o644)
         yield File(places.tmpfiles, filled("tmpfiles.conf").encode(), 0o644)
-    # The last one: what it calls is there.
     yield File(places.hook, filled("hook", VMMBACK=program).encode(), 0o755)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 LIBEXEC = Path("/usr/local/libexec/vmmback")
 PERL = Path("/usr/bin/perl")
-"""Which QEMU's user can execute, and AppArmor knows."""
+"""What executes the hook's program, and is copied for the wrappers."""
 
 RUN = Path("/run/vmmback-libvirt")
 SECRET = RUN / "secret"
