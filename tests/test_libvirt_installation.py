@@ -100,6 +100,14 @@ def test_the_files_are_for_root_to_write_and_for_qemus_user_to_read(places: Plac
     assert not os.access(places.libexec / "announce", os.X_OK)
 
 
+def test_what_a_program_executes_is_there_before_it_is(places: Places) -> None:
+    names = [path.name for path in installation.install(places, host())]
+    wrappers = [Path(qemu).name for qemu in QEMUS]
+    assert set(names[:3]) == {"announce", "broker_call", "perl"}
+    assert names[3:5] == wrappers
+    assert names.index("50-vmmback") > names.index(wrappers[-1])
+
+
 def test_a_wrapper_has_the_time_and_the_path_of_its_qemu(places: Places) -> None:
     installation.install(places, host())
     for qemu in QEMUS:
