@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import pytest
 from integration.conftest import MIB, Supervisor, eventually
 from integration.leftovers import command_line, descendants, descriptors_of
 from vmmback import tiny_guest
-from vmmback.libvirt import domain_edit
+from vmmback.libvirt import domain_edit, installed_files, programs
 from vmmback.libvirt.own_user import own_uid
+from vmmback.libvirt.places import EMULATOR, Places
+from vmmback.libvirt.qemu_user import QemuUser
 from vmmback.linux import procfs
 
 if TYPE_CHECKING:
@@ -42,6 +45,17 @@ def vmmback(libvirtd: Libvirtd, *arguments: str | Path, exit_code: int = 0) -> s
     ended = libvirtd.run(sys.executable, "-m", "vmmback", *arguments, check=False)
     assert ended.returncode == exit_code, (ended.returncode, ended.stdout, ended.stderr)
     return ended
+
+
+def recompiled(name: str, folder: Path, old: str, new: str) -> bytes:
+    """Return what libvirt executes, with something else in its text."""
+    shutil.copytree(programs.SOURCES, folder / name, dirs_exist_ok=True)
+    source = folder / name / f"{name}.c"
+    text = source.read_text()
+    assert old in text
+    source.write_text(text.replace(old, new))
+    host = installed_files.Host([], [sys.executable, "-I", "-m", "vmmback"], QemuUser(0, 0))
+    return installed_files.program(name, host, folder / name)
 
 
 class Host:
@@ -373,20 +387,19 @@ def test_what_was_plugged_in_is_proved_and_leased_as_long_as_qemu_has_it(ready: 
 # --- Refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_broker_that_answers_a_domain_does_not_start(host: Host) -> None:
+def test_without_a_broker_that_answers_a_domain_does_not_start(host: Host, tmp_path: Path) -> None:
     host.libvirtd.define(host.libvirtd.domain_xml("one"))
     vmmback(host.libvirtd, "libvirt", "enable", "one")
     assert "no broker can be reached at /run/vmmback-broker/socket" in host.refused("one")
 
     host.start_broker()
-    announce = host.libvirtd.inside / str(WRAPPER.with_name("announce"))[1:]
-    text = announce.read_text()
-    announce.write_text(text.replace("connected(10)", "connected(1)"))
-    assert announce.read_text() != text
+    hook = Places(host.libvirtd.inside).hook
+    content = hook.read_bytes()
+    hook.write_bytes(recompiled("hook", tmp_path, "ANNOUNCE_S = 10", "ANNOUNCE_S = 1"))
     os.kill(host.broker_pid, signal.SIGSTOP)
     assert "the broker did not answer" in host.refused("one")
     os.kill(host.broker_pid, signal.SIGCONT)
-    announce.write_text(text)
+    hook.write_bytes(content)
     eventually(lambda: host.leases() == [], "nothing is lent")
     host.libvirtd.virsh("start", "one")
 
@@ -442,13 +455,17 @@ BY_HAND = ["-name", "guest=one,debug-threads=on", "-object"]
 BACKEND = json.dumps({"qom-type": "memory-backend-memfd", "id": "pc.ram", "size": SIZE})
 
 
-# A wrapper that waits, and one of another domain that says it is that one's.
-STEALS = f"""if (" @ARGV" =~ / -name guest=two,/) {{ @ARGV = split /\\|/, '{"|".join([*BY_HAND, BACKEND])}' }}
-else {{ select undef, undef, undef, 0.1 until -e '/run/go' }}
-"""
+# An emulator of domain one that waits, and one of domain two that says it is domain one's.
+STEALS = """
+    for (char **told = arguments; *told; told++) {
+        while (strncmp(*told, "guest=one,", 10) == 0 && access("/run/go", F_OK) != 0) usleep(100000);
+        static char *others[] = {OTHERS, NULL};
+        if (strncmp(*told, "guest=two,", 10) == 0) arguments = others;
+    }
+    long ram_mib = 0;"""
 
 
-def test_nobody_but_what_libvirt_starts_gets_a_domains_ram(ready: Host) -> None:
+def test_nobody_but_what_libvirt_starts_gets_a_domains_ram(ready: Host, tmp_path: Path) -> None:
     libvirtd = ready.libvirtd
     ready.define("one")
     ready.define("two")
@@ -458,14 +475,19 @@ def test_nobody_but_what_libvirt_starts_gets_a_domains_ram(ready: Host) -> None:
     assert "no domain 'one' was announced" in by_hand.stderr
 
     # Between the hook and the emulator: libvirt's emulator waits, and others try.
-    slow = libvirtd.inside / str(WRAPPER)[1:]
-    text = slow.read_text()
-    slow.write_text(text.replace("require ", f"{STEALS}require ", 1))
+    emulator = Places(libvirtd.inside).emulator
+    quick = emulator.with_name("emulator-of-a-test")
+    emulator.rename(quick)
+    others = ", ".join(json.dumps(argument) for argument in (*BY_HAND, BACKEND))
+    emulator.write_bytes(recompiled("emulator", tmp_path, "\n    long ram_mib = 0;", STEALS.replace("OTHERS", others)))
+    os.chown(emulator, 0, quick.stat().st_gid)
+    emulator.chmod(0o750)
+    os.setxattr(emulator, "security.capability", programs.CAPABILITY)
     program = libvirtd.start("virsh", "-c", libvirtd.uri, "start", "one")
     eventually(lambda: libvirtd.qemu_pid("one") != 0, "libvirt has started its emulator")
-    quick = libvirtd.inside / "usr/local/libexec/vmmback/qemu-of-a-test"
-    quick.write_text(text)
-    quick.chmod(0o755)
+    by_quick = libvirtd.inside / "usr/local/libexec/vmmback/qemu-of-a-test"
+    by_quick.write_text(f"#!{EMULATOR}-of-a-test /usr/bin/qemu-system-x86_64\n")
+    by_quick.chmod(0o755)
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     not_the_one = (4, "is not the one that libvirt has started for domain 'one'")
     for user, (code, said) in (
@@ -780,11 +802,11 @@ run()
     ids=["hung", "gone"],
 )
 def test_a_domain_that_is_never_examined_does_not_go_on_unless_it_may(
-    ready: Host, signum: signal.Signals, reason: str, on_exposed: str
+    ready: Host, signum: signal.Signals, reason: str, on_exposed: str, tmp_path: Path
 ) -> None:
     libvirtd = ready.libvirtd
     hook = libvirtd.hooks / "qemu.d/50-vmmback"
-    hook.write_text(hook.read_text().replace("audit --started --", "true"))
+    hook.write_bytes(recompiled("hook", tmp_path, "access(mark, F_OK) == 0", "false"))
     ready.define("one")
     vmmback(libvirtd, "libvirt", "enable", "one", "--on-exposed", on_exposed)
     libvirtd.virsh("start", "one")

@@ -78,13 +78,17 @@ def test_libvirt_knows_the_wrapper_as_it_knows_its_qemu(installed: Libvirtd) -> 
     )
 
 
-def test_qemus_group_has_one_capability_by_our_perl_and_others_none(installed: Libvirtd) -> None:
-    shows = ["/usr/local/libexec/vmmback/perl", "-ne", "print if /CapEff/", "/proc/self/status"]
+def test_qemus_group_has_one_capability_by_our_emulator_and_others_none(installed: Libvirtd) -> None:
+    emulator = "/usr/local/libexec/vmmback/emulator"
     as_qemu = ["setpriv", "--reuid=libvirt-qemu", "--regid=libvirt-qemu", "--clear-groups"]
-    assert installed.run(*as_qemu, *shows).stdout.split() == ["CapEff:", f"{1 << 14:016x}"]
+    only = f"{1 << 14:016x}"
+    assert installed.run(*as_qemu, emulator).stdout.split() == ["permitted", only, "effective", only]
+    # What it executes without a claim has none.
+    shown = installed.run(*as_qemu, emulator, "/bin/cat", "wrapper", "/proc/self/status").stdout
+    assert "CapEff:\t0000000000000000\n" in shown
     # By a shell: setpriv executes with root's rights what it executes.
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", 'exec "$@"', "sh"]
-    assert "Permission denied" in installed.run(*nobody, *shows, check=False).stderr
+    assert "Permission denied" in installed.run(*nobody, emulator, check=False).stderr
 
 
 def test_a_domain_asks_and_asks_no_longer(installed: Libvirtd) -> None:

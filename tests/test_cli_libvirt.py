@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 
 from vmmback.cli.libvirt import libvirt
 from vmmback.errors import ConfigError, HostUnfit, NoSuchGuest, UsageError
-from vmmback.libvirt import asking, capable_perl, domain, host_checks, installation, installed_files
-from vmmback.libvirt.capable_perl import QemuUser
+from vmmback.libvirt import asking, domain, host_checks, installation, installed_files, qemu_user
 from vmmback.libvirt.domain import Domain, Event
 from vmmback.libvirt.places import Places, wrapper_of
+from vmmback.libvirt.qemu_user import QemuUser
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 UUID = "0d7e5a4f-8a1c-4b1e-9b0e-6a1f7e5d3c2b"
@@ -164,7 +164,7 @@ def test_an_emulator_that_no_wrapper_can_be_made_for_is_not_to_be_installed(
 ) -> None:
     known(made_up("web1", PLAIN.replace(str(QEMU), "/usr/bin/kvm")), here=True)
     monkeypatch.setattr("vmmback.cli.libvirt._places", lambda _: Places(tmp_path))
-    monkeypatch.setattr(capable_perl, "qemu_user", lambda _: QemuUser(1, 1))
+    monkeypatch.setattr(qemu_user, "of_host", lambda _: QemuUser(1, 1))
     error = run("enable", "web1").exception
     assert isinstance(error, UsageError)
     assert "the domain's QEMU is /usr/bin/kvm" in error.message

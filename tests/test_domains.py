@@ -24,10 +24,10 @@ from vmmback.broker.ledger import Caller
 from vmmback.broker.lending import Broker
 from vmmback.broker.service import Refused
 from vmmback.errors import AdmissionRefused, ConfigError, UsageError
-from vmmback.libvirt import capable_perl, domain_edit, domains, installed_files, records
-from vmmback.libvirt.capable_perl import QemuUser
+from vmmback.libvirt import domain_edit, domains, installed_files, qemu_user, records
 from vmmback.libvirt.domains import Domains, DomainsInterface
 from vmmback.libvirt.places import Places, wrapper_of
+from vmmback.libvirt.qemu_user import QemuUser
 from vmmback.linux import page_file
 
 XML = """<domain type='qemu'>
@@ -177,7 +177,7 @@ def broker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[MadeUp]:
     install(made_up.places, QEMU)
     monkeypatch.setattr(records, "RECORDS", made_up.records)
     monkeypatch.setattr(handoffs, "tell", lambda _, *told: made_up.told.append(told))
-    monkeypatch.setattr(capable_perl, "qemu_user", lambda places: QemuUser(64055 if places is made_up.places else 0, 0))
+    monkeypatch.setattr(qemu_user, "of_host", lambda places: QemuUser(64055 if places is made_up.places else 0, 0))
     yield made_up
     os.close(made_up.pidfd)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from vmmback.errors import HostUnfit
-from vmmback.libvirt import capable_perl, host_checks, installed_files
-from vmmback.libvirt.capable_perl import QemuUser
+from vmmback.libvirt import host_checks, installed_files, qemu_user
 from vmmback.libvirt.places import LIBEXEC, Places
+from vmmback.libvirt.qemu_user import QemuUser
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def program(path: Path, text: str = "") -> Path:
 def found(places: Places, monkeypatch: pytest.MonkeyPatch) -> Places:
     """A host that has libvirt and two QEMUs."""
     monkeypatch.setattr(host_checks, "_see_libvirt", lambda: None)
-    monkeypatch.setattr(capable_perl, "qemu_user", lambda _: QemuUser(1, 1))
+    monkeypatch.setattr(qemu_user, "of_host", lambda _: QemuUser(1, 1))
     for name in ("qemu-system-x86_64", "qemu-system-arm"):
         program(places.root / "usr/bin" / name)
     (places.root / "usr/bin/qemu-system-none").touch()  # cannot be executed

@@ -15,10 +15,10 @@ import pytest
 
 from vmmback.broker.client import SOCKET
 from vmmback.errors import HostUnfit, UsageError
-from vmmback.libvirt import capable_perl, installation, installed_files
-from vmmback.libvirt.capable_perl import QemuUser
+from vmmback.libvirt import installation, installed_files, programs, qemu_user
 from vmmback.libvirt.installed_files import Block, Host
-from vmmback.libvirt.places import LIBEXEC, PERL, RUN, Places
+from vmmback.libvirt.places import LIBEXEC, RUN, Places
+from vmmback.libvirt.qemu_user import QemuUser
 
 QEMUS = ("/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-system-aarch64")
 PROGRAM = ("/opt/a b/python", "-m", "vmmback")
@@ -56,10 +56,10 @@ def host(*qemus: str) -> Host:
 
 
 @pytest.fixture(autouse=True)
-def perl(monkeypatch: pytest.MonkeyPatch) -> None:
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capability of a file is root's to give: integration/ has the real one."""
-    monkeypatch.setattr(capable_perl, "program", lambda: b"perl")
-    monkeypatch.setattr(capable_perl, "verify", lambda *_: None)
+    monkeypatch.setattr(programs, "compiled", lambda name, *_: name.encode())
+    monkeypatch.setattr(programs, "verify", lambda *_: None)
     monkeypatch.setattr(installed_files, "CAPABILITY", b"")
 
 
@@ -71,9 +71,7 @@ def test_what_is_installed_is_removed_again_to_the_last_byte(places: Places) -> 
         "/etc/libvirt/hooks/qemu.d/50-vmmback",
         "/usr/local/libexec/vmmback/qemu-system-x86_64",
         "/usr/local/libexec/vmmback/qemu-system-aarch64",
-        "/usr/local/libexec/vmmback/announce",
-        "/usr/local/libexec/vmmback/broker_call",
-        "/usr/local/libexec/vmmback/perl",
+        "/usr/local/libexec/vmmback/emulator",
         "/etc/polkit-1/rules.d/00-vmmback.rules",
         "/etc/systemd/system/vmmback-broker.service",
         "/etc/systemd/system/vmmback-broker.socket",
@@ -93,19 +91,16 @@ def test_what_is_installed_is_removed_again_to_the_last_byte(places: Places) -> 
 
 def test_the_files_are_for_root_to_write_and_for_qemus_user_to_read(places: Places) -> None:
     for path in installation.install(places, host()):
-        assert stat.S_IMODE(path.stat().st_mode) in ({0o750} if path == places.capable_perl else {0o644, 0o755})
+        assert stat.S_IMODE(path.stat().st_mode) in ({0o750} if path == places.emulator else {0o644, 0o755})
         for folder in path.relative_to(places.root).parents:
             assert (places.root / folder).stat().st_mode & 0o022 == 0
     assert os.access(places.hook, os.X_OK)
-    assert not os.access(places.libexec / "announce", os.X_OK)
 
 
 def test_what_a_program_executes_is_there_before_it_is(places: Places) -> None:
     names = [path.name for path in installation.install(places, host())]
     wrappers = [Path(qemu).name for qemu in QEMUS]
-    assert set(names[:3]) == {"announce", "broker_call", "perl"}
-    assert names[3:5] == wrappers
-    assert names.index("50-vmmback") > names.index(wrappers[-1])
+    assert names[:3] == ["emulator", *wrappers]
 
 
 def test_a_wrapper_has_the_time_and_the_path_of_its_qemu(places: Places) -> None:
@@ -122,10 +117,10 @@ def test_installing_again_changes_nothing_and_repairs_what_is_not_as_it_was(plac
     assert installation.install(places, host()) == []
     assert tree(places.root) == once
     places.hook.chmod(0o600)
-    (places.libexec / "announce").unlink()
-    (places.libexec / "broker_call").write_text("something else")
+    places.emulator.unlink()
+    (places.libexec / Path(QEMUS[0]).name).write_text("something else")
     repaired = installation.install(places, host())
-    assert {path.name for path in repaired} == {"50-vmmback", "announce", "broker_call"}
+    assert {path.name for path in repaired} == {"50-vmmback", "emulator", Path(QEMUS[0]).name}
     assert tree(places.root) == once
 
 
@@ -169,7 +164,7 @@ def test_an_installation_that_fails_at_any_file_leaves_all_as_it_was(
     places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installation.install(places, host(QEMUS[0]))
-    (places.libexec / "announce").write_text("of an older version")
+    places.emulator.write_text("of an older version")
     places.hook.unlink()
     before = tree(places.root)
     real, left = Path.replace, 0
@@ -232,19 +227,20 @@ def test_what_is_killed_at_any_step_is_removed_whole(
         assert tree(places.root) == before, step
         if not killed:
             break
-    assert step == (6 if is_upgrade else 13)
+    assert step == (6 if is_upgrade else 11)
 
 
 @pytest.mark.parametrize("name", ["wrapper", "hook"])
-def test_what_is_installed_runs_by_itself(places: Places, name: str) -> None:
+def test_what_is_installed_runs_by_itself(places: Places, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a broker: it says so, and what it needed was there."""
+    monkeypatch.undo()
+    monkeypatch.setattr(programs, "verify", lambda *_: None)
+    monkeypatch.setattr(installed_files, "CAPABILITY", b"")
+    for place in ("LIBEXEC", "EMULATOR", "SOCKET", "RUN", "SECRET"):
+        monkeypatch.setattr(installed_files, place, places.below(getattr(installed_files, place)))
     installation.install(places, host())
-    wrapper = places.libexec / Path(QEMUS[0]).name
-    for script in (places.libexec / "announce", places.libexec / "broker_call", wrapper, places.hook):
-        text = script.read_text().replace(str(LIBEXEC), str(places.libexec)).replace(str(RUN), str(places.below(RUN)))
-        script.write_text(text.replace(str(SOCKET), str(places.below(SOCKET))))
     hook = [str(places.hook), "name", "prepare", "begin", "-"]
-    argv = [str(PERL), str(wrapper), "-name", "guest=name"] if name == "wrapper" else hook
+    argv = [str(places.libexec / Path(QEMUS[0]).name), "-name", "guest=name"] if name == "wrapper" else hook
     xml = "<domain><uuid>0-1</uuid><secret-ram xmlns='urn:vmmback:domain:1.0'/></domain>"
     places.below(RUN.parent).mkdir(exist_ok=True)
     done = subprocess.run(argv, input=xml, capture_output=True, text=True, timeout=30, check=False)
@@ -273,9 +269,8 @@ def test_two_qemus_of_one_name_are_refused(places: Places) -> None:
 
 
 def test_nothing_is_left_to_fill_in() -> None:
-    values = {"QEMU": QEMUS[0], "VMMBACK": "vmmback", "MODULE": "hook"}
     for path in (installed_files.CONFIGS / "libvirt").iterdir():
-        assert not re.search("@[A-Z]+@", installed_files.filled(path.name, **values))
+        assert not re.search("@[A-Z]+@", installed_files.filled(path.name))
 
 
 def test_a_block_keeps_what_is_around_it() -> None:
@@ -288,7 +283,7 @@ def test_a_block_keeps_what_is_around_it() -> None:
 
 def test_the_capability_is_the_one_alone() -> None:
     # struct vfs_cap_data, include/uapi/linux/capability.h: revision 2, effective; CAP_IPC_LOCK is bit 14.
-    assert capable_perl.CAPABILITY.hex() == "01000002" + "00400000" + "00" * 12
+    assert programs.CAPABILITY.hex() == "01000002" + "00400000" + "00" * 12
 
 
 @pytest.mark.parametrize(
@@ -298,7 +293,7 @@ def test_the_capability_is_the_one_alone() -> None:
 def test_qemus_user_is_the_one_that_libvirt_is_told(tmp_path: Path, conf: str, expected: tuple[int, int]) -> None:
     (tmp_path / "etc/libvirt").mkdir(parents=True)
     (tmp_path / "etc/libvirt/qemu.conf").write_text(conf)
-    assert capable_perl.qemu_user(Places(tmp_path)) == expected
+    assert qemu_user.of_host(Places(tmp_path)) == expected
 
 
 def test_qemus_group_is_that_of_libvirts_folder_where_it_is_not_said(tmp_path: Path) -> None:
@@ -306,7 +301,7 @@ def test_qemus_group_is_that_of_libvirts_folder_where_it_is_not_said(tmp_path: P
     (tmp_path / "etc/libvirt/qemu.conf").write_text('user = "daemon"\n')
     folder = tmp_path / "var/lib/libvirt/qemu"
     folder.mkdir(parents=True)
-    user = capable_perl.qemu_user(Places(tmp_path))
+    user = qemu_user.of_host(Places(tmp_path))
     assert user.gid == folder.stat().st_gid
     assert user.group == grp.getgrgid(user.gid).gr_name
     assert user._replace(gid=2_000_000_000).group == "+2000000000"
@@ -316,4 +311,4 @@ def test_a_user_that_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "etc/libvirt").mkdir(parents=True)
     (tmp_path / "etc/libvirt/qemu.conf").write_text('user = "no-such-user-here"\n')
     with pytest.raises(HostUnfit, match="the user as whom libvirt runs QEMU is not known"):
-        capable_perl.qemu_user(Places(tmp_path))
+        qemu_user.of_host(Places(tmp_path))

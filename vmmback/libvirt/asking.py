@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmmback.errors import ConfigError
-from vmmback.libvirt import capable_perl, domain_edit, domain_xml, own_user
+from vmmback.libvirt import domain_edit, domain_xml, own_user, qemu_user
 from vmmback.libvirt.domain import Domain
 from vmmback.libvirt.domain_refusals import refusals, refused
 from vmmback.libvirt.domain_xml import OnExposed, Source
@@ -42,7 +42,7 @@ def enabled(domain: Domain, on_exposed: OnExposed, source: Source | None, places
     """
     qemu = _qemu(domain_xml.parse(domain.xml))
     wrapper = wrapper_of(qemu)
-    group = capable_perl.qemu_user(places).group if places else own_user.GROUP
+    group = qemu_user.of_host(places).group if places else own_user.GROUP
     xml = domain_edit.enabled(domain.xml, wrapper, on_exposed, source, group)
     root = domain_xml.parse(xml)
     if problems := refusals(root, wrapper, _kvm_maps_secret(root, is_here=places is not None)):

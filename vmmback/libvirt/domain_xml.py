@@ -129,7 +129,7 @@ def policy_of(root: ET.Element) -> Policy | None:
 
 
 def _misplaced(root: ET.Element, ours: list[ET.Element]) -> Iterator[tuple[str, str]]:
-    # The hook announces a domain that has our element, wherever that is (configs/libvirt/announce).
+    # The hook announces a domain that has our element, wherever that is (configs/libvirt/hook.c).
     misplaced = [element for element in root.iter(ASKS) if element not in ours]
     above = {child: element for element in root.iter() for child in element} if misplaced else {}
     for element in misplaced:

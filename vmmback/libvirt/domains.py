@@ -29,7 +29,7 @@ from vmmback.broker.pool import Pool, Ready, Reserved
 from vmmback.broker.server import Interfaces
 from vmmback.broker.service import Refused, held, refusing, shown
 from vmmback.errors import AdmissionRefused, ConfigError, HostUnfit, VmmbackError
-from vmmback.libvirt import capable_perl, domain_refusals, domain_xml, records
+from vmmback.libvirt import domain_refusals, domain_xml, qemu_user, records
 from vmmback.libvirt.domain_xml import Domain
 from vmmback.libvirt.installed_files import see_wrapper
 from vmmback.libvirt.places import Places, wrapper_of
@@ -266,7 +266,7 @@ class Domains:
     def _user_of_all(self) -> int:
         """The uid that libvirt gives QEMUs which are not to have another one, -1 where that is not known."""
         try:
-            return capable_perl.qemu_user(self._places).uid
+            return qemu_user.of_host(self._places).uid
         except HostUnfit:
             return -1
 

@@ -11,9 +11,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from vmmback.errors import HostUnfit
-from vmmback.libvirt import capable_perl
+from vmmback.libvirt import qemu_user
 from vmmback.libvirt.installed_files import Host, qemu_of
-from vmmback.libvirt.places import PERL, Places
+from vmmback.libvirt.places import Places
 
 # The daemon, or of its parts the one for QEMU.
 _DAEMONS = ("/usr/sbin/libvirtd", "/usr/sbin/virtqemud")
@@ -26,8 +26,6 @@ _UNITS = ("vmmback-broker.socket", "vmmback-broker.service")
 def host(places: Places, emulators: Sequence[Path]) -> Host:
     """Return what there is on this host. Raises HostUnfit."""
     _see_libvirt()
-    if not os.access(PERL, os.X_OK):
-        raise HostUnfit(f"{PERL} is not installed, which hook and wrapper are executed by", "apt-get install perl-base")
     # Of two of one name the one that was named counts, now or earlier.
     qemus = {path.name: path for path in (*_found_qemus(places), *_wrapped(places), *map(_absolute, emulators))}
     if not qemus:
@@ -36,7 +34,7 @@ def host(places: Places, emulators: Sequence[Path]) -> Host:
         )
     # By its interpreter: which vmmback this is does not depend on anybody's PATH.
     program = [sys.executable, "-I", "-m", "vmmback"]
-    return Host(list(qemus.values()), program, capable_perl.qemu_user(places))
+    return Host(list(qemus.values()), program, qemu_user.of_host(places))
 
 
 def next_steps(places: Places) -> list[str]:

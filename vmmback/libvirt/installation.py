@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmmback.errors import HostUnfit, UsageError
-from vmmback.libvirt import capable_perl
+from vmmback.libvirt import programs
 from vmmback.libvirt.installed_files import Block, File, Host, blocks, files
 from vmmback.libvirt.places import RUN, Places
 
@@ -71,8 +71,8 @@ def install(places: Places, host: Host) -> list[Path]:
             changed += _insert(block, undo)
         for name in sorted({*before.files} - {*now.files}):
             changed += _remove(places.below(name), undo)
-        if places.capable_perl in changed:
-            capable_perl.verify(places.capable_perl, host.user)
+        if places.emulator in changed:
+            programs.verify(places.emulator, host.user)
         _write_manifest(places, now, undo)
         undo.pop_all()
     return changed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import NamedTuple
 
 from vmmback.broker.client import SOCKET
 from vmmback.errors import UsageError
-from vmmback.libvirt import capable_perl
-from vmmback.libvirt.capable_perl import CAPABILITY, QemuUser
-from vmmback.libvirt.places import LIBEXEC, PERL, RECORDS, RUN, SECRET, Places, wrapper_of
-from vmmback.linux import arch
+from vmmback.libvirt import programs
+from vmmback.libvirt.places import EMULATOR, LIBEXEC, RECORDS, RUN, SECRET, Places, wrapper_of
+from vmmback.libvirt.programs import CAPABILITY
+from vmmback.libvirt.qemu_user import QemuUser
 from vmmback.toml_errors import ascii_path, quote
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-# What Perl calls by number.
-_CALLS = ("capget", "capset", "prctl", "recvmsg", "seccomp", "sendmsg")
+# Longer ones the kernel takes for no wrapper (BINPRM_BUF_SIZE of include/uapi/linux/binfmts.h).
+_FIRST_LINE_BYTES = 255
 
 _BEGIN, _END = b"# BEGIN vmmback: added and removed by `vmmback libvirt`\n", b"# END vmmback\n"
 _BLOCK = re.compile(re.escape(_BEGIN) + b".*?" + re.escape(_END), re.DOTALL)
@@ -66,32 +65,40 @@ class Block(NamedTuple):
         return block + _BLOCK.sub(b"", content)
 
 
-def filled(name: str, **values: str) -> str:
-    """Return a file of configs/libvirt with what is this host's in place of @NAMES@."""
-    values |= {"LIBEXEC": str(LIBEXEC), "PERL": str(PERL), "SOCKET": str(SOCKET)} | values
-    values |= {"RUN": str(RUN), "SECRET": str(SECRET), "RECORDS": str(RECORDS)} | values
-    numbers = arch.current()
-    values |= {call.upper(): str(getattr(numbers, call)) for call in _CALLS}
+def filled(name: str, **others: str) -> str:
+    """Return a file of configs/libvirt with what is this host's, or other values, in place of @NAMES@."""
+    values = {"LIBEXEC": LIBEXEC, "SOCKET": SOCKET, "RUN": RUN, "SECRET": SECRET, "RECORDS": RECORDS} | others
     text = (CONFIGS / "libvirt" / name).read_text()
-    return re.sub("@([A-Z]+)@", lambda found: values[found[1]], text)
+    return re.sub("@([A-Z]+)@", lambda found: str(values[found[1]]), text)
+
+
+def program(name: str, host: Host, sources: Path = programs.SOURCES) -> bytes:
+    """Return what libvirt executes, compiled for this host. Raises HostUnfit."""
+    values = {"LIBEXEC": str(LIBEXEC), "SOCKET": str(SOCKET), "RUN": str(RUN), "SECRET": str(SECRET)}
+    return programs.compiled(name, values | {"VMMBACK": host.program}, sources)
 
 
 def can_be_wrapped(qemu: Path) -> bool:
     """Tell whether a QEMU's path is one that a wrapper can be made for."""
-    return bool(re.fullmatch(r"/[A-Za-z0-9/._+-]+", str(qemu))) and qemu.name.startswith("qemu")
+    is_plain = re.fullmatch(r"/[A-Za-z0-9/._+-]+", str(qemu)) and qemu.name.startswith("qemu")
+    return bool(is_plain) and len(_first_line(qemu)) <= _FIRST_LINE_BYTES
 
 
 def wrapper(qemu: Path) -> str:
     """Return the text of a QEMU's wrapper. Raises UsageError."""
     if not can_be_wrapped(qemu):
         raise UsageError(f"{quote(str(qemu))} cannot be wrapped", "give the plain absolute path of a program qemu…")
-    return filled("emulator", QEMU=str(qemu))
+    return f"{_first_line(qemu)}\n# libvirt starts this as <emulator> of domains on secret RAM (docs/LIBVIRT.md)\n"
 
 
 def qemu_of(wrapper: str) -> Path | None:
     """Return which QEMU a wrapper executes, by its text."""
-    found = re.search(r"^my \$qemu = '(/.+)';$", wrapper, re.MULTILINE)
+    found = re.match(rf"#!{re.escape(str(EMULATOR))} (/\S+)\n", wrapper)
     return Path(found[1]) if found else None
+
+
+def _first_line(qemu: Path) -> str:
+    return f"#!{EMULATOR} {qemu}"
 
 
 def see_wrapper(places: Places, qemu: Path) -> None:
@@ -115,11 +122,8 @@ def files(places: Places, host: Host) -> Iterator[File]:
     names = [qemu.name for qemu in host.qemus]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two QEMUs are called {twice[0]}", "name one of them: --emulator PATH")
-    program = shlex.join(host.program)
-    # What wrappers and the hook execute is there before they are.
-    for name in ("announce", "broker_call"):
-        yield File(places.libexec / name, filled(name, VMMBACK=program).encode(), 0o644)
-    yield File(places.capable_perl, capable_perl.program(), 0o750, host.user.gid, capability=CAPABILITY)
+    # What executes wrappers is there before they are.
+    yield File(places.emulator, program("emulator", host), 0o750, host.user.gid, capability=CAPABILITY)
     for qemu in host.qemus:
         # libvirt looks at the wrapper's times, not at QEMU's: they are the same, and the hook keeps them so.
         mtime_ns = places.below(qemu).stat().st_mtime_ns
@@ -130,7 +134,7 @@ def files(places: Places, host: Host) -> Iterator[File]:
         for unit in ("vmmback-broker.service", "vmmback-broker.socket"):
             yield File(places.units / unit, (CONFIGS / "systemd" / unit).read_bytes(), 0o644)
         yield File(places.tmpfiles, filled("tmpfiles.conf").encode(), 0o644)
-    yield File(places.hook, filled("hook", VMMBACK=program).encode(), 0o755)
+    yield File(places.hook, program("hook", host), 0o755)
 
 
 def blocks(places: Places) -> list[Block]:

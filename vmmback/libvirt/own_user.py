@@ -24,7 +24,7 @@ def own_uid(uuid: str) -> int:
 
 
 def own_label(uuid: str, group: str) -> str:
-    """Return a domain's label of model dac; libvirt's folders, and our perl, are of QEMU's group."""
+    """Return a domain's label of model dac; libvirt's folders, and our emulator, are of QEMU's group."""
     return f"+{own_uid(uuid)}:{group}"
 
 

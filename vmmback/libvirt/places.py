@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIBEXEC = Path("/usr/local/libexec/vmmback")
-PERL = Path("/usr/bin/perl")
-"""What executes the hook's program, and is copied for the wrappers."""
+EMULATOR = LIBEXEC / "emulator"
+"""What executes wrappers, with a capability which others of QEMU's user have not: to lock memory."""
 
 RUN = Path("/run/vmmback-libvirt")
 SECRET = RUN / "secret"
@@ -36,7 +36,7 @@ class Places:
 
     @property
     def libexec(self) -> Path:
-        """The programs that libvirt's hook and emulators execute."""
+        """The wrappers, which libvirt executes as emulators, and what executes those."""
         return self.below(LIBEXEC)
 
     @property
@@ -45,9 +45,9 @@ class Places:
         return self.libexec / "installed.json"
 
     @property
-    def capable_perl(self) -> Path:
-        """A perl that executes wrappers, with a capability which others of QEMU's user have not: to lock memory."""
-        return self.libexec / "perl"
+    def emulator(self) -> Path:
+        """What executes wrappers."""
+        return self.below(EMULATOR)
 
     @property
     def hooks(self) -> Path:

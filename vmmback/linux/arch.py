@@ -44,11 +44,6 @@ class Architecture(NamedTuple):
     kcmp: int
     pivot_root: int
     mount_setattr: int
-    capget: int
-    capset: int
-    prctl: int
-    recvmsg: int
-    sendmsg: int
     loader: str
     """The ELF interpreter of glibc's programs, as they name it."""
 
@@ -85,11 +80,6 @@ KNOWN = {
             kcmp=312,
             pivot_root=155,
             mount_setattr=442,
-            capget=125,
-            capset=126,
-            prctl=157,
-            recvmsg=47,
-            sendmsg=46,
             loader="/lib64/ld-linux-x86-64.so.2",
         ),
         Architecture(
@@ -121,11 +111,6 @@ KNOWN = {
             kcmp=272,
             pivot_root=41,
             mount_setattr=442,
-            capget=90,
-            capset=91,
-            prctl=167,
-            recvmsg=212,
-            sendmsg=211,
             loader="/lib/ld-linux-aarch64.so.1",
         ),
     )
