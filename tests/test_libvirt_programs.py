@@ -534,10 +534,22 @@ def test_without_a_compiler_or_with_one_that_fails_there_is_no_program(
 ) -> None:
     with pytest.raises(HostUnfit, match=r"cannot compile hook.c: .*no_such_function"):
         made.compile("hook", "int main(", "static int x = no_such_function(); int main(")
+    with pytest.raises(HostUnfit, match="a socket's path is shorter"):
+        programs.compiled("hook", {**VALUES, "SOCKET": "/" + 107 * "x"}, programs.SOURCES)
+    programs.compiled("hook", {**VALUES, "SOCKET": "/" + 106 * "x"}, programs.SOURCES)
     monkeypatch.setenv("PATH", str(made.folder))
     with pytest.raises(HostUnfit, match="no C compiler") as refused:
         made.compile("hook")
     assert refused.value.hint == "apt-get install gcc libc6-dev"
+
+
+def test_a_compiler_that_hangs_is_no_compiler(made: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    (made.folder / "cc").write_text("#!/bin/sh\nexec sleep 60\n")
+    (made.folder / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{made.folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(programs, "_COMPILES_S", 0.1)
+    with pytest.raises(HostUnfit, match=r"cannot compile hook.c: .* timed out after 0.1 seconds"):
+        made.compile("hook")
 
 
 def test_a_host_without_a_static_c_library_has_it_linked_at_run_time(

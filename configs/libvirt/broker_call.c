@@ -72,6 +72,7 @@ void limit(int socket, long timeout_s) {
 int connected(long timeout_s) {
     int broker = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = SOCKET};
+    _Static_assert(sizeof SOCKET <= sizeof address.sun_path, "a socket's path is shorter (unix(7))");
     if (broker >= 0) limit(broker, CONNECT_S);
     if (broker < 0 || connect(broker, (struct sockaddr *)&address, sizeof address) < 0)
         // EAGAIN: its queue is full and stayed so (connect(2), unix(7)).

@@ -39,19 +39,22 @@ def compiled(name: str, values: Mapping[str, str | Sequence[str]], sources: Path
     if not compiler:
         raise HostUnfit("there is no C compiler, which makes what libvirt executes", "apt-get install gcc libc6-dev")
     named = [f"-D{key}={_literals(value)}" for key, value in values.items()]
+    said = ""
     with tempfile.TemporaryDirectory(prefix="vmmback-") as folder:
         result = Path(folder, name)
         files = [str(sources / f"{name}.c"), str(sources / "broker_call.c"), "-o", str(result)]
         # Without shared libraries it starts in half the time; not each host has the C library for that.
         for linked in (["-static"], []):
-            done = subprocess.run(
-                [compiler, *_OPTIONS, *linked, *named, *files], capture_output=True, text=True, timeout=_COMPILES_S,
-                check=False, env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-            )  # fmt: skip
-            if done.returncode == 0:
+            try:
+                subprocess.run(
+                    [compiler, *_OPTIONS, *linked, *named, *files], capture_output=True, text=True,
+                    timeout=_COMPILES_S, check=True, env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+                )  # fmt: skip
                 return result.read_bytes()
+            except (OSError, subprocess.SubprocessError) as error:
+                said = getattr(error, "stderr", "") or str(error)
     raise HostUnfit(
-        f"{compiler} cannot compile {name}.c: {done.stderr.strip()}", "has it the C library? apt-get install libc6-dev"
+        f"{compiler} cannot compile {name}.c: {said.strip()}", "has it the C library? apt-get install libc6-dev"
     )
 
 
