@@ -6,6 +6,7 @@ import grp
 import itertools
 import os
 import re
+import shutil
 import stat
 import subprocess
 from collections.abc import Callable
@@ -171,9 +172,9 @@ def test_an_installation_that_fails_at_any_file_leaves_all_as_it_was(
 
     def replace(path: Path, target: Path) -> Path:
         nonlocal left
-        if left == 0:
-            raise OSError(28, "No space left on device")
         left -= 1
+        if left == -1:  # what is put back afterwards has the space of what is removed
+            raise OSError(28, "No space left on device")
         return real(path, target)
 
     monkeypatch.setattr(Path, "replace", replace)
@@ -184,6 +185,29 @@ def test_an_installation_that_fails_at_any_file_leaves_all_as_it_was(
         assert tree(places.root) == before
     left = 5
     installation.install(places, host(QEMUS[1]))
+
+
+def test_a_program_that_is_executed_meanwhile_is_put_back_too(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may write to it (ETXTBSY)."""
+    places.emulator.parent.mkdir(parents=True)
+    installation.install(places, host())
+    shutil.copy("/bin/sleep", places.hook)
+    before = tree(places.root)
+    monkeypatch.setattr(programs, "compiled", lambda name, *_: Path("/bin/cat").read_bytes() + name.encode())
+    running = list[subprocess.Popen[bytes]]()
+
+    def fail(*_: object) -> None:
+        running.append(subprocess.Popen([places.hook], stdin=subprocess.PIPE))
+        raise HostUnfit("no", "")
+
+    monkeypatch.setattr(programs, "verify", fail)
+    try:
+        with pytest.raises(HostUnfit):
+            installation.install(places, host())
+    finally:
+        for process in running:
+            process.communicate()
+    assert tree(places.root) == before
 
 
 def is_killed(places: Places, qemu: str, step: int, monkeypatch: pytest.MonkeyPatch) -> bool:

@@ -159,20 +159,28 @@ def _draft(path: Path) -> Path:
 def _write(file: File, undo: ExitStack) -> None:
     """Put a file in its place, whole or not at all. Raises HostUnfit."""
     undo.callback(_restorer(file.path))
+    try:
+        _put(file, 0)
+    except OSError as error:
+        raise HostUnfit(f"{file.path} cannot be written: {error.strerror}", "nothing was changed") from error
+
+
+def _put(file: File, uid: int) -> None:
+    """Put a file in the place of what may be executed meanwhile, which cannot be written to (ETXTBSY of open(2))."""
     draft = _draft(file.path)
     try:
         draft.write_bytes(file.content)
         if os.geteuid() == 0:
-            os.chown(draft, 0, file.gid or 0)
+            os.chown(draft, uid, file.gid or 0)
         draft.chmod(file.mode)
         if file.mtime_ns:
             os.utime(draft, ns=(file.mtime_ns, file.mtime_ns))
         if file.capability:
             os.setxattr(draft, _CAPABILITY, file.capability)
         draft.replace(file.path)
-    except OSError as error:
+    except OSError:
         draft.unlink(missing_ok=True)
-        raise HostUnfit(f"{file.path} cannot be written: {error.strerror}", "nothing was changed") from error
+        raise
 
 
 def _remove(path: Path, undo: ExitStack) -> list[Path]:
@@ -187,18 +195,9 @@ def _restorer(path: Path) -> Callable[[], None]:
     """Return what puts a file back as it is now, also if it is not there now."""
     if not path.exists():
         return lambda: path.unlink(missing_ok=True)
-    content, status, capability = path.read_bytes(), path.stat(), _attribute(path)
-
-    def restore() -> None:
-        path.write_bytes(content)
-        if os.geteuid() == 0:
-            os.chown(path, status.st_uid, status.st_gid)
-        path.chmod(status.st_mode & 0o7777)
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        if capability:
-            os.setxattr(path, _CAPABILITY, capability)
-
-    return restore
+    status = path.stat()
+    former = File(path, path.read_bytes(), status.st_mode & 0o7777, status.st_gid, status.st_mtime_ns, _attribute(path))
+    return lambda: _put(former, status.st_uid)
 
 
 def _insert(block: Block, undo: ExitStack) -> list[Path]:
