@@ -608,6 +608,22 @@ def test_more_memory_waits_for_the_next_broker_or_is_refused(ready: Host) -> Non
     assert ready.report("one")["verdict"] == "isolated"
 
 
+def test_a_domain_that_asks_no_longer_is_left_alone_also_if_it_was_changed_while_it_ran(ready: Host) -> None:
+    libvirtd = ready.libvirtd
+    ready.define("one")
+    libvirtd.virsh("start", "one")
+    vmmback(libvirtd, "libvirt", "disable", "one")
+    libvirtd.virsh("metadata", "one", "urn:vmmback:domain:1.0", "--live", "--remove")
+    libvirtd.virsh("destroy", "one")
+    eventually(lambda: ready.leases() == [], "its leases have ended")
+    run = libvirtd.inside / "run/vmmback-libvirt"
+    assert [path for name in ("names", "secret") for path in (run / name).iterdir()] == []
+    libvirtd.virsh("start", "one")
+    assert command_line(libvirtd.qemu_pid("one")).startswith("/usr/bin/qemu-system-x86_64 ")
+    assert [path for name in ("names", "secret") for path in (run / name).iterdir()] == []
+    libvirtd.wait_for("one", READY)
+
+
 def test_another_qemu_of_the_same_name_is_not_started_in_the_place_of_the_domains_own(ready: Host) -> None:
     libvirtd = ready.libvirtd
     ready.define("one")

@@ -50,6 +50,7 @@ print("a word of " + here.name, file=sys.stderr)
 sys.exit(int(os.environ.get("ENDS_WITH", "0")))
 """
 OK: dict[str, Any] = {"parameters": {}}
+OTHER = {"hook": "emulator", "emulator": "hook"}
 IPC_LOCK = 1 << 14
 VALUES = dict.fromkeys(("LIBEXEC", "SOCKET", "RUN", "SECRET", "VMMBACK"), "/somewhere")
 NEEDS_IPC_LOCK = pytest.mark.skipif(
@@ -72,6 +73,8 @@ class FakeBroker:
         self.answer: object = OK
         self.answer_at_channel: object = OK
         self.filter = seccomp.program(memfds=True)
+        self.pause_s = 0.0
+        """How long it takes to answer a claim."""
         self.listeners = list[str]()
         """What the descriptors are that came over a channel."""
         self._listening = socket.socket(socket.AF_UNIX)
@@ -99,8 +102,9 @@ class FakeBroker:
                     continue
                 ours, theirs = socket.socketpair()
                 answer = {"parameters": {"channel": 0, "filter": self.filter.hex()}}
+                time.sleep(self.pause_s)
                 with ours:
-                    with theirs:
+                    with theirs, suppress(BrokenPipeError):
                         socket.send_fds(connection, [json.dumps(answer).encode() + b"\0"], [theirs.fileno()])
                     listeners = self._heard(ours) or []
                     for listener in listeners:
@@ -146,8 +150,9 @@ class Programs:
         """Compile a program, with something else in its text."""
         sources = self.folder / "sources"
         shutil.copytree(programs.SOURCES, sources, dirs_exist_ok=True)
-        for path in sources.glob("*.[ch]"):
-            path.write_text(path.read_text().replace(old, new) if old else path.read_text())
+        if old:
+            (path,) = [path for path in sources.glob("*.c") if path.stem != OTHER[name] and old in path.read_text()]
+            path.write_text(path.read_text().replace(old, new))
         values: dict[str, str | list[str]] = {"LIBEXEC": str(self.folder), "SOCKET": str(self.folder / "socket")}
         values |= {"RUN": str(self.folder / "run"), "SECRET": str(self.folder / "run/secret")}
         values |= {"VMMBACK": [str(self.folder / "vmm back"), "-m", "vmmback"]}
@@ -229,6 +234,12 @@ def test_a_refusal_is_told_as_it_is(made: Programs, message: str) -> None:
         (b"", "the broker hung up"),
         (b'{"param', "the broker hung up"),
         ({"error": "org.varlink.service.MethodNotFound", "parameters": {"method": "x"}}, "knows no org.vmmback"),
+        (b"OK\0", "the broker's answer to org.vmmback.Domains.Announce is none"),
+        ({"error": None}, "the broker's answer to org.vmmback.Domains.Announce is none"),
+        (b'{"error":\t"x"}\0', "knows no org.vmmback.Domains.Announce: x"),
+        (refusal("no", exit_code=0), "error: no"),
+        (refusal("no", exit_code=256), "error: no"),
+        ({"error": "org.vmmback.Broker.Refused", "parameters": {"exit_code": None}}, "error: {"),
     ],
 )
 def test_what_is_no_answer_is_an_error(made: Programs, answer: object, said: str) -> None:
@@ -290,6 +301,39 @@ def test_a_domain_that_does_not_ask_is_left_alone(made: Programs) -> None:
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (made.broker.calls, made.calls("vmm back")) == ([], [])
     assert not (made.folder / "run").exists()
+
+
+def test_a_domain_that_asks_no_longer_has_no_marks(made: Programs) -> None:
+    """Its XML may have been changed while it ran, and its end not have been told us."""
+    marks = [made.folder / "run/secret" / UUID, made.folder / "run/names/name"]
+    made.hook("name", "prepare", "begin", "-")
+    assert all(mark.exists() for mark in marks)
+    assert made.hook("name", "release", "end", "-", xml=PLAIN).returncode == 0
+    assert made.broker.calls[1:] == [("org.vmmback.Domains.Withdraw", {"name": "name"})]
+    assert not any(mark.exists() for mark in marks)
+
+    made.hook("name", "prepare", "begin", "-")
+    made.broker.calls.clear()
+    assert made.hook("name", "prepare", "begin", "-", xml=PLAIN).returncode == 0
+    assert made.broker.calls == []
+    assert not any(mark.exists() for mark in marks)
+
+
+def test_a_domain_called_as_a_folder_is_another_ones_affair(made: Programs) -> None:
+    made.hook("name", "prepare", "begin", "-")
+    process = subprocess.Popen([made.hook_program, ".", "started", "begin", "-"], start_new_session=True)
+    assert process.wait(30) == 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_domain_of_many_declarations_is_the_brokers_to_judge_at_once(made: Programs) -> None:
+    """Not one element is ours; to look for each declaration's takes the square of their number."""
+    many = "<app>" + '<a xmlns:v="urn:vmmback:domain:1.0"/>' * 50_000 + "</app>"
+    began = time.monotonic()
+    assert made.hook("name", "prepare", "begin", "-", xml=XML.replace("METADATA", many)).returncode == 0
+    assert time.monotonic() - began < 10
+    assert len(made.broker.calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -449,10 +493,40 @@ def test_a_domains_qemu_has_its_arguments_as_they_are_and_its_calls_are_answered
 
 
 @NEEDS_IPC_LOCK
-def test_its_qemu_keeps_one_capability(made: Programs) -> None:
-    (made.folder / "real").write_text("#!/bin/sh\ngrep CapAmb /proc/self/status\n")
-    done = made.emulator(*ARGV, *RAM)
-    assert done.stdout.split() == ["CapAmb:", f"{IPC_LOCK:016x}"]
+def test_its_qemu_keeps_one_capability_and_no_descriptor(made: Programs) -> None:
+    shows = "#!/bin/sh\ngrep -E '^(Cap|NoNew)' /proc/self/status; for each in /proc/$$/fd/*; do readlink $each; done\n"
+    (made.folder / "real").write_text(shows)
+    lines = made.emulator(*ARGV, *RAM).stdout.splitlines()
+    found = dict(line.split(":\t") for line in lines[:6])
+    ours = int(procfs.status(os.getpid())["CapInh"], 16)
+    assert (found["CapAmb"], found["CapInh"]) == (f"{IPC_LOCK:016x}", f"{ours | IPC_LOCK:016x}")
+    assert found["NoNewPrivs"] == "1"
+    # Its input and output, and its own text, as the shell has that open.
+    assert sorted(line.split(":")[0] for line in lines[6:]) == ["/dev/null", f"{made.folder}/real", "pipe", "pipe"]
+
+
+@NEEDS_IPC_LOCK
+@pytest.mark.parametrize("argv", [["-Z"], [*ARGV, *RAM]], ids=["asked", "a domain"])
+def test_its_qemu_is_called_by_its_path(made: Programs, argv: list[str]) -> None:
+    (made.folder / "real").unlink()
+    (made.folder / "real").symlink_to("/bin/cat")
+    assert made.emulator(*argv).stderr.startswith(f"{made.folder}/real: invalid option -- '")
+
+
+@NEEDS_IPC_LOCK
+def test_a_broker_has_more_time_for_more_ram(made: Programs) -> None:
+    """What it may have to touch first; here a second for each GiB, and none besides."""
+    made.compile("emulator", "ANSWER_S = 15, MORE_FOR_EACH_GIB_S = 10", "ANSWER_S = 1, MORE_FOR_EACH_GIB_S = 2")
+    made.broker.pause_s = 2
+    assert made.emulator(*ARGV, *RAM).returncode == 3
+    assert made.emulator(*ARGV, *RAM, "-object", '{"id":"more","size":2147483648}').returncode == 0
+
+
+def test_a_program_that_is_named_by_no_path_is_not_executed(made: Programs) -> None:
+    made.compile("emulator")
+    argv = [str(made.folder / "emulator"), "real", str(made.wrapper)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=made.folder)
+    assert (done.returncode, made.calls("real")) == (2, [])
 
 
 def test_without_the_capability_there_is_no_qemu(made: Programs) -> None:

@@ -204,6 +204,14 @@ def test_one_whose_policy_cannot_be_read_is_ended(domain: Domain, status: str) -
     assert records.read(UUID) is None
 
 
+def test_one_that_does_not_ask_is_left_alone(domain: Domain) -> None:
+    """What says that it does can be of an earlier start."""
+    (domain.folder / "one.pid").write_text(str(domain.qemu.pid))
+    (domain.folder / "one.xml").write_text(STATUS.replace("urn:vmmback:domain:1.0", "urn:others"))
+    audit_started("one", lambda: pytest.fail("it was examined"), domain.said.append)
+    assert (domain.qemu.poll(), domain.said, records.read(UUID)) == (None, [], None)
+
+
 def test_a_place_that_is_full_does_not_keep_a_domain_from_being_ended(domain: Domain) -> None:
     (domain.folder / "run/records").rmdir()
     domain.start(BUSY)

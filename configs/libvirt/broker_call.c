@@ -14,14 +14,14 @@
 
 static const char *START = "start it: systemctl start vmmback-broker.socket, or: vmmback broker FILE";
 static const char *SEE_WHETHER_STOPPED = "look whether it is stopped";
-enum { HOST_UNFIT = 3, CONNECT_S = 10, CHUNK_BYTES = 65536 };
+enum { CONNECT_S = 10, CHUNK_BYTES = 65536 };
 
-static bool has_no_failures;
+static bool fails_silently;
 
-void have_no_failures(void) { has_no_failures = true; }
+void fail_silently(void) { fails_silently = true; }
 
 void failed(int exit_code, const char *hint, const char *format, ...) {
-    if (has_no_failures) exit(0);
+    if (fails_silently) exit(0);
     va_list arguments;
     va_start(arguments, format);
     char *message = NULL;
@@ -123,7 +123,10 @@ static char *hear(int connection, const char *method, int *received) {
         if (more < 0) unheard(method);
         if (more == 0) failed(HOST_UNFIT, "look at its messages", "the broker hung up");
         struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-        if (header && header->cmsg_type == SCM_RIGHTS) memcpy(received, CMSG_DATA(header), sizeof *received);
+        if (message.msg_flags & MSG_CTRUNC)
+            failed(HOST_UNFIT, NULL, "the broker's answer came with too many descriptors");
+        if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS)
+            memcpy(received, CMSG_DATA(header), sizeof *received);
         length += (size_t)more;
     } while (length == 0 || text[length - 1] != 0);
     return text;
@@ -131,11 +134,12 @@ static char *hear(int connection, const char *method, int *received) {
 
 // What follows a key of a JSON object, and its colon, or NULL.
 static const char *value_of(const char *json, const char *key) {
+    static const char *blank = " \t\r\n";
     const char *name = printed("\"%s\"", key);
     for (const char *found = json; (found = strstr(found, name));) {
         found += strlen(name);
-        found += strspn(found, " ");
-        if (*found == ':') return found + 1 + strspn(found + 1, " ");
+        found += strspn(found, blank);
+        if (*found == ':') return found + 1 + strspn(found + 1, blank);
     }
     return NULL;
 }
@@ -145,13 +149,17 @@ char *call(int connection, const char *method, const char *parameters, int passe
     tell(connection, method, text, strlen(text) + 1, passed);
     int descriptor;
     char *answer = hear(connection, method, received ? received : &descriptor);
+    if (*answer == '{' && !value_of(answer, "error")) return answer;
     const char *error = text_of(answer, "error");
-    if (!error) return answer;
+    if (!error) failed(HOST_UNFIT, "look at its messages", "the broker's answer to %s is none", method);
     if (strcmp(error, "org.vmmback.Broker.Refused") != 0)
         failed(HOST_UNFIT, "is it of the same version as what is installed?", "the broker knows no %s: %s", method,
                error);
     const char *code = value_of(answer, "exit_code"), *message = text_of(answer, "message");
-    failed(code ? atoi(code) : HOST_UNFIT, text_of(answer, "hint"), "%s", message ? message : answer);
+    int exit_code = code ? atoi(code) : HOST_UNFIT;
+    // No refusal may end as what went well.
+    failed(exit_code > 0 && exit_code < 256 ? exit_code : HOST_UNFIT, text_of(answer, "hint"), "%s",
+           message ? message : answer);
 }
 
 char *quoted(const char *text) {

@@ -1,18 +1,22 @@
 // One call of the broker, for the programs that hold up a domain's start: libvirt's hook and its emulator. They are
 // started anew each time, and so compiled: Python takes a tenth of a second to start, and a scripting language
 // milliseconds. None of them frees memory, as they soon end, or become another program.
-// Compiled by `vmmback libvirt install`; docs/LIBVIRT.md.
+// Compiled by `vmmback libvirt install`, with the paths LIBEXEC, RUN, SECRET and SOCKET, and the words of the command
+// that is vmmback as VMMBACK (vmmback/libvirt/installed_files.py, program); docs/LIBVIRT.md.
 #ifndef BROKER_CALL_H
 #define BROKER_CALL_H
 
 #include <stdbool.h>
 #include <stddef.h>
 
+// Of vmmback's exit codes.
+enum { USAGE = 2, HOST_UNFIT = 3 };
+
 // Say what went wrong and end, with one of vmmback's exit codes. `hint` may be NULL.
 _Noreturn void failed(int exit_code, const char *hint, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 // From now on, end without a word and with 0 where something goes wrong.
-void have_no_failures(void);
+void fail_silently(void);
 
 // Connect to the broker, which must answer each time within so many seconds.
 int connected(long timeout_s);

@@ -17,7 +17,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { USAGE = 2, HOST_UNFIT = 3, ANSWER_S = 15, MORE_FOR_EACH_GIB_S = 10 };
+enum { ANSWER_S = 15, MORE_FOR_EACH_GIB_S = 10 };
 
 // Both words of each set (capget(2)).
 struct capabilities {
@@ -34,7 +34,7 @@ static void tell_capabilities(void) {
 }
 
 // Who surely is no domain: libvirt asks what a QEMU can do by the machine "none", and root does by one word.
-static bool asks(char **arguments) {
+static bool is_probe(char **arguments) {
     bool found = !arguments[0] || !arguments[1];
     const char *option = "";
     for (; *arguments; option = *arguments++) {
@@ -46,24 +46,28 @@ static bool asks(char **arguments) {
 
 // What names the domain, and its objects, some of which are its RAM, as a list of JSON; and how much RAM that is.
 static char *named(char **arguments, long *ram_mib) {
-    char *list = "";
-    for (; arguments[0] && arguments[1]; arguments++) {
+    char *list = NULL;
+    size_t length;
+    FILE *text = open_memstream(&list, &length);
+    for (; text && arguments[0] && arguments[1]; arguments++) {
         if (strcmp(arguments[0], "-name") != 0 && strcmp(arguments[0], "-object") != 0) continue;
-        list = printed("%s%s%s, %s", list, *list ? ", " : "", quoted(arguments[0]), quoted(arguments[1]));
+        fprintf(text, "%s%s, %s", ftell(text) > 0 ? ", " : "", quoted(arguments[0]), quoted(arguments[1]));
         const char *size = strstr(arguments[1], "\"size\":");
         if (size) *ram_mib += (long)(strtoull(size + strlen("\"size\":"), NULL, 10) >> 20);
     }
+    if (!text || fclose(text) != 0) failed(HOST_UNFIT, NULL, "out of memory");
     return list;
 }
 
 // The program for seccomp(2), by its text in hexadecimal.
 static struct sock_fprog program_of(const char *text) {
-    size_t length = strlen(text) / 2;
+    size_t length = text ? strlen(text) / 2 : 0, count = length / sizeof(struct sock_filter);
     unsigned char *bytes = malloc(length);
-    for (size_t at = 0; at < length; at++)
-        if (!bytes || sscanf(text + 2 * at, "%2hhx", bytes + at) != 1)
-            failed(HOST_UNFIT, NULL, "the broker's answer came without a filter");
-    return (struct sock_fprog){(unsigned short)(length / sizeof(struct sock_filter)), (struct sock_filter *)bytes};
+    bool is_whole =
+        bytes && count > 0 && count <= BPF_MAXINSNS && 2 * count * sizeof(struct sock_filter) == strlen(text);
+    for (size_t at = 0; is_whole && at < length; at++) is_whole = sscanf(text + 2 * at, "%2hhx", bytes + at) == 1;
+    if (!is_whole) failed(HOST_UNFIT, NULL, "the broker's answer came without a filter");
+    return (struct sock_fprog){(unsigned short)count, (struct sock_filter *)bytes};
 }
 
 // With CAP_IPC_LOCK, which others of its user have not, it is out of their reach; it also goes beyond the limit on
@@ -83,11 +87,11 @@ int main(int count, char **argv) {
         tell_capabilities();
         return 0;
     }
-    if (count < 3) failed(USAGE, NULL, "usage: %s QEMU WRAPPER ARGUMENTS", argv[0]);
+    if (count < 3 || *argv[1] != '/') failed(USAGE, NULL, "usage: %s QEMU WRAPPER ARGUMENTS", argv[0]);
     const char *qemu = argv[1];
     char **arguments = argv + 3;
     argv[2] = argv[1];
-    if (asks(arguments)) {
+    if (is_probe(arguments)) {
         execv(qemu, argv + 2);
         failed(HOST_UNFIT, NULL, "%s cannot be executed: %s", qemu, strerror(errno));
     }
@@ -99,8 +103,7 @@ int main(int count, char **argv) {
     char *told = call(broker, "org.vmmback.Domains.Claim", printed("{\"arguments\": [%s]}", list), -1, &channel);
     if (channel < 0) failed(HOST_UNFIT, NULL, "the broker's answer came without a channel");
     limit(channel, ANSWER_S);
-    char *filter = text_of(told, "filter");
-    struct sock_fprog program = program_of(filter ? filter : "");
+    struct sock_fprog program = program_of(text_of(told, "filter"));
 
     hand_on_the_capability();
     prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);

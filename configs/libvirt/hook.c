@@ -15,11 +15,13 @@
 #include <unistd.h>
 
 static const char *NAMESPACE = "urn:vmmback:domain:1.0";
-enum { USAGE = 2, HOST_UNFIT = 3, ANNOUNCE_S = 10, WITHDRAW_S = 2, LOWEST_PRIORITY = 19 };
+enum { ANNOUNCE_S = 10, WITHDRAW_S = 2, LOWEST_PRIORITY = 19, MOST_DECLARATIONS = 16 };
 
-// A domain asks for secret RAM by an element of our namespace; which one, and where it is, the broker judges.
+// A domain asks for secret RAM by an element of our namespace; which one, and where it is, the broker judges, and also
+// whether it is one at all where there are many declarations, each of which takes a look at all of the XML.
 static bool asks(const char *xml) {
     static const char *blank = " \t\r\n", *attribute = "xmlns";
+    int declarations = 0;
     for (const char *found = xml; (found = strstr(found, NAMESPACE)); found++) {
         if (found - xml < 2 || !strchr("\"'", found[-1]) || found[-2] != '=') continue;
         if (found[strlen(NAMESPACE)] != found[-1]) continue;
@@ -28,6 +30,7 @@ static bool asks(const char *xml) {
         if (start == xml || strncmp(start, attribute, strlen(attribute)) != 0) continue;
         start += strlen(attribute);
         if (start == end) return true;
+        if (++declarations > MOST_DECLARATIONS) return true;
         if (*start++ == ':' && strstr(xml, printed("<%.*s:", (int)(end - start), start))) return true;
     }
     return false;
@@ -83,24 +86,31 @@ static void audit(const char *name, const char *step, const char *of, unsigned i
     failed(HOST_UNFIT, NULL, "%s cannot be executed: %s", program[0], strerror(errno));
 }
 
+// What is by that name is a file of ours, no folder: a domain may be called ".".
+static bool is_there(const char *path) {
+    struct stat status;
+    return stat(path, &status) == 0 && S_ISREG(status.st_mode);
+}
+
 int main(int count, char **argv) {
     if (count < 4) return 0;
     const char *name = argv[1], *step = printed("%s %s", argv[2], argv[3]);
+    // Made when it is announced; it says that what runs by that name has secret RAM, also when its XML asks no longer.
     const char *mark = printed(RUN "/names/%s", name);
     if (strcmp(step, "started begin") == 0) {
-        // A file that was made when it was announced says that it has secret RAM. What starts now has the processors
-        // first, and the guest's firmware changes its memory map: the audit comes a second later.
-        if (access(mark, F_OK) == 0) audit(name, "--started", name, 1);
+        // What starts now has the processors first, and the guest's firmware changes its memory map: the audit comes a
+        // second later.
+        if (is_there(mark)) audit(name, "--started", name, 1);
         return 0;
     }
     bool prepares = strcmp(step, "prepare begin") == 0;
     if (!prepares && strcmp(step, "release end") != 0) return 0;
     const char *xml = all_of(STDIN_FILENO);
-    if (!asks(xml)) return 0;
+    if (!asks(xml) && !is_there(mark)) return 0;
     const char *uuid = uuid_of(xml, name);
     // polkit's rule denies to export the memory of domains that have a file here.
     const char *secret = printed(SECRET "/%s", uuid);
-    if (prepares) {
+    if (prepares && asks(xml)) {
         int broker = connected(ANNOUNCE_S);  // it accepts while the files are made
         umask(022);
         mkdir(RUN, 0755);
@@ -114,8 +124,9 @@ int main(int count, char **argv) {
     }
     unlink(secret);
     unlink(mark);
+    if (prepares) return 0;  // of an earlier start, whose end nobody told us
     audit(name, "--ended", uuid, 0);
-    have_no_failures();  // without a broker there is nothing to give back
+    fail_silently();  // without a broker there is nothing to give back
     call(connected(WITHDRAW_S), "org.vmmback.Domains.Withdraw", printed("{\"name\": %s}", quoted(name)), -1, NULL);
     return 0;
 }

@@ -1,7 +1,7 @@
 """Domains of libvirt that ask for secret RAM, as the broker knows them: announced by the hook, claimed by the wrapper.
 
 The hook announces a domain before libvirt starts it, which is when its XML is judged and its RAM is got ready. What
-libvirt starts then in QEMU's place (configs/libvirt/emulator) claims that RAM, once: nobody else can, for libvirt,
+libvirt starts then in QEMU's place (configs/libvirt/emulator.c) claims that RAM, once: nobody else can, for libvirt,
 which is root, writes the pid of what it starts to a file that only root can write. docs/LIBVIRT.md has the interface.
 """
 

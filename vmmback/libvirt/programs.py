@@ -1,10 +1,10 @@
 """The programs that libvirt executes while a domain starts, compiled for this host: its hook, and the emulator's.
 
 The emulator's has the right to lock memory, CAP_IPC_LOCK, as a capability of its file, which QEMU's group alone can
-execute, and hands it on to QEMU. A process of the same user has no access to one with a capability that it lacks
-(ptrace(2)), and so none to QEMU's files and memory; who is in QEMU's group can get this one, and has another user
-(own_user.py). The capability also goes beyond the limit on locked memory, as which secret RAM counts (mm/secretmem.c),
-where the host's root may not raise it (CAP_SYS_RESOURCE), as in many containers.
+execute, and hands it on to a QEMU whose claim the broker has confirmed. A process of the same user has no access to
+one with a capability that it lacks (ptrace(2)), and so none to QEMU's files and memory. The capability also goes
+beyond the limit on locked memory, as which secret RAM counts (mm/secretmem.c), where the host's root may not raise it
+(CAP_SYS_RESOURCE), as in many containers.
 Sources: capabilities(7), include/uapi/linux/capability.h.
 """
 
@@ -29,7 +29,7 @@ _REVISION_2, _EFFECTIVE = 0x02000000, 1
 # struct vfs_cap_data: effective, and permitted; nothing inheritable.
 CAPABILITY = struct.pack("<5I", _REVISION_2 | _EFFECTIVE, 1 << _IPC_LOCK, 0, 0, 0)
 
-_OPTIONS = ("-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-s")
+_OPTIONS = ("-std=gnu11", "-D_GNU_SOURCE", "-O2", "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong", "-s")
 _COMPILES_S, _ENDS_S = 60.0, 5.0
 
 
@@ -44,11 +44,12 @@ def compiled(name: str, values: Mapping[str, str | Sequence[str]], sources: Path
         result = Path(folder, name)
         files = [str(sources / f"{name}.c"), str(sources / "broker_call.c"), "-o", str(result)]
         # Without shared libraries it starts in half the time; not each host has the C library for that.
-        for linked in (["-static"], []):
+        for linked in (["-static-pie"], ["-pie"]):
             try:
                 subprocess.run(
-                    [compiler, *_OPTIONS, *linked, *named, *files], capture_output=True, text=True,
-                    timeout=_COMPILES_S, check=True, env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+                    [compiler, *_OPTIONS, *linked, *named, *files], capture_output=True, text=True, errors="replace",
+                    timeout=_COMPILES_S, check=True,
+                    env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TMPDIR": folder},
                 )  # fmt: skip
                 return result.read_bytes()
             except (OSError, subprocess.SubprocessError) as error:

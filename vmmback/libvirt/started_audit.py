@@ -43,7 +43,10 @@ def audit_started(name: str, examine: Callable[[], IsolationReport], note: Calla
     """
     pid = audit.pid_of_running(name)
     with audit.held(pid) as pidfd:
-        uuid, on_exposed = _asks(name)
+        asks = _asks(name)
+        if asks is None:
+            return
+        uuid, on_exposed = asks
         _keep(uuid, name, "its first audit has not come to an end")  # should this process end before
         was_examined = False
         for wait_s in (0.0, _BOOTED_S):
@@ -103,13 +106,14 @@ def _keep(uuid: str, name: str, reason: str) -> None:
             audit.record_unexamined(uuid, name, reason)
 
 
-def _asks(name: str) -> tuple[str, OnExposed]:
-    """Return UUID and policy of a domain that runs, though libvirt may not answer; what cannot be read is "", or kill.
+def _asks(name: str) -> tuple[str, OnExposed] | None:
+    """Return UUID and policy of a domain that runs, though libvirt may not answer; None if it does not ask.
 
-    Its file is named by the domain's name.
+    What cannot be read is "", or kill. Its file is named by the domain's name.
     """
     with suppress(OSError, ET.ParseError, ConfigError):
         root = ET.parse(_STATUS / f"{name}.xml").getroot().find("domain")  # noqa: S314 (only root can write there)
-        if root is not None and (policy := domain_xml.policy_of(root)):
-            return root.findtext("uuid") or "", policy.on_exposed
+        if root is not None:
+            policy = domain_xml.policy_of(root)
+            return (root.findtext("uuid") or "", policy.on_exposed) if policy else None
     return "", "kill"
