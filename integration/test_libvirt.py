@@ -319,6 +319,8 @@ def test_leases_follow_the_domain_through_its_life(ready: Host) -> None:
     leased(ROOMY)
     libvirtd.wait_for("one", READY)
 
+    # What is plugged in when an audit looks stays mapped (docs/LIBVIRT.md, "How a domain gets its RAM").
+    eventually(lambda: libvirtd.qemu_log("one").count("is isolated while it runs") == 2, "both audits have ended", 60)
     for _ in range(2):
         libvirtd.virsh("attach-device", "one", dimm)
         leased(ROOMY, DIMM_BYTES)
