@@ -216,6 +216,11 @@ def test_the_broker_gets_all_text_as_it_is(made: Programs, xml: str, name: str) 
     assert [told for _, told in made.broker.calls] == [{"xml": xml}, {"name": name}]
 
 
+def test_what_is_no_text_starts_no_domain(made: Programs) -> None:
+    done = made.hook("name", "prepare", "begin", "-", xml="<domain>\0" + ASKS)
+    assert (done.returncode, done.stderr) == (3, "vmmback: error: its input is no text\n")
+
+
 @pytest.mark.parametrize(
     "message",
     ['no "room" \\ here\n\tat all', "für 100 € 😀", "a\\nb", 'x" }'],
@@ -294,8 +299,8 @@ def test_the_broker_judges_each_element_of_ours(made: Programs, element: str) ->
 def test_a_domain_that_does_not_ask_is_left_alone(made: Programs) -> None:
     tells = "<description> &lt;vmmback:secret-ram xmlns=&quot;urn:vmmback:domain:1.0&quot;</description></domain>"
     declared = PLAIN.replace("xmlns:a=", 'xmlns:v="urn:vmmback:domain:1.0" xmlns:a=')
-    another = ASKS.replace("urn:vmmback:domain:1.0", "urn:vmmback:domain:2.0")
-    for xml in (PLAIN, PLAIN.replace("</domain>", tells), declared, another):
+    others = [ASKS.replace("urn:vmmback:domain:1.0", f"urn:vmmback:domain:{version}") for version in ("2.0", "1.01")]
+    for xml in (PLAIN, PLAIN.replace("</domain>", tells), declared, *others):
         for operation in ("prepare begin", "start begin", "started begin", "stopped end", "release end"):
             done = made.hook("name", *operation.split(), "-", xml=xml)
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -378,6 +383,22 @@ def test_an_audit_is_started_apart(made: Programs, step: str, argued: list[str])
     assert made.calls("vmm back") == [(["-m", "vmmback", "libvirt", "audit", *argued], "")]
 
 
+def test_an_audit_holds_up_nobody_and_has_a_session_of_its_own(made: Programs) -> None:
+    audit, found = made.folder / "vmm back", made.folder / "found"
+    audit.write_text(
+        f"#!{sys.executable} -IS\nimport os, pathlib\n"
+        f"draft = pathlib.Path({str(found)!r} + '.draft')\n"
+        "draft.write_text(f'{os.getpriority(os.PRIO_PROCESS, 0)} {os.getsid(0) == os.getpid()}')\n"
+        f"draft.rename({str(found)!r})\n"
+    )
+    made.hook("name", "release", "end", "-")
+    deadline = time.monotonic() + 20
+    while not found.exists():
+        assert time.monotonic() < deadline, "no audit was started"
+        time.sleep(0.01)
+    assert found.read_text() == "19 True"
+
+
 def test_only_of_a_domain_that_was_announced_an_audit_is_started(made: Programs) -> None:
     """What the hook leaves behind is of its session."""
     made.compile("hook")
@@ -406,8 +427,14 @@ def test_without_a_process_for_it_there_is_no_audit_and_the_hook_ends(made: Prog
 def test_polkits_rule_is_told_which_domains_have_secret_ram(made: Programs) -> None:
     mark = made.folder / "run/secret" / UUID
     made.broker.answer = refusal("no")
-    made.hook("name", "prepare", "begin", "-")
+    former = os.umask(0o077)
+    try:
+        made.hook("name", "prepare", "begin", "-")
+    finally:
+        os.umask(former)
     assert mark.exists()  # libvirt calls release also where prepare failed
+    # polkit, which is not root, sees whether it is there.
+    assert [path.stat().st_mode & 0o777 for path in (mark, mark.parent, mark.parents[1])] == [0o644, 0o755, 0o755]
     made.hook("name", "stopped", "end", "-")
     assert mark.exists()
     assert made.hook("name", "release", "end", "-").returncode == 0
@@ -415,8 +442,9 @@ def test_polkits_rule_is_told_which_domains_have_secret_ram(made: Programs) -> N
 
 
 def test_a_domain_whose_uuid_is_none_does_not_start(made: Programs) -> None:
-    done = made.hook("name", "prepare", "begin", "-", xml=ASKS.replace(UUID, "../../../etc/passwd"))
-    assert (done.returncode, done.stderr) == (2, "vmmback: error: domain name has no UUID\n")
+    for uuid in ("../../../etc/passwd", "", "0d7e5a4f/../..", "0d7e<b/>"):
+        done = made.hook("name", "prepare", "begin", "-", xml=ASKS.replace(UUID, uuid))
+        assert (done.returncode, done.stderr) == (2, "vmmback: error: domain name has no UUID\n")
     assert made.broker.calls == []
 
 
@@ -575,6 +603,9 @@ def test_without_a_filter_there_is_no_qemu(made: Programs) -> None:
         3,
         "vmmback: error: QEMU cannot be put under a filter: Invalid argument\n",
     )
+    made.broker.filter = seccomp.program(memfds=True) + bytes(8 << 16)  # its length is a number of 16 bits
+    done = made.emulator(*ARGV, *RAM)
+    assert (done.returncode, done.stderr) == (3, "vmmback: error: the broker's answer came without a filter\n")
     assert made.calls("real") == []
 
 

@@ -74,6 +74,7 @@ static void follow_upgrades(void) {
 static void audit(const char *name, const char *step, const char *of, unsigned int delay_s) {
     if (fork() != 0) return;
     int nothing = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (nothing < 0) failed(HOST_UNFIT, NULL, "/dev/null cannot be opened: %s", strerror(errno));
     int log = open(printed("/var/log/libvirt/qemu/%s.log", name), O_WRONLY | O_APPEND | O_CLOEXEC);
     dup2(nothing, STDIN_FILENO);
     dup2(nothing, STDOUT_FILENO);
