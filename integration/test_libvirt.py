@@ -824,7 +824,7 @@ def test_a_domain_that_is_never_examined_does_not_go_on_unless_it_may(
 ) -> None:
     libvirtd = ready.libvirtd
     hook = libvirtd.hooks / "qemu.d/50-vmmback"
-    hook.write_bytes(recompiled("hook", tmp_path, "access(mark, F_OK) == 0", "false"))
+    hook.write_bytes(recompiled("hook", tmp_path, "if (is_there(mark)) audit(", "if (false) audit("))
     ready.define("one")
     vmmback(libvirtd, "libvirt", "enable", "one", "--on-exposed", on_exposed)
     libvirtd.virsh("start", "one")
