@@ -287,6 +287,12 @@ def test_a_qemu_whose_path_a_shell_would_take_apart_is_refused(path: str) -> Non
         installed_files.wrapper(Path(path))
 
 
+def test_a_qemu_whose_path_the_kernel_would_cut_off_is_refused() -> None:
+    rest = installed_files.FIRST_LINE_BYTES - len(f"#!{LIBEXEC}/emulator //qemu")
+    assert installed_files.can_be_wrapped(Path("/", "x" * rest, "qemu"))
+    assert not installed_files.can_be_wrapped(Path("/", "x" * (rest + 1), "qemu"))
+
+
 def test_two_qemus_of_one_name_are_refused(places: Places) -> None:
     with pytest.raises(UsageError, match="two QEMUs are called qemu-system-x86_64"):
         installation.install(places, host(QEMUS[0], "/opt/bin/qemu-system-x86_64"))

@@ -18,8 +18,8 @@ from vmmback.toml_errors import ascii_path, quote
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-# Longer ones the kernel takes for no wrapper (BINPRM_BUF_SIZE of include/uapi/linux/binfmts.h).
-_FIRST_LINE_BYTES = 255
+# Of longer ones the kernel cuts the end off (fs/binfmt_script.c; BINPRM_BUF_SIZE of include/uapi/linux/binfmts.h).
+FIRST_LINE_BYTES = 255
 
 _BEGIN, _END = b"# BEGIN vmmback: added and removed by `vmmback libvirt`\n", b"# END vmmback\n"
 _BLOCK = re.compile(re.escape(_BEGIN) + b".*?" + re.escape(_END), re.DOTALL)
@@ -81,7 +81,7 @@ def program(name: str, host: Host, sources: Path = programs.SOURCES) -> bytes:
 def can_be_wrapped(qemu: Path) -> bool:
     """Tell whether a QEMU's path is one that a wrapper can be made for."""
     is_plain = re.fullmatch(r"/[A-Za-z0-9/._+-]+", str(qemu)) and qemu.name.startswith("qemu")
-    return bool(is_plain) and len(_first_line(qemu)) <= _FIRST_LINE_BYTES
+    return bool(is_plain) and len(_first_line(qemu)) <= FIRST_LINE_BYTES
 
 
 def wrapper(qemu: Path) -> str:
